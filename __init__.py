@@ -1,0 +1,30 @@
+"""i2l turns a picture into a LoRA for the Z-Image diffusion model.
+
+    import i2l
+
+    with i2l.open_engines("engines") as pipeline:
+        pipeline.lora_from_images(["photo.jpg"]).save("photo.safetensors")
+
+Importing this package imports nothing heavy: the names below are resolved at their first use.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import I2LError
+    from .runtime.lora import Lora
+    from .runtime.pipeline import Pipeline, open_engines
+
+__all__ = ["I2LError", "Lora", "Pipeline", "__version__", "open_engines"]
+__version__ = "0.1.0"
+
+_HOMES = {"I2LError": "errors", "Lora": "runtime.lora", "Pipeline": "runtime.pipeline", "open_engines": "runtime.pipeline"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module  # noqa: PLC0415 - keeps the package import free of work
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

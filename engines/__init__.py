@@ -1,0 +1,1 @@
+"""Engines: what `i2l build-engines` made, opened and made runnable."""

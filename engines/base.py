@@ -1,0 +1,70 @@
+"""What a backend is: engines that run a graph, and a store that hands out a pack's weights.
+
+``Value`` is a tensor where the backend computes: an ``OrtValue`` for onnxruntime. The runtime passes values from engine to
+engine without looking inside; only pixels go in and embeddings and factors come out as arrays.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..specs import Family
+from .manifest import Chunk, Step
+
+Value: TypeAlias = Any
+Array: TypeAlias = NDArray[np.float32]
+
+
+class Engine(Protocol):
+    """A graph made runnable."""
+
+    activation: str
+    """Name of the one input that is not a weight."""
+
+    def run(self, activation: Value, weights: Mapping[str, Value]) -> dict[str, Value]:
+        """Run the graph; the outputs by name."""
+        ...
+
+
+class WeightStore(Protocol):
+    """A pack whose chunks come and go."""
+
+    def prefetch(self, chunk: Chunk) -> None:
+        """Begin to bring a chunk in; returns at once."""
+        ...
+
+    def weights(self, step: Step) -> Mapping[str, Value]:
+        """``graph input -> value`` of a step whose chunk was prefetched."""
+        ...
+
+    def release(self, chunk: Chunk) -> None:
+        """The chunk's memory may be given back."""
+        ...
+
+
+class Backend(Protocol):
+    """Where the computing happens."""
+
+    name: str
+
+    def engine(self, graph: str) -> Engine:
+        """The engine of a graph, made at the first call."""
+        ...
+
+    def store(self, family: Family) -> WeightStore:
+        """The weights of a model."""
+        ...
+
+    def value(self, array: Array) -> Value:
+        """An array as the backend's value."""
+        ...
+
+    def array(self, value: Value) -> Array:
+        """A value as an array."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back."""
+        ...

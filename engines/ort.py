@@ -1,0 +1,131 @@
+"""The cpu backend: onnxruntime, weights fed from a memory-mapped pack.
+
+One session per graph, however many blocks it serves. A step's weights are ``OrtValue``s laid over the mapped file: nothing
+is copied or deserialised. Pages come in by ``madvise(WILLNEED)`` one chunk ahead and leave the process by
+``madvise(DONTNEED)`` behind, so about two chunks are resident; the page cache keeps them for the next run.
+"""
+
+import mmap
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from ..errors import ShapeMismatch
+from ..specs import Family
+from .base import Array
+from .manifest import Chunk, Manifest, Step
+from .tensorfile import PAGE, TensorInfo
+
+# safetensors dtype -> (numpy dtype of the same width, onnx.TensorProto element type): numpy knows neither bfloat16 nor
+# FP8, and the runtime does without the onnx package.
+ELEMENT_TYPES: Mapping[str, tuple[type[np.generic], int]] = {
+    "F32": (np.float32, 1),
+    "U8": (np.uint8, 2),
+    "I8": (np.int8, 3),
+    "BF16": (np.uint16, 16),
+    "F8_E4M3": (np.uint8, 17),
+}
+
+
+class CpuBackend:
+    """onnxruntime on the CPU over an engines directory."""
+
+    name = "cpu"
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self._folder = directory / manifest.build
+        self._manifest = manifest
+        self._engines: dict[str, OrtEngine] = {}
+        self._stores: dict[Family, MappedPack] = {}
+
+    def engine(self, graph: str) -> "OrtEngine":
+        if graph not in self._engines:
+            self._engines[graph] = OrtEngine(graph, self._folder / self._manifest.graphs[graph])
+        return self._engines[graph]
+
+    def store(self, family: Family) -> "MappedPack":
+        if family not in self._stores:
+            model = self._manifest.models[family]
+            self._stores[family] = MappedPack(self._folder / model.pack, model.tensors)
+        return self._stores[family]
+
+    def value(self, array: Array) -> ort.OrtValue:
+        return ort.OrtValue.ortvalue_from_numpy(array)
+
+    def array(self, value: ort.OrtValue) -> Array:
+        return np.asarray(value.numpy(), dtype=np.float32)
+
+    def close(self) -> None:
+        self._engines.clear()
+        for store in self._stores.values():
+            store.close()
+        self._stores.clear()
+
+
+class OrtEngine:
+    """An onnxruntime session of one graph."""
+
+    def __init__(self, graph: str, path: Path) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = usable_cores()
+        options.log_severity_level = 3  # errors; warnings about unused outputs help nobody here
+        self._graph = graph
+        self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        first = self._session.get_inputs()[0]
+        self.activation: str = first.name
+        self._shape = first.shape[1:]
+        self._outputs = [output.name for output in self._session.get_outputs()]
+
+    def run(self, activation: ort.OrtValue, weights: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
+        shape = activation.shape()
+        if list(shape[1:]) != list(self._shape):
+            raise ShapeMismatch(self._graph, self.activation, str(list(shape)), str(["batch", *self._shape]))
+        feed = {self.activation: activation, **weights}
+        return dict(zip(self._outputs, self._session.run_with_ort_values(self._outputs, feed), strict=True))
+
+
+class MappedPack:
+    """A pack in the process's address space."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._values: dict[str, dict[str, ort.OrtValue]] = {}
+        self._tensors = tensors
+
+    def prefetch(self, chunk: Chunk) -> None:
+        self._advise("MADV_WILLNEED", chunk)
+
+    def weights(self, step: Step) -> Mapping[str, ort.OrtValue]:
+        if step.name not in self._values:
+            prefix = f"{step.name}."
+            infos = {name.removeprefix(prefix): i for name, i in self._tensors.items() if name.startswith(prefix)}
+            self._values[step.name] = {name: self._value(info) for name, info in infos.items()}
+        return self._values[step.name]
+
+    def release(self, chunk: Chunk) -> None:
+        self._advise("MADV_DONTNEED", chunk)
+
+    def close(self) -> None:
+        self._values.clear()
+        self._map.close()
+
+    def _value(self, info: TensorInfo) -> ort.OrtValue:
+        dtype, element_type = ELEMENT_TYPES[info.dtype]
+        count = info.nbytes // np.dtype(dtype).itemsize
+        flat: NDArray[np.generic] = np.frombuffer(self._map, dtype, count, info.offset)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(flat.reshape(info.shape), element_type)
+
+    def _advise(self, advice: str, chunk: Chunk) -> None:
+        if hasattr(mmap, advice):  # Windows has no madvise: its cache manager decides alone
+            start = chunk.offset - chunk.offset % PAGE
+            self._map.madvise(getattr(mmap, advice), start, chunk.offset + chunk.nbytes - start)
+
+
+def usable_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

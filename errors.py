@@ -1,0 +1,234 @@
+"""Every failure that i2l can explain, as one tree.
+
+A leaf takes the facts and owns its sentence: what is wrong, then the next command or change that mends it.
+The command line prints that sentence after ``error:`` and exits with 1; the Python API raises it. Each leaf also
+inherits the built-in exception that a Python programmer would catch.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+GIB = 1 << 30
+
+
+def format_bytes(count: int) -> str:
+    """Bytes as people read them: ``512 B``, ``3.1 MiB``, ``6.7 GiB``."""
+    if count < 1 << 10:
+        return f"{count} B"
+    for unit, size in (("KiB", 1 << 10), ("MiB", 1 << 20)):
+        if count < size << 10:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / GIB:.2f} GiB"
+
+
+def format_path(path: Path) -> str:
+    """A path with the home directory written as ``~``."""
+    try:
+        return f"~/{path.relative_to(Path.home())}"
+    except (ValueError, RuntimeError):
+        return str(path)
+
+
+class I2LError(Exception):
+    """Base of every error that i2l raises on purpose."""
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------
+
+
+class CheckpointError(I2LError):
+    """A checkpoint cannot be used."""
+
+
+class CheckpointMissing(CheckpointError, FileNotFoundError):
+    """No file under the models directory is one of the wanted models."""
+
+    def __init__(self, families: Sequence[str], models: Path, rejected: Sequence[str] = ()) -> None:
+        tried = "".join(f"; not used: {line}" for line in rejected)
+        super().__init__(
+            f"no checkpoint for {' and '.join(families)} under {format_path(models)}{tried}: download it there (README, "
+            f"'Real checkpoints'), or try synthetic ones with: i2l make-checkpoints {format_path(models)} --preset tiny"
+        )
+
+
+class CheckpointUnreadable(CheckpointError, ValueError):
+    """The file is not a whole safetensors file."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{format_path(path)} is not a whole safetensors file ({reason}): download it again")
+
+
+class CheckpointForeign(CheckpointError, ValueError):
+    """The file's tensors belong to no model that i2l knows."""
+
+    def __init__(self, path: Path, tensors: int) -> None:
+        super().__init__(
+            f"{format_path(path)} holds {tensors} tensors of a model that i2l does not know: it needs SigLIP2-G384, "
+            "DINOv3-7B and Z-Image-i2L (README, 'Real checkpoints')"
+        )
+
+
+class CheckpointMismatch(CheckpointError, ValueError):
+    """The file is nearly a known model, but some tensors are missing, unexpected or misshapen."""
+
+    def __init__(
+        self,
+        path: Path,
+        family: str,
+        missing: Sequence[str],
+        unexpected: Sequence[str],
+        misshapen: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+        wrong_dtype: Mapping[str, str],
+    ) -> None:
+        parts = []
+        if missing:
+            parts.append(f"missing: {', '.join(missing)}")
+        if unexpected:
+            parts.append(f"unexpected: {', '.join(unexpected)}")
+        if misshapen:
+            shapes = (f"{name} is {list(found)}, not {list(wanted)}" for name, (found, wanted) in misshapen.items())
+            parts.append(f"misshapen: {', '.join(shapes)}")
+        if wrong_dtype:
+            parts.append(f"neither F32, F16 nor BF16: {', '.join(f'{k} is {v}' for k, v in wrong_dtype.items())}")
+        super().__init__(f"{format_path(path)} looks like {family}, but {'; '.join(parts)}: download it again")
+
+
+class CheckpointAmbiguous(CheckpointError, ValueError):
+    """Two files under the models directory hold the same model with different specs."""
+
+    def __init__(self, family: str, paths: Sequence[Path]) -> None:
+        super().__init__(
+            f"{len(paths)} checkpoints are {family}: {', '.join(format_path(p) for p in paths)}: keep one of them under "
+            "the models directory"
+        )
+
+
+# --- engines ----------------------------------------------------------------------------------------------------
+
+
+class EnginesError(I2LError):
+    """An engines directory cannot be used."""
+
+
+class EnginesMissing(EnginesError, FileNotFoundError):
+    """The directory has no manifest, so it is not a finished engines directory."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(
+            f"{format_path(directory)} has no manifest.json, so it is not a finished engines directory: build it with: "
+            f"i2l build-engines --models MODELS --engines {format_path(directory)}"
+        )
+
+
+class ManifestInvalid(EnginesError, ValueError):
+    """The manifest cannot be understood by this version."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(
+            f"{format_path(path)} cannot be used ({reason}): rebuild with: "
+            f"i2l build-engines --models MODELS --engines {format_path(path.parent)}"
+        )
+
+
+class EngineFileDamaged(EnginesError, ValueError):
+    """A file of the engines directory is absent or differs from what the build wrote."""
+
+    def __init__(self, path: Path, directory: Path, reason: str) -> None:
+        super().__init__(
+            f"{format_path(path)} is not what the build wrote ({reason}): rebuild with: "
+            f"i2l build-engines --models MODELS --engines {format_path(directory)} --force"
+        )
+
+
+class ShapeMismatch(EnginesError, ValueError):
+    """A tensor handed to an engine does not fit its graph."""
+
+    def __init__(self, graph: str, name: str, found: str, wanted: str) -> None:
+        super().__init__(f"{graph}: input {name} is {found}, but the graph takes {wanted}")
+
+
+class BackendUnavailable(I2LError, RuntimeError):
+    """The backend that was named cannot run here."""
+
+    def __init__(self, backend: str, reason: str, remedy: str) -> None:
+        super().__init__(f"backend {backend} cannot run here: {reason}: {remedy}")
+
+
+class PackageMissing(I2LError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, purpose: str, extra: str) -> None:
+        super().__init__(f"{purpose} needs {package}, which is not installed: pip install 'i2l-engines[{extra}]'")
+
+
+# --- images and output ------------------------------------------------------------------------------------------
+
+
+class ImageError(I2LError, ValueError):
+    """An image cannot be used."""
+
+
+class NoImages(ImageError):
+    """Nothing to read."""
+
+    def __init__(self) -> None:
+        super().__init__("no image was given: i2l run PHOTO.jpg --engines DIR --output LORA.safetensors")
+
+
+class ImageUnreadable(ImageError):
+    """The file is absent, truncated or not an image."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name} cannot be read as an image ({reason}): give a whole JPEG, PNG or WebP file")
+
+
+class ImageAbsurd(ImageError):
+    """The image's size makes no sense as an example picture."""
+
+    def __init__(self, name: str, width: int, height: int, limits: str) -> None:
+        super().__init__(f"{name} is {width} x {height} pixels; {limits}: resize or crop it first")
+
+
+class OutputUnwritable(I2LError, OSError):
+    """The output file or directory cannot be written."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"cannot write {format_path(path)} ({reason}): choose another place")
+
+
+class DiskFull(I2LError, OSError):
+    """The disk has no room for what is to be written."""
+
+    def __init__(self, path: Path, needed_bytes: int | None, free_bytes: int) -> None:
+        need = f"{format_bytes(needed_bytes)} needed, " if needed_bytes is not None else ""
+        super().__init__(
+            f"no room on the disk of {format_path(path)} ({need}{format_bytes(free_bytes)} free): free some space or "
+            "choose a directory on another disk"
+        )
+
+
+class LoraNotFinite(I2LError, ValueError):
+    """The LoRA holds a value that the file's dtype cannot."""
+
+    def __init__(self, tensor: str, dtype: str) -> None:
+        super().__init__(
+            f"{tensor} has values that are not finite or too large for {dtype}: try --dtype fp32, and if that fails too, "
+            "compare the engines with the checkpoints: i2l verify --models MODELS --engines ENGINES"
+        )
+
+
+class LoraUnreadable(I2LError, ValueError):
+    """A file is not a LoRA that i2l understands."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{format_path(path)} is not a LoRA that i2l understands ({reason})")
+
+
+class NothingToInspect(I2LError, ValueError):
+    """The path is neither a checkpoint, nor an engines directory, nor a LoRA."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{format_path(path)} is neither a checkpoint, nor an engines directory, nor a LoRA: give one of those, or a "
+            "folder that holds checkpoints"
+        )

@@ -1,0 +1,1 @@
+"""Export: checkpoints to graphs and packs. torch and onnx live here and nowhere else."""

@@ -1,0 +1,227 @@
+"""Building an engines directory: checkpoints to graphs and packs, the manifest last."""
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+
+from ..engines.integrity import file_facts, record_checked
+from ..engines.manifest import FORMAT, MANIFEST, FileFacts, Manifest, Model, manifest_to_json, read_manifest
+from ..errors import EnginesError
+from ..files import Report, atomic_path, explained_os_errors, require_free, silent
+from ..specs import Family
+from .checkpoints import Checkpoint, CheckpointReader, find_checkpoints
+from .graphs import export_graphs, standalone_model
+from .packs import PackPlan, plan_pack, write_pack
+from .precision import PRECISIONS, Precision
+
+log = logging.getLogger(__name__)
+BUILD_PREFIX = "build-"
+BUILD_VERSION = 1
+"""Raised whenever the same inputs give other engines, so that an old directory is rebuilt."""
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What :func:`build_engines` did."""
+
+    manifest: Manifest
+    rebuilt: bool
+    """False: the directory was up to date."""
+
+
+def build_engines(
+    models: Path,
+    engines: Path,
+    *,
+    precision: str = "auto",
+    blocks_per_chunk: int = 1,
+    force: bool = False,
+    report: Report = silent,
+) -> BuildResult:
+    """Make ``engines`` from the checkpoints under ``models``.
+
+    Args:
+        models: folder with the three checkpoints, under any names.
+        engines: the engines directory; made if absent, replaced as a whole if present.
+        precision: ``auto``, ``fp8``, ``int8``, ``bf16`` or ``fp32``.
+        blocks_per_chunk: transformer blocks that move as one copy.
+        force: build even if nothing changed.
+        report: told the bytes of packs written.
+
+    Raises:
+        CheckpointError: a checkpoint is missing or wrong.
+        OutputUnwritable, DiskFull: the directory cannot be written; what was there still works.
+    """
+    precision, reason = choose_precision(precision)
+    checkpoints = find_checkpoints(models)
+    key = build_key(checkpoints, precision, blocks_per_chunk)
+    current = None if force else current_manifest(engines)
+    if current and current.build_key == key:
+        return BuildResult(current, rebuilt=False)
+    plans = {
+        family: plan_pack(checkpoint.spec, PRECISIONS[precision], blocks_per_chunk)
+        for family, checkpoint in checkpoints.items()
+    }
+    total = sum(plan.layout.nbytes for plan in plans.values())
+    with new_build_folder(engines, total) as folder:
+        progress = _Progress(report, total)
+        graphs = write_graphs(folder, checkpoints, plans, PRECISIONS[precision])
+        hashes = write_packs(folder, checkpoints, plans, PRECISIONS[precision], progress)
+        manifest = Manifest(
+            build=folder.name,
+            build_key=key,
+            precision=precision,
+            precision_reason=reason,
+            blocks_per_chunk=blocks_per_chunk,
+            versions={name: version(name) for name in ("i2l-engines", "torch", "onnx", "onnxscript")},
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            models={family: _model(checkpoints[family], plans[family]) for family in checkpoints},
+            graphs=graphs,
+            files=_files(folder, hashes),
+        )
+        commit(engines, manifest)
+    return BuildResult(manifest, rebuilt=True)
+
+
+def choose_precision(name: str) -> tuple[str, str]:
+    """``(precision, reason)``: ``auto`` is int8, which every backend of this version runs."""
+    if name != "auto":
+        return name, "asked for"
+    return "int8", "auto: int8 is the fastest precision of the CPU backend, the one this version runs"
+
+
+def build_key(checkpoints: Mapping[Family, Checkpoint], precision: str, blocks_per_chunk: int) -> str:
+    """A hash of everything the engines depend on.
+
+    Checkpoints count by header, size and modification time, as ``make`` does it: hashing 21 GB would cost more than
+    many a build step.
+    """
+    facts: list[object] = [BUILD_VERSION, FORMAT, version("i2l-engines"), precision, blocks_per_chunk]
+    for family, checkpoint in sorted(checkpoints.items()):
+        stat = checkpoint.path.stat()
+        tensors = {name: [info.dtype, info.shape, info.offset] for name, info in checkpoint.tensors.items()}
+        facts.append([family, stat.st_size, stat.st_mtime_ns, tensors])
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def current_manifest(engines: Path) -> Manifest | None:
+    """The manifest of an existing directory whose files are all there, or None if it must be built."""
+    try:
+        manifest = read_manifest(engines)
+    except EnginesError:
+        return None
+    folder = engines / manifest.build
+    complete = all((folder / name).is_file() for name in manifest.files)
+    return manifest if complete else None
+
+
+@contextmanager
+def new_build_folder(engines: Path, nbytes: int) -> Iterator[Path]:
+    """A fresh folder inside ``engines``, removed again if the body fails; leftovers of dead builds go first."""
+    with explained_os_errors(engines):
+        engines.mkdir(parents=True, exist_ok=True)
+        remove_other_builds(engines, keep=(current.build,) if (current := current_manifest(engines)) else ())
+        require_free(engines, nbytes)
+        folder = Path(tempfile.mkdtemp(prefix=BUILD_PREFIX, dir=engines))
+        folder.chmod(0o755)  # mkdtemp makes it private; engines are for everyone who may read the directory
+    done = False
+    try:
+        with explained_os_errors(engines):
+            yield folder
+        done = True
+    finally:
+        if not done:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_graphs(
+    folder: Path,
+    checkpoints: Mapping[Family, Checkpoint],
+    plans: Mapping[Family, PackPlan],
+    precision: Precision,
+) -> dict[str, str]:
+    """Write every graph and its standalone forms; return ``graph name -> path`` in the build folder."""
+    paths = {}
+    for family, checkpoint in checkpoints.items():
+        graphs = dict(export_graphs(checkpoint.spec, precision))
+        (folder / "graphs").mkdir(exist_ok=True)
+        (folder / family).mkdir()
+        for name, graph in graphs.items():
+            paths[name] = f"graphs/{name}.onnx"
+            (folder / paths[name]).write_bytes(graph.SerializeToString())
+        for step in plans[family].steps:
+            standalone = standalone_model(step, graphs[step.graph], plans[family].layout.tensors, Path(pack_path(family)).name)
+            (folder / family / f"{step.name}.onnx").write_bytes(standalone.SerializeToString())
+    return paths
+
+
+def write_packs(
+    folder: Path,
+    checkpoints: Mapping[Family, Checkpoint],
+    plans: Mapping[Family, PackPlan],
+    precision: Precision,
+    progress: "_Progress",
+) -> dict[str, str]:
+    """Write the packs; return ``path in the build folder -> SHA-256``."""
+    hashes = {}
+    for family, checkpoint in checkpoints.items():
+        progress.stage = f"packing {family}"
+        with CheckpointReader(checkpoint) as reader:
+            path = pack_path(family)
+            hashes[path] = write_pack(folder / path, plans[family], reader, precision, progress.advance)
+    return hashes
+
+
+def commit(engines: Path, manifest: Manifest) -> None:
+    """Make the new build the directory's build, then remove the old one."""
+    record_checked(engines, manifest)
+    with atomic_path(engines / MANIFEST) as temporary:
+        temporary.write_text(manifest_to_json(manifest), encoding="utf-8")
+    remove_other_builds(engines, keep=(manifest.build,))
+
+
+def remove_other_builds(engines: Path, keep: tuple[str, ...]) -> None:
+    """Remove the folders of replaced and of dead builds."""
+    for folder in engines.glob(f"{BUILD_PREFIX}*"):
+        if folder.is_dir() and folder.name not in keep:
+            shutil.rmtree(folder)
+
+
+def pack_path(family: Family) -> str:
+    return f"{family}/weights.safetensors"
+
+
+def _model(checkpoint: Checkpoint, plan: PackPlan) -> Model:
+    source = {"shape_hash": checkpoint.shape_hash, "dtype": checkpoint.dtype, "nbytes": checkpoint.nbytes}
+    return Model(checkpoint.spec, pack_path(checkpoint.spec.family), plan.chunks, plan.layout.tensors, source)
+
+
+def _files(folder: Path, hashes: Mapping[str, str]) -> dict[str, FileFacts]:
+    """The facts of every file; the packs were hashed while they were written."""
+    files = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = path.relative_to(folder).as_posix()
+        files[name] = FileFacts(path.stat().st_size, hashes[name]) if name in hashes else file_facts(path)
+    return files
+
+
+class _Progress:
+    """Adds up bytes over the three packs."""
+
+    def __init__(self, report: Report, total: int) -> None:
+        self._report = report
+        self._done = 0
+        self._total = total
+        self.stage = ""
+
+    def advance(self, nbytes: int) -> None:
+        self._done += nbytes
+        self._report(self.stage, self._done, self._total)

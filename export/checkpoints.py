@@ -1,0 +1,261 @@
+"""Checkpoints: found and recognised by their tensors.
+
+Upstream calls all three files ``model.safetensors`` and users rename them, so a name says nothing. A published file is
+recognised by its shape hash; a synthetic one carries its spec in the header. A file that shares most of its keys with a
+known model but differs is reported tensor by tensor, as that is nearly always a wrong version or a broken conversion.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from safetensors import SafetensorError
+
+from ..engines.tensorfile import TensorInfo, read_header
+from ..errors import CheckpointAmbiguous, CheckpointError, CheckpointForeign, CheckpointMismatch
+from ..errors import CheckpointMissing, CheckpointUnreadable
+from ..specs import FAMILIES, PRESETS, AdapterSpec, EncoderSpec, Family, Spec, spec_from_dict, spec_to_dict
+
+SPEC_KEY = "i2l_spec"
+"""Header entry of a synthetic checkpoint that holds its spec as JSON."""
+FLOAT_DTYPES = frozenset({"F32", "F16", "BF16"})
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A recognised file. No tensor has been read yet."""
+
+    path: Path
+    spec: Spec
+    tensors: Mapping[str, TensorInfo]
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of most values, as safetensors names it."""
+        values: dict[str, int] = {}
+        for info in self.tensors.values():
+            values[info.dtype] = values.get(info.dtype, 0) + info.nbytes
+        return max(values, key=lambda name: values[name])
+
+    @property
+    def shape_hash(self) -> str:
+        return shape_hash({name: info.shape for name, info in self.tensors.items()})
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+class CheckpointReader:
+    """Reads byte ranges of a checkpoint with ``pread``: mapped pages would count as resident memory."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._file = checkpoint.path.open("rb", buffering=0)
+
+    def read(self, name: str, start: int = 0, nbytes: int | None = None) -> bytearray:
+        """``nbytes`` (default: all) of tensor ``name`` from its byte ``start``."""
+        info = self.checkpoint.tensors[name]
+        buffer = bytearray(info.nbytes - start if nbytes is None else nbytes)
+        self._file.seek(info.offset + start)
+        done = 0
+        while done < len(buffer):  # one read returns at most 2 GiB
+            count = self._file.readinto(memoryview(buffer)[done:])
+            if not count:
+                raise CheckpointUnreadable(self.checkpoint.path, f"it ends inside {name}")
+            done += count
+        return buffer
+
+    def __enter__(self) -> "CheckpointReader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def find_checkpoints(models: Path, families: Sequence[Family] = FAMILIES) -> dict[Family, Checkpoint]:
+    """The checkpoint of each family anywhere under ``models``.
+
+    Raises:
+        CheckpointMissing: a family has no file; the message says why each other file was not used.
+        CheckpointMismatch: no good file of the family is there, but a nearly good one is.
+        CheckpointUnreadable: the same, with a truncated file.
+        CheckpointAmbiguous: a family has several files.
+    """
+    found: dict[Family, list[Checkpoint]] = {family: [] for family in families}
+    errors: list[CheckpointError] = []
+    for path in checkpoint_paths(models):
+        try:
+            checkpoint = recognise(path)
+        except CheckpointForeign:
+            continue
+        except CheckpointError as error:
+            errors.append(error)
+        else:
+            found.setdefault(checkpoint.spec.family, []).append(checkpoint)
+    missing = [family for family in families if not found[family]]
+    if missing:
+        if errors:
+            raise errors[0]
+        raise CheckpointMissing(missing, models)
+    for family in families:
+        if len(found[family]) > 1:
+            raise CheckpointAmbiguous(family, [checkpoint.path for checkpoint in found[family]])
+    return {family: found[family][0] for family in families}
+
+
+def checkpoint_paths(models: Path) -> Iterator[Path]:
+    """Every safetensors file under ``models`` (or ``models`` itself), in a stable order."""
+    if models.is_file():
+        yield models
+    else:
+        yield from sorted(p for p in models.rglob("*.safetensors") if p.is_file() and not p.name.startswith("."))
+
+
+def recognise(path: Path) -> Checkpoint:
+    """Open one file and say which model it is.
+
+    Raises:
+        CheckpointUnreadable: not a whole safetensors file.
+        CheckpointForeign: another model.
+        CheckpointMismatch: nearly one of ours; lists every difference.
+    """
+    try:
+        tensors, metadata = read_header(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointUnreadable(path, str(error).removeprefix("Error while deserializing header: ")) from error
+    shapes = {name: info.shape for name, info in tensors.items()}
+    spec = _carried_spec(path, metadata) or _published_spec(shapes) or _nearest_spec(shapes)
+    if spec is None:
+        raise CheckpointForeign(path, len(tensors))
+    wanted = tensor_shapes(spec)
+    missing = sorted(wanted.keys() - shapes.keys())
+    unexpected = sorted(shapes.keys() - wanted.keys())
+    misshapen = {name: (shapes[name], wanted[name]) for name in shapes if name in wanted and shapes[name] != wanted[name]}
+    wrong_dtype = {name: info.dtype for name, info in tensors.items() if info.dtype not in FLOAT_DTYPES}
+    if missing or unexpected or misshapen or wrong_dtype:
+        raise CheckpointMismatch(path, spec.family, missing, unexpected, misshapen, wrong_dtype)
+    return Checkpoint(path, spec, tensors)
+
+
+def shape_hash(shapes: Shapes) -> str:
+    """MD5 over the sorted strings ``key:d0_d1`` and ``key`` joined by commas: DiffSynth's way to name a model's form."""
+    words = [f"{name}:{'_'.join(map(str, shape))}" for name, shape in shapes.items()] + list(shapes)
+    return hashlib.md5(",".join(sorted(words)).encode(), usedforsecurity=False).hexdigest()
+
+
+def tensor_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
+    """Every key of a checkpoint of this spec with its shape, in the published key style."""
+    if isinstance(spec, AdapterSpec):
+        return _adapter_shapes(spec)
+    return _siglip2_shapes(spec) if spec.family == "siglip2" else _dinov3_shapes(spec)
+
+
+def _carried_spec(path: Path, metadata: Mapping[str, str]) -> Spec | None:
+    if SPEC_KEY not in metadata:
+        return None
+    try:
+        return spec_from_dict(json.loads(metadata[SPEC_KEY]))
+    except (ValueError, AttributeError) as error:
+        raise CheckpointUnreadable(path, f"the spec in its header is wrong: {error}") from error
+
+
+def _published_spec(shapes: Shapes) -> Spec | None:
+    digest = shape_hash(shapes)
+    return next((spec for spec in PRESETS["full"] if shape_hash(tensor_shapes(spec)) == digest), None)
+
+
+def _nearest_spec(shapes: Shapes) -> Spec | None:
+    """The published spec that shares most keys with the file, if that is at least half of either's keys."""
+
+    def likeness(spec: Spec) -> float:
+        wanted = tensor_shapes(spec).keys()
+        return len(wanted & shapes.keys()) / max(min(len(wanted), len(shapes)), 1)
+
+    best: Spec = max(PRESETS["full"], key=likeness)
+    return best if likeness(best) >= 0.5 else None  # noqa: PLR2004
+
+
+def _linear(name: str, out_features: int, in_features: int, *, bias: bool = True) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (out_features, in_features)}
+    return shapes | {f"{name}.bias": (out_features,)} if bias else shapes
+
+
+def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def _siglip2_shapes(spec: EncoderSpec) -> dict[str, tuple[int, ...]]:
+    width, inner = spec.hidden, spec.intermediate
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.patch_embedding.weight": (width, 3, spec.patch, spec.patch),
+        "embeddings.patch_embedding.bias": (width,),
+        "embeddings.position_embedding.weight": (spec.tokens, width),
+    }
+    for index in range(spec.depth):
+        layer = f"encoder.layers.{index}"
+        shapes |= _norm(f"{layer}.layer_norm1", width)
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= _linear(f"{layer}.self_attn.{name}", width, width)
+        shapes |= _norm(f"{layer}.layer_norm2", width)
+        shapes |= _linear(f"{layer}.mlp.fc1", inner, width) | _linear(f"{layer}.mlp.fc2", width, inner)
+    shapes |= _norm("post_layernorm", width)
+    shapes |= {"head.probe": (1, 1, width), "head.attention.in_proj_weight": (3 * width, width)}
+    shapes |= {"head.attention.in_proj_bias": (3 * width,)} | _linear("head.attention.out_proj", width, width)
+    shapes |= _norm("head.layernorm", width)
+    return shapes | _linear("head.mlp.fc1", inner, width) | _linear("head.mlp.fc2", width, inner)
+
+
+def _dinov3_shapes(spec: EncoderSpec) -> dict[str, tuple[int, ...]]:
+    width, inner = spec.hidden, spec.intermediate
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.cls_token": (1, 1, width),
+        "embeddings.register_tokens": (1, spec.registers, width),
+        "embeddings.mask_token": (1, 1, width),
+        "embeddings.patch_embeddings.weight": (width, 3, spec.patch, spec.patch),
+        "embeddings.patch_embeddings.bias": (width,),
+    }
+    for index in range(spec.depth):
+        layer = f"layer.{index}"
+        shapes |= _norm(f"{layer}.norm1", width) | _norm(f"{layer}.norm2", width)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            shapes |= _linear(f"{layer}.attention.{name}", width, width, bias=False)
+        shapes |= _linear(f"{layer}.attention.o_proj", width, width)
+        shapes |= _linear(f"{layer}.mlp.gate_proj", inner, width) | _linear(f"{layer}.mlp.up_proj", inner, width)
+        shapes |= _linear(f"{layer}.mlp.down_proj", width, inner)
+        shapes |= {f"{layer}.layer_scale{n}.lambda1": (width,) for n in (1, 2)}
+    return shapes | _norm("norm", width)
+
+
+def _adapter_shapes(spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for component, blocks in spec.components:
+        for kind, targets in enumerate((spec.attention_targets, spec.feed_forward_targets)):
+            for index in range(blocks):
+                block = f"{component}_lora.blocks.{kind * blocks + index}"
+                for target, (_, in_features, out_features) in enumerate(targets):
+                    for factor, width in (("a", in_features), ("b", out_features)):
+                        name = f"{block}.layers.{target}.proj_{factor}"
+                        shapes |= _linear(f"{name}.proj_in", spec.compress, spec.embedding, bias=False)
+                        shapes |= _linear(f"{name}.proj_out", width * spec.rank, spec.compress, bias=False)
+    return shapes
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, object]:
+    """The facts of a checkpoint for ``i2l inspect --json``; what a family does not have is None."""
+    spec = checkpoint.spec
+    encoder = spec if isinstance(spec, EncoderSpec) else None
+    facts: dict[str, object] = {"path": str(checkpoint.path), "family": spec.family, "hidden": spec.hidden}
+    facts["intermediate"] = encoder.intermediate if encoder else None
+    for name in ("depth", "heads", "patch", "image_size", "registers"):
+        facts[name] = getattr(encoder, name, None)
+    if isinstance(spec, AdapterSpec):
+        facts |= {name: value for name, value in spec_to_dict(spec).items() if name not in facts}
+    facts |= {"dtype": checkpoint.dtype, "tensors": len(checkpoint.tensors), "nbytes": checkpoint.nbytes}
+    return facts | {"shape_hash": checkpoint.shape_hash}

@@ -1,0 +1,199 @@
+"""The torch modules that become graphs: each model cut into embed, block and head, weights as arguments.
+
+A module holds no parameters. ``forward`` takes the activations and a dictionary of weights, so that the exported graph has
+the weights as inputs and one graph serves all blocks. Products go through ``linear``, which knows the precision. Linears
+see two dimensions, ``[batch * tokens, channels]``: with three, TensorRT keeps hidden copies of the weights (measured).
+
+Shapes: B images, T tokens, D channels of the residual stream, H heads, C compressed channels of the adapter.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the usual name
+from torch import Tensor, nn
+
+from ..specs import AdapterSpec, EncoderSpec, Spec
+
+Weights: TypeAlias = Mapping[str, Tensor]
+Linear: TypeAlias = Callable[[Tensor, Weights, str], Tensor]
+"""``(x [rows, in], weights, name) -> [rows, out]``; adds ``<name>.bias`` where the weights have one."""
+
+
+def graph_modules(spec: Spec, linear: Linear) -> dict[str, nn.Module]:
+    """``graph name -> module`` of a model."""
+    if isinstance(spec, AdapterSpec):
+        return {
+            "adapter.attention": AdapterBlock(spec, spec.attention_targets, linear),
+            "adapter.feed_forward": AdapterBlock(spec, spec.feed_forward_targets, linear),
+        }
+    if spec.family == "siglip2":
+        return {
+            "siglip2.embed": Siglip2Embed(spec),
+            "siglip2.block": Siglip2Block(spec, linear),
+            "siglip2.head": Siglip2Head(spec, linear),
+        }
+    return {
+        "dinov3.embed": Dinov3Embed(spec),
+        "dinov3.block": Dinov3Block(spec, linear),
+        "dinov3.head": Dinov3Head(spec),
+    }
+
+
+def patches(pixel_values: Tensor, spec: EncoderSpec) -> Tensor:
+    """``[B, 3, S, S] -> [B * patches, 3 * patch * patch]``: a strided convolution as rows for one product."""
+    side, patch = spec.grid, spec.patch
+    tiles = pixel_values.reshape(-1, 3, side, patch, side, patch).permute(0, 2, 4, 1, 3, 5)
+    return tiles.reshape(-1, 3 * patch * patch)
+
+
+def layer_norm(x: Tensor, weights: Weights, name: str, eps: float) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps)
+
+
+class Siglip2Embed(nn.Module):
+    """Patches through the projection, plus the learned positions."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, pixel_values: Tensor, weights: Weights) -> Tensor:
+        x = torch.addmm(weights["patch.bias"], patches(pixel_values, self.spec), weights["patch.weight"].t())
+        return x.view(-1, self.spec.tokens, self.spec.hidden) + weights["position"]
+
+
+class Siglip2Block(nn.Module):
+    """Pre-norm attention and a tanh-GELU MLP."""
+
+    def __init__(self, spec: EncoderSpec, linear: Linear) -> None:
+        super().__init__()
+        self.spec = spec
+        self.linear = linear
+
+    def forward(self, hidden_in: Tensor, weights: Weights) -> Tensor:
+        spec = self.spec
+        x = layer_norm(hidden_in, weights, "norm1", spec.norm_eps).view(-1, spec.hidden)
+        qkv = self.linear(x, weights, "attention.qkv").view(-1, spec.tokens, 3, spec.heads, spec.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, T, D/H]
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, spec.hidden)
+        hidden = hidden_in + self.linear(attended, weights, "attention.out").view(-1, spec.tokens, spec.hidden)
+        x = layer_norm(hidden, weights, "norm2", spec.norm_eps).view(-1, spec.hidden)
+        x = F.gelu(self.linear(x, weights, "mlp.up"), approximate="tanh")
+        return hidden + self.linear(x, weights, "mlp.down").view(-1, spec.tokens, spec.hidden)
+
+
+class Siglip2Head(nn.Module):
+    """Attention pooling: one learned probe looks at all tokens."""
+
+    def __init__(self, spec: EncoderSpec, linear: Linear) -> None:
+        super().__init__()
+        self.spec = spec
+        self.linear = linear
+
+    def forward(self, hidden_in: Tensor, weights: Weights) -> Tensor:
+        spec = self.spec
+        x = layer_norm(hidden_in, weights, "norm", spec.norm_eps).view(-1, spec.hidden)
+        q = self.linear(weights["probe"], weights, "attention.q").view(1, spec.heads, 1, spec.head_dim)
+        kv = self.linear(x, weights, "attention.kv").view(-1, spec.tokens, 2, spec.heads, spec.head_dim)
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        q = q.expand(k.shape[0], -1, -1, -1)
+        pooled = F.scaled_dot_product_attention(q, k, v).reshape(-1, spec.hidden)  # [B, D]: the probe is one token
+        pooled = self.linear(pooled, weights, "attention.out")
+        x = layer_norm(pooled, weights, "norm2", spec.norm_eps)
+        x = F.gelu(self.linear(x, weights, "mlp.up"), approximate="tanh")
+        return pooled + self.linear(x, weights, "mlp.down")
+
+
+class Dinov3Embed(nn.Module):
+    """CLS and register tokens, then the patches through the projection."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, pixel_values: Tensor, weights: Weights) -> Tensor:
+        x = torch.addmm(weights["patch.bias"], patches(pixel_values, self.spec), weights["patch.weight"].t())
+        x = x.view(-1, self.spec.grid**2, self.spec.hidden)
+        return torch.cat([weights["prefix"].unsqueeze(0).expand(x.shape[0], -1, -1), x], dim=1)
+
+
+class Dinov3Block(nn.Module):
+    """Pre-norm attention with rotary positions and a SiLU-gated MLP, each with LayerScale."""
+
+    def __init__(self, spec: EncoderSpec, linear: Linear) -> None:
+        super().__init__()
+        self.spec = spec
+        self.linear = linear
+        cos, sin = rotary_tables(spec)
+        self.register_buffer("rotary_cos", cos)
+        self.register_buffer("rotary_sin", sin)
+
+    def forward(self, hidden_in: Tensor, weights: Weights) -> Tensor:
+        spec = self.spec
+        x = layer_norm(hidden_in, weights, "norm1", spec.norm_eps).view(-1, spec.hidden)
+        qkv = self.linear(x, weights, "attention.qkv").view(-1, spec.tokens, 3, spec.heads, spec.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, T, D/H]
+        attended = F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v)
+        x = self.linear(attended.transpose(1, 2).reshape(-1, spec.hidden), weights, "attention.out")
+        hidden = hidden_in + x.view(-1, spec.tokens, spec.hidden) * weights["scale1"]
+        x = layer_norm(hidden, weights, "norm2", spec.norm_eps).view(-1, spec.hidden)
+        gate, up = self.linear(x, weights, "mlp.gate_up").chunk(2, dim=-1)
+        x = self.linear(F.silu(gate) * up, weights, "mlp.down")
+        return hidden + x.view(-1, spec.tokens, spec.hidden) * weights["scale2"]
+
+    def rotate(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * self.rotary_cos + torch.cat([-second, first], dim=-1) * self.rotary_sin
+
+
+class Dinov3Head(nn.Module):
+    """The final norm of the CLS token."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, hidden_in: Tensor, weights: Weights) -> Tensor:
+        return layer_norm(hidden_in[:, 0], weights, "norm", self.spec.norm_eps)
+
+
+class AdapterBlock(nn.Module):
+    """The factors A and B of all target linears of one attention or feed-forward block.
+
+    Outputs, per target: A ``[B, rank, in_features]`` and B ``[B, out_features, rank]``.
+    """
+
+    def __init__(self, spec: AdapterSpec, targets: tuple[tuple[str, int, int], ...], linear: Linear) -> None:
+        super().__init__()
+        self.spec = spec
+        self.targets = targets
+        self.linear = linear
+
+    def forward(self, embedding: Tensor, weights: Weights) -> dict[str, Tensor]:
+        compressed = iter(self.linear(embedding, weights, "proj_in").split(self.spec.compress, dim=-1))
+        factors = {}
+        for target, in_features, out_features in self.targets:
+            a = self.linear(next(compressed), weights, f"{target}.A")
+            b = self.linear(next(compressed), weights, f"{target}.B")
+            factors[f"{target}.A"] = a.view(-1, self.spec.rank, in_features)
+            factors[f"{target}.B"] = b.view(-1, out_features, self.spec.rank)
+        return factors
+
+
+def rotary_tables(spec: EncoderSpec) -> tuple[Tensor, Tensor]:
+    """Cosine and sine ``[T, D/H]`` of DINOv3's 2-D rotary positions.
+
+    Patch centres run over [-1, 1] in y and x; a quarter of the head's channels turns with each, and the table is repeated
+    for the second half. CLS and register tokens have no position: cosine 1 and sine 0 leave them as they are, which saves
+    splitting and joining q and k in every block.
+    """
+    centres = (torch.arange(spec.grid, dtype=torch.float32) + 0.5) / spec.grid * 2 - 1
+    yx = torch.stack(torch.meshgrid(centres, centres, indexing="ij"), dim=-1).view(-1, 2, 1)
+    frequencies = spec.rope_theta ** -torch.arange(0, 1, 4 / spec.head_dim, dtype=torch.float32)
+    angles = (2 * math.pi * yx * frequencies).flatten(1).tile(2)
+    prefix = torch.zeros(spec.prefix_tokens, spec.head_dim)
+    angles = torch.cat([prefix, angles])  # an angle of 0 has cosine 1 and sine 0
+    return angles.cos(), angles.sin()

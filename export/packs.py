@@ -1,0 +1,173 @@
+"""Packs: a checkpoint's tensors prepared for the graphs and written as a stream, never whole in memory.
+
+The layout is planned from the spec alone. Then each weight is read in pieces of whole rows, converted and appended. A
+thread of its own hashes and writes, so that the disk and the quantiser work at the same time.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..engines.manifest import Chunk
+from ..engines.manifest import Step as StepFacts
+from ..engines.tensorfile import TENSOR_ALIGN, Layout, LayoutWriter, plan_layout
+from ..files import explained_os_errors
+from ..specs import Spec
+from .checkpoints import CheckpointReader
+from .graphs import stored_tensors
+from .precision import TORCH_DTYPES, Precision
+from .weights import Matrix, Source, Step, Weight, graph_weights, plan_steps
+
+QUEUE_PIECES = 8
+"""Prepared pieces, of a few MiB each, that may wait for the disk."""
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """A pack before it is written."""
+
+    layout: Layout
+    chunks: tuple[Chunk, ...]
+    steps: tuple[Step, ...]
+
+
+def plan_pack(spec: Spec, precision: Precision, blocks_per_chunk: int) -> PackPlan:
+    """Lay out a model's pack: steps in order of running, blocks grouped in chunks, each chunk on a page of its own."""
+    weights = graph_weights(spec)
+    groups = plan_steps(spec)
+    chunked = _grouped(groups, blocks_per_chunk)
+    entries = []
+    page_starts = set()
+    for chunk in chunked:
+        for step in chunk:
+            stored = stored_tensors(weights[step.graph], precision)
+            if step is chunk[0]:
+                page_starts.add(f"{step.name}.{stored[0][0]}")
+            entries += [(f"{step.name}.{name}", dtype, shape) for name, dtype, shape in stored]
+    layout = plan_layout(entries, {"format": "pt"}, align=TENSOR_ALIGN, page_starts=frozenset(page_starts))
+    chunks = []
+    for chunk in chunked:
+        infos = [info for step in chunk for name, info in layout.tensors.items() if name.startswith(f"{step.name}.")]
+        end = max(info.offset + info.nbytes for info in infos)
+        start = min(info.offset for info in infos)
+        chunks.append(Chunk(start, end - start, tuple(StepFacts(step.name, step.graph) for step in chunk)))
+    return PackPlan(layout, tuple(chunks), tuple(step for group in groups for step in group))
+
+
+def write_pack(
+    path: Path,
+    plan: PackPlan,
+    reader: CheckpointReader,
+    precision: Precision,
+    advance: Callable[[int], None],
+) -> str:
+    """Write the pack and return its SHA-256.
+
+    Args:
+        path: the new file.
+        plan: from :func:`plan_pack` with the same precision.
+        reader: the checkpoint.
+        precision: how matrices are stored.
+        advance: told the bytes handed to the disk.
+    """
+    weights = graph_weights(reader.checkpoint.spec)
+    with explained_os_errors(path), LayoutWriter(path, plan.layout) as writer:
+        with BackgroundWriter(writer, advance) as out:
+            for step in plan.steps:
+                for name, piece in prepared_weights(reader, step, weights[step.graph], precision):
+                    out.put(f"{step.name}.{name}", piece)
+    return writer.sha256
+
+
+def prepared_weights(
+    reader: CheckpointReader, step: Step, weights: Sequence[Weight], precision: Precision
+) -> Iterator[tuple[str, Tensor]]:
+    """The bytes of a step's weights as the pack stores them, in file order: ``(graph input, piece)``."""
+    for weight in weights:
+        if isinstance(weight, Matrix):
+            rows = row_reader(reader, step, weight)
+            for suffix, piece in precision.prepare(rows, weight.out_features, weight.in_features):
+                yield f"{weight.name}.{suffix}", piece
+        else:
+            for source in weight.sources:
+                yield weight.name, read_rows(reader, source.at(step.block))
+
+
+def row_reader(reader: CheckpointReader, step: Step, matrix: Matrix) -> Callable[[int, int], Tensor]:
+    """Reads rows of a matrix that is stacked from several checkpoint tensors."""
+    sources = [source.at(step.block) for source in matrix.sources]
+    counts = [source_rows(reader, source) for source in sources]
+
+    def rows(start: int, count: int) -> Tensor:
+        pieces = []
+        for source, size in zip(sources, counts, strict=True):
+            first, last = max(start, 0), min(start + count, size)
+            if first < last:
+                pieces.append(read_rows(reader, Source(source.key, source.start + first, last - first)))
+            start -= size
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    return rows
+
+
+def source_rows(reader: CheckpointReader, source: Source) -> int:
+    return source.rows if source.rows is not None else reader.checkpoint.tensors[source.key].shape[0] - source.start
+
+
+def read_rows(reader: CheckpointReader, source: Source) -> Tensor:
+    """Rows of a checkpoint tensor as float32 ``[rows, values in a row]``."""
+    info = reader.checkpoint.tensors[source.key]
+    width = info.nbytes // info.shape[0]
+    data = reader.read(source.key, source.start * width, source_rows(reader, source) * width)
+    values = torch.frombuffer(data, dtype=TORCH_DTYPES[info.dtype])
+    return values.view(source_rows(reader, source), -1).to(torch.float32)
+
+
+class BackgroundWriter:
+    """Hands pieces to a :class:`LayoutWriter` in a thread of its own; an error there is raised at a later ``put``."""
+
+    def __init__(self, writer: LayoutWriter, advance: Callable[[int], None]) -> None:
+        self._writer = writer
+        self._advance = advance
+        self._pool = ThreadPoolExecutor(1, "i2l-pack-writer")
+        self._pending: deque[Future[None]] = deque()
+
+    def put(self, name: str, piece: Tensor) -> None:
+        while len(self._pending) >= QUEUE_PIECES:
+            self._pending.popleft().result()
+        self._pending.append(self._pool.submit(self._write, name, piece))
+
+    def _write(self, name: str, piece: Tensor) -> None:
+        data = piece.contiguous().view(torch.uint8).numpy().reshape(-1)
+        self._writer.write(name, data.data)
+        self._advance(data.nbytes)
+
+    def __enter__(self) -> "BackgroundWriter":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            while kind is None and self._pending:
+                self._pending.popleft().result()
+        finally:
+            self._pool.shutdown(cancel_futures=True)
+
+
+def _grouped(groups: Sequence[Sequence[Step]], blocks_per_chunk: int) -> list[list[Step]]:
+    """Join neighbouring groups of blocks; embed and head stay chunks of their own."""
+    chunks: list[list[Step]] = []
+    size = 0
+    for group in groups:
+        alone = group[0].graph.endswith((".embed", ".head"))
+        if alone or size == 0 or size == blocks_per_chunk:
+            chunks.append(list(group))
+            size = 0 if alone else 1
+        else:
+            chunks[-1] += group
+            size += 1
+    return chunks

@@ -1,0 +1,1 @@
+"""Runtime: images to pixels, chunks through an engine, factors to a LoRA file."""

@@ -1,0 +1,156 @@
+"""LoRA files: factors to a safetensors file that every loader reads.
+
+``comfyui`` keys, ``diffusion_model.<module>.lora_A.weight``, are the one form that ComfyUI (also before 2026), diffusers and
+DiffSynth all load. ``diffsynth`` is what the original node saved: newer ComfyUI loads it, older ones load nothing. There is
+no alpha key, which means scale 1.0 everywhere; DiffSynth warns about one, and diffusers refuses some.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+
+from ..engines.base import Array
+from ..engines.tensorfile import LayoutWriter, plan_layout, read_header
+from ..errors import LoraNotFinite, LoraUnreadable
+from ..files import atomic_path
+
+KeyFormat: TypeAlias = Literal["comfyui", "diffsynth"]
+Dtype: TypeAlias = Literal["bf16", "fp16", "fp32"]
+KEYS: Mapping[KeyFormat, tuple[str, str]] = {
+    "comfyui": ("diffusion_model.{}.lora_A.weight", "diffusion_model.{}.lora_B.weight"),
+    "diffsynth": ("{}.lora_A.default.weight", "{}.lora_B.default.weight"),
+}
+DTYPES: Mapping[Dtype, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
+
+
+@dataclass
+class Lora:
+    """The factors of every target linear: the change of a weight is ``B @ A``."""
+
+    factors: Mapping[str, tuple[Array, Array]]
+    """``module -> (A [rank, in_features], B [out_features, rank])``, float32."""
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        return next(iter(self.factors.values()))[0].shape[0]
+
+    def save(self, path: Path | str, *, dtype: Dtype = "bf16", key_format: KeyFormat = "comfyui") -> Path:
+        """Write the file, whole or not at all.
+
+        Raises:
+            OutputUnwritable, DiskFull: nothing is left half written.
+            LoraNotFinite: a value is not finite, or beyond what ``dtype`` holds.
+        """
+        path = Path(path)
+        tensors = {
+            key.format(module): factor
+            for module, pair in self.factors.items()
+            for key, factor in zip(KEYS[key_format], pair, strict=True)
+        }
+        layout = plan_layout(
+            ((name, DTYPES[dtype], factor.shape) for name, factor in tensors.items()),
+            file_metadata(path.stem, self.rank) | self.metadata,
+        )
+        with atomic_path(path) as temporary, LayoutWriter(temporary, layout) as writer:
+            for name, factor in tensors.items():
+                writer.write(name, converted(name, factor, dtype).tobytes())
+        return path
+
+
+def factors_by_module(step: str, outputs: Mapping[str, Array]) -> dict[str, tuple[Array, Array]]:
+    """``module -> (A, B)`` from an adapter step's outputs ``<target>.A`` and ``<target>.B``."""
+    _, component, index, _ = step.split(".")
+    targets = [name.removesuffix(".A") for name in outputs if name.endswith(".A")]
+    return {f"{component}.{int(index)}.{t}": (outputs[f"{t}.A"], outputs[f"{t}.B"]) for t in targets}
+
+
+def lora_from_factors(factors: Mapping[str, tuple[Array, Array]], strength: float = 1.0) -> Lora:
+    """Join the factors of several images into one LoRA: the mean of their ``B @ A``, times ``strength``.
+
+    Args:
+        factors: ``module -> (A [images, rank, in], B [images, out, rank])``.
+        strength: linear, as it multiplies A alone (multiplying both, as the original does, squares it).
+    """
+    joined = {}
+    for module, (a, b) in factors.items():
+        images, rank, in_features = a.shape
+        gain = np.float32(strength / images)
+        flat_a = (a * gain).reshape(images * rank, in_features)
+        joined[module] = (flat_a, np.ascontiguousarray(b.transpose(1, 0, 2)).reshape(b.shape[1], images * rank))
+    return Lora(joined)
+
+
+def file_metadata(title: str, rank: int) -> dict[str, str]:
+    """What LoRA managers and loaders look for. Source paths stay out: they say more about a user than they should."""
+    return {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "Z-Image/lora",
+        "modelspec.implementation": "https://github.com/Tongyi-MAI/Z-Image",
+        "modelspec.title": title,
+        "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "modelspec.resolution": "1024x1024",
+        "ss_base_model_version": "zimage",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(rank),
+        "ss_output_name": title,
+    }
+
+
+def converted(name: str, values: Array, dtype: Dtype) -> NDArray[Any]:
+    """Values in the file's dtype; bfloat16 as its 16 bits, as numpy does not know it.
+
+    Raises:
+        LoraNotFinite: a value is not finite, or beyond what ``dtype`` holds.
+    """
+    with np.errstate(over="ignore"):
+        result = {"bf16": bfloat16_bits, "fp16": np.float16, "fp32": np.float32}[dtype](values)
+    finite = np.isfinite(values) if dtype == "bf16" else np.isfinite(result)
+    if not finite.all():
+        raise LoraNotFinite(name, dtype)
+    return np.asarray(result)
+
+
+def bfloat16_bits(values: Array) -> NDArray[np.uint16]:
+    """The upper half of each float32, rounded to nearest, ties to even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+
+
+def describe_lora(path: Path) -> dict[str, object]:
+    """The facts of a LoRA file for ``i2l inspect``.
+
+    Raises:
+        LoraUnreadable: not a safetensors file, or its keys are of no known form.
+    """
+    try:
+        tensors, metadata = read_header(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LoraUnreadable(path, str(error)) from error
+    for key_format, keys in KEYS.items():
+        pattern = re.compile(f"{re.escape(keys[0]).replace(re.escape('{}'), '(.+)')}$")
+        downs = {match[1]: info for name, info in tensors.items() if (match := pattern.match(name))}
+        if downs and all(keys[1].format(module) in tensors for module in downs):
+            break
+    else:
+        raise LoraUnreadable(path, "its keys are of no known form")
+    ranks = sorted({info.shape[0] for info in downs.values()})
+    return {
+        "path": str(path),
+        "tensors": len(tensors),
+        "modules": len(downs),
+        "rank": ranks[0] if len(ranks) == 1 else ranks,
+        "dtype": next(iter(downs.values())).dtype,
+        "key_format": key_format,
+        "nbytes": path.stat().st_size,
+        "metadata": metadata,
+    }

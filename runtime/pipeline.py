@@ -1,0 +1,172 @@
+"""The pipeline: an opened engines directory that turns images into LoRAs.
+
+All images of a call share one pass over the weights: the passes are bound by moving weights, and a batch of images moves
+them once.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from ..engines.base import Array, Backend, Engine, Value
+from ..engines.detect import choose_backend
+from ..engines.integrity import check_files
+from ..engines.manifest import Manifest, Step, read_manifest
+from ..engines.ort import CpuBackend
+from ..errors import NoImages
+from ..files import Report, silent
+from ..specs import EncoderSpec, Family
+from .images import ImageSource, content_sha256, load_image, pixels_dinov3, pixels_siglip2, square_image
+from .lora import Lora, factors_by_module, lora_from_factors
+from .streamer import stream
+
+Observer: TypeAlias = Callable[[str, dict[str, Array]], None]
+"""Told every step's name and outputs; for comparing with a reference."""
+
+
+@dataclass
+class Timings:
+    """Seconds spent per stage of the last call."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+ENCODERS: tuple[Family, ...] = ("siglip2", "dinov3")
+"""In the order of their outputs in an embedding."""
+
+
+class Pipeline:
+    """An engines directory opened on a backend. Not for several threads at once; a second call pays no set-up again.
+
+    Args:
+        engines: the directory that ``i2l build-engines`` made.
+        backend: ``auto``, ``cpu``, ``cuda`` or ``tensorrt``.
+        report: told the steps done of the running stage.
+
+    Raises:
+        EnginesError: the directory is missing, damaged or of another version.
+        BackendUnavailable: the named backend cannot run here.
+    """
+
+    def __init__(self, engines: Path, *, backend: str = "auto", report: Report = silent) -> None:
+        self.manifest: Manifest = read_manifest(engines)
+        self.backend_name, self.backend_reason = choose_backend(backend)
+        check_files(engines, self.manifest)
+        self._backend: Backend = CpuBackend(engines, self.manifest)
+        self._report = report
+        self.timings = Timings()
+
+    def lora_from_images(self, images: Sequence[ImageSource], *, strength: float = 1.0) -> Lora:
+        """One LoRA from one or more images; its rank is four per image.
+
+        Args:
+            images: paths, PIL images or uint8/float arrays ``[height, width, channels]``.
+            strength: multiplies the LoRA's effect; linear, as it scales one factor only.
+
+        Raises:
+            NoImages, ImageError: nothing to read, or an image that cannot be used.
+        """
+        self.timings = Timings()
+        with self.timings.stage("images"):
+            pictures = load_images(images)
+        lora = self.lora_from_embeddings(self.embed(pictures), strength=strength)
+        lora.metadata["i2l.images"] = ",".join(content_sha256(picture) for picture in pictures)
+        return lora
+
+    def embed(self, images: Sequence[ImageSource]) -> Array:
+        """The embeddings of images, float32 ``[images, 5632]``: SigLIP2's 1536 values, then DINOv3's 4096."""
+        return self.embed_pixels(self.pixels(images))
+
+    def pixels(self, images: Sequence[ImageSource]) -> dict[Family, Array]:
+        """What each encoder sees, float32 ``[images, 3, size, size]``."""
+        with self.timings.stage("images"):
+            squares = [square_image(picture) for picture in load_images(images)]
+            return {
+                "siglip2": np.stack([pixels_siglip2(square, self._image_size("siglip2")) for square in squares]),
+                "dinov3": np.stack([pixels_dinov3(square, self._image_size("dinov3")) for square in squares]),
+            }
+
+    def embed_pixels(self, pixels: Mapping[Family, Array], *, observe: Observer | None = None) -> Array:
+        """:meth:`embed` from what :meth:`pixels` gave; ``observe`` is told every step's outputs."""
+        return np.concatenate([self._encode(family, pixels[family], observe) for family in ENCODERS], axis=1)
+
+    def lora_from_embeddings(self, embeddings: Array, *, strength: float = 1.0) -> Lora:
+        """One LoRA from embeddings ``[images, 5632]``."""
+        factors: dict[str, tuple[Array, Array]] = {}
+        with self.timings.stage("adapter"):
+            value = self._backend.value(np.ascontiguousarray(embeddings, np.float32))
+            for step, engine, weights in self._stream("adapter"):
+                outputs = {name: self._backend.array(y) for name, y in engine.run(value, weights).items()}
+                factors |= factors_by_module(step.name, outputs)
+        lora = lora_from_factors(factors, strength)
+        build = hashlib.sha256(self.manifest.build_key.encode()).hexdigest()[:16]
+        lora.metadata |= {"i2l.precision": self.manifest.precision, "i2l.engines": build, "i2l.strength": f"{strength:g}"}
+        return lora
+
+    def close(self) -> None:
+        """Give sessions and mapped packs back."""
+        self._backend.close()
+
+    def __enter__(self) -> "Pipeline":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _encode(self, family: Family, pixels: Array, observe: Observer | None) -> Array:
+        """``[images, 3, size, size] -> [images, hidden]`` through embed, blocks and head."""
+        with self.timings.stage(family):
+            hidden = self._backend.value(pixels)
+            for step, engine, weights in self._stream(family):
+                ((name, hidden),) = engine.run(hidden, weights).items()
+                if observe:
+                    observe(step.name, {name: self._backend.array(hidden)})
+            return self._backend.array(hidden)
+
+    def _stream(self, family: Family) -> Iterator[tuple[Step, Engine, Mapping[str, Value]]]:
+        """Every step of a model in order with its engine and weights, progress told on the way."""
+        chunks = self.manifest.models[family].chunks
+        total = sum(len(chunk.steps) for chunk in chunks)
+        for done, (step, weights) in enumerate(stream(self._backend.store(family), chunks)):
+            self._report(family, done, total)
+            yield step, self._backend.engine(step.graph), weights
+        self._report(family, total, total)
+
+    def _image_size(self, family: Family) -> int:
+        spec = self.manifest.models[family].spec
+        assert isinstance(spec, EncoderSpec)  # the manifest's families are checked when it is read
+        return spec.image_size
+
+
+def load_images(images: Sequence[ImageSource]) -> list[Image.Image]:
+    """Every image as 8-bit RGB.
+
+    Raises:
+        NoImages, ImageError: nothing to read, or an image that cannot be used.
+    """
+    if not images:
+        raise NoImages
+    return [load_image(image) for image in images]
+
+
+def open_engines(engines: Path | str, *, backend: str = "auto", report: Report = silent) -> Pipeline:
+    """Open an engines directory; use it as a context manager or call ``close()``. See :class:`Pipeline`."""
+    return Pipeline(Path(engines).expanduser(), backend=backend, report=report)

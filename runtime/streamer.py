@@ -1,0 +1,24 @@
+"""The streamer: a model's chunks pass through, the next one always on its way.
+
+It knows nothing of files or devices: it asks the store to bring the next chunk in before the current one is used, and
+gives the current one back after its last step. Every backend is driven by this one function.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from ..engines.base import Value, WeightStore
+from ..engines.manifest import Chunk, Step
+
+
+def stream(store: WeightStore, chunks: Sequence[Chunk]) -> Iterator[tuple[Step, Mapping[str, Value]]]:
+    """Yield every step of ``chunks`` in order with its weights, valid until the next step is asked for."""
+    if chunks:
+        store.prefetch(chunks[0])
+    for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
+        if following is not None:
+            store.prefetch(following)
+        try:
+            for step in chunk.steps:
+                yield step, store.weights(step)
+        finally:
+            store.release(chunk)

@@ -1,0 +1,163 @@
+"""Specs: the facts of one architecture, and the three presets.
+
+Everything that depends on a model's size is derived from a spec; nothing else in the project holds a width. The
+published checkpoints are the preset ``full``. ``tiny`` and ``small`` are the same architectures with other numbers:
+their synthetic checkpoints carry the spec in the file's header, as they have no published shape hash.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypeAlias
+
+Family: TypeAlias = Literal["siglip2", "dinov3", "adapter"]
+FAMILIES: tuple[Family, ...] = ("siglip2", "dinov3", "adapter")
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """A vision transformer: ``siglip2`` (attention-pooling head) or ``dinov3`` (CLS token, 2-D RoPE)."""
+
+    family: Literal["siglip2", "dinov3"]
+    hidden: int
+    """Channels of the residual stream."""
+    depth: int
+    """Number of blocks."""
+    heads: int
+    intermediate: int
+    """Channels inside the MLP."""
+    image_size: int
+    """Pixels on a side of the square input."""
+    patch: int = 16
+    registers: int = 0
+    """Register tokens after the CLS token (dinov3 only)."""
+    norm_eps: float = 1e-6
+    rope_theta: float = 100.0
+    """Base of the rotary frequencies (dinov3 only)."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def grid(self) -> int:
+        """Patches on a side."""
+        return self.image_size // self.patch
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens that are not patches: CLS and registers, without position."""
+        return 0 if self.family == "siglip2" else 1 + self.registers
+
+    @property
+    def tokens(self) -> int:
+        return self.prefix_tokens + self.grid**2
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """The image-to-LoRA adapter: for each target linear, two bias-free pairs of matrices give the factors A and B."""
+
+    family: Literal["adapter"]
+    embedding: int
+    """Length of the concatenated encoder outputs."""
+    compress: int
+    """Channels between ``proj_in`` and ``proj_out``."""
+    rank: int
+    """Rank per image."""
+    hidden: int
+    """Width of the diffusion model's attention."""
+    feed_forward: int
+    """Width inside the diffusion model's feed-forward."""
+    layers: int
+    refiners: int
+    """Blocks in each of ``context_refiner`` and ``noise_refiner``."""
+
+    @property
+    def components(self) -> tuple[tuple[str, int], ...]:
+        """``(prefix of the LoRA keys, number of blocks)`` in the checkpoint's order."""
+        return (("layers", self.layers), ("context_refiner", self.refiners), ("noise_refiner", self.refiners))
+
+    @property
+    def attention_targets(self) -> tuple[tuple[str, int, int], ...]:
+        """``(module, in_features, out_features)`` of the linears in an attention block."""
+        return tuple((f"attention.{name}", self.hidden, self.hidden) for name in ("to_q", "to_k", "to_v", "to_out.0"))
+
+    @property
+    def feed_forward_targets(self) -> tuple[tuple[str, int, int], ...]:
+        """``(module, in_features, out_features)`` of the linears in a feed-forward block."""
+        wide, narrow = self.feed_forward, self.hidden
+        return (
+            ("feed_forward.w1", narrow, wide),
+            ("feed_forward.w2", wide, narrow),
+            ("feed_forward.w3", narrow, wide),
+        )
+
+
+Spec: TypeAlias = EncoderSpec | AdapterSpec
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Three specs that fit together."""
+
+    siglip2: EncoderSpec
+    dinov3: EncoderSpec
+    adapter: AdapterSpec
+
+    def __iter__(self) -> Any:
+        return iter((self.siglip2, self.dinov3, self.adapter))
+
+
+PRESETS: Mapping[str, Preset] = {
+    "tiny": Preset(
+        siglip2=EncoderSpec("siglip2", hidden=64, depth=2, heads=4, intermediate=128, image_size=64),
+        dinov3=EncoderSpec(
+            "dinov3", hidden=128, depth=3, heads=4, intermediate=256, image_size=64, registers=4, norm_eps=1e-5
+        ),
+        adapter=AdapterSpec(
+            "adapter", embedding=192, compress=16, rank=4, hidden=96, feed_forward=256, layers=2, refiners=1
+        ),
+    ),
+    "small": Preset(
+        siglip2=EncoderSpec("siglip2", hidden=384, depth=6, heads=6, intermediate=1536, image_size=384),
+        dinov3=EncoderSpec(
+            "dinov3", hidden=512, depth=6, heads=8, intermediate=1024, image_size=224, registers=4, norm_eps=1e-5
+        ),
+        adapter=AdapterSpec(
+            "adapter", embedding=896, compress=64, rank=4, hidden=480, feed_forward=1280, layers=6, refiners=2
+        ),
+    ),
+    "full": Preset(
+        siglip2=EncoderSpec("siglip2", hidden=1536, depth=40, heads=16, intermediate=6144, image_size=384),
+        dinov3=EncoderSpec(
+            "dinov3", hidden=4096, depth=40, heads=32, intermediate=8192, image_size=224, registers=4, norm_eps=1e-5
+        ),
+        adapter=AdapterSpec(
+            "adapter", embedding=5632, compress=128, rank=4, hidden=3840, feed_forward=10240, layers=30, refiners=2
+        ),
+    ),
+}
+
+
+def spec_to_dict(spec: Spec) -> dict[str, Any]:
+    """The spec as plain JSON values."""
+    return asdict(spec)
+
+
+def spec_from_dict(values: Mapping[str, Any]) -> Spec:
+    """The spec that :func:`spec_to_dict` wrote.
+
+    Raises:
+        ValueError: a field is missing, unknown or of the wrong type.
+    """
+    kind: type[EncoderSpec] | type[AdapterSpec]
+    kind = AdapterSpec if values.get("family") == "adapter" else EncoderSpec
+    if values.get("family") not in FAMILIES:
+        raise ValueError(f"unknown family {values.get('family')!r}")
+    wanted = {field.name for field in fields(kind)}
+    if wanted != set(values):
+        raise ValueError(f"fields differ from {kind.__name__}: {sorted(wanted ^ set(values))}")
+    for name, value in values.items():
+        if name != "family" and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+            raise ValueError(f"{name} is {value!r}, not a number")
+    return kind(**values)
