@@ -20,7 +20,7 @@ from ..specs import Family
 from .checkpoints import Checkpoint, CheckpointReader, find_checkpoints
 from .graphs import export_graphs, standalone_model
 from .packs import PackPlan, plan_pack, write_pack
-from .precision import PRECISIONS, Precision
+from .precision import precision_for
 
 log = logging.getLogger(__name__)
 BUILD_PREFIX = "build-"
@@ -67,14 +67,14 @@ def build_engines(
     if current and current.build_key == key:
         return BuildResult(current, rebuilt=False)
     plans = {
-        family: plan_pack(checkpoint.spec, PRECISIONS[precision], blocks_per_chunk)
+        family: plan_pack(checkpoint.spec, precision_for(precision, checkpoint.spec), blocks_per_chunk)
         for family, checkpoint in checkpoints.items()
     }
     total = sum(plan.layout.nbytes for plan in plans.values())
     with new_build_folder(engines, total) as folder:
         progress = _Progress(report, total)
-        graphs = write_graphs(folder, checkpoints, plans, PRECISIONS[precision])
-        hashes = write_packs(folder, checkpoints, plans, PRECISIONS[precision], progress)
+        graphs = write_graphs(folder, checkpoints, plans, precision)
+        hashes = write_packs(folder, checkpoints, plans, precision, progress)
         manifest = Manifest(
             build=folder.name,
             build_key=key,
@@ -146,12 +146,12 @@ def write_graphs(
     folder: Path,
     checkpoints: Mapping[Family, Checkpoint],
     plans: Mapping[Family, PackPlan],
-    precision: Precision,
+    precision: str,
 ) -> dict[str, str]:
     """Write every graph and its standalone forms; return ``graph name -> path`` in the build folder."""
     paths = {}
     for family, checkpoint in checkpoints.items():
-        graphs = dict(export_graphs(checkpoint.spec, precision))
+        graphs = dict(export_graphs(checkpoint.spec, precision_for(precision, checkpoint.spec)))
         (folder / "graphs").mkdir(exist_ok=True)
         (folder / family).mkdir()
         for name, graph in graphs.items():
@@ -167,7 +167,7 @@ def write_packs(
     folder: Path,
     checkpoints: Mapping[Family, Checkpoint],
     plans: Mapping[Family, PackPlan],
-    precision: Precision,
+    precision: str,
     progress: "_Progress",
 ) -> dict[str, str]:
     """Write the packs; return ``path in the build folder -> SHA-256``."""
@@ -175,8 +175,8 @@ def write_packs(
     for family, checkpoint in checkpoints.items():
         progress.stage = f"packing {family}"
         with CheckpointReader(checkpoint) as reader:
-            path = pack_path(family)
-            hashes[path] = write_pack(folder / path, plans[family], reader, precision, progress.advance)
+            path, kept = pack_path(family), precision_for(precision, checkpoint.spec)
+            hashes[path] = write_pack(folder / path, plans[family], reader, kept, progress.advance)
     return hashes
 
 

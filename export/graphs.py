@@ -36,7 +36,7 @@ ONNX_TYPES = {
 def export_graphs(spec: Spec, precision: Precision) -> Iterator[tuple[str, onnx.ModelProto]]:
     """Every graph of a model: ``(name, model)``."""
     weights = graph_weights(spec)
-    for name, module in graph_modules(spec, precision.linear).items():
+    for name, module in graph_modules(spec, precision).items():
         yield name, export_graph(name, module, spec, stored_tensors(weights[name], precision))
 
 

@@ -1,43 +1,38 @@
 """The torch modules that become graphs: each model cut into embed, block and head, weights as arguments.
 
 A module holds no parameters. ``forward`` takes the activations and a dictionary of weights, so that the exported graph has
-the weights as inputs and one graph serves all blocks. Products go through ``linear``, which knows the precision. Linears
-see two dimensions, ``[batch * tokens, channels]``: with three, TensorRT keeps hidden copies of the weights (measured).
+the weights as inputs and one graph serves all blocks. The linears come from the precision. They see two dimensions,
+``[batch * tokens, channels]``: with three, TensorRT keeps hidden copies of the weights (measured).
 
 Shapes: B images, T tokens, D channels of the residual stream, H heads, C compressed channels of the adapter.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor, nn
 
 from ..specs import AdapterSpec, EncoderSpec, Spec
-
-Weights: TypeAlias = Mapping[str, Tensor]
-Linear: TypeAlias = Callable[[Tensor, Weights, str], Tensor]
-"""``(x [rows, in], weights, name) -> [rows, out]``; adds ``<name>.bias`` where the weights have one."""
+from .precision import Precision, Weights
 
 
-def graph_modules(spec: Spec, linear: Linear) -> dict[str, nn.Module]:
+def graph_modules(spec: Spec, precision: Precision) -> dict[str, nn.Module]:
     """``graph name -> module`` of a model."""
     if isinstance(spec, AdapterSpec):
         return {
-            "adapter.attention": AdapterBlock(spec, spec.attention_targets, linear),
-            "adapter.feed_forward": AdapterBlock(spec, spec.feed_forward_targets, linear),
+            "adapter.attention": AdapterBlock(spec, spec.attention_targets, precision),
+            "adapter.feed_forward": AdapterBlock(spec, spec.feed_forward_targets, precision),
         }
     if spec.family == "siglip2":
         return {
             "siglip2.embed": Siglip2Embed(spec),
-            "siglip2.block": Siglip2Block(spec, linear),
-            "siglip2.head": Siglip2Head(spec, linear),
+            "siglip2.block": Siglip2Block(spec, precision),
+            "siglip2.head": Siglip2Head(spec, precision),
         }
     return {
         "dinov3.embed": Dinov3Embed(spec),
-        "dinov3.block": Dinov3Block(spec, linear),
+        "dinov3.block": Dinov3Block(spec, precision),
         "dinov3.head": Dinov3Head(spec),
     }
 
@@ -68,43 +63,50 @@ class Siglip2Embed(nn.Module):
 class Siglip2Block(nn.Module):
     """Pre-norm attention and a tanh-GELU MLP."""
 
-    def __init__(self, spec: EncoderSpec, linear: Linear) -> None:
+    def __init__(self, spec: EncoderSpec, precision: Precision) -> None:
         super().__init__()
         self.spec = spec
-        self.linear = linear
+        self.qkv = precision.linear("attention.qkv", spec.hidden, normed=True)
+        self.out = precision.linear("attention.out", spec.hidden, normed=False)
+        self.up = precision.linear("mlp.up", spec.hidden, normed=True)
+        self.down = precision.linear("mlp.down", spec.intermediate, normed=False)
 
     def forward(self, hidden_in: Tensor, weights: Weights) -> Tensor:
         spec = self.spec
         x = layer_norm(hidden_in, weights, "norm1", spec.norm_eps).view(-1, spec.hidden)
-        qkv = self.linear(x, weights, "attention.qkv").view(-1, spec.tokens, 3, spec.heads, spec.head_dim)
+        qkv = self.qkv(x, weights).view(-1, spec.tokens, 3, spec.heads, spec.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, T, D/H]
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, spec.hidden)
-        hidden = hidden_in + self.linear(attended, weights, "attention.out").view(-1, spec.tokens, spec.hidden)
+        hidden = hidden_in + self.out(attended, weights).view(-1, spec.tokens, spec.hidden)
         x = layer_norm(hidden, weights, "norm2", spec.norm_eps).view(-1, spec.hidden)
-        x = F.gelu(self.linear(x, weights, "mlp.up"), approximate="tanh")
-        return hidden + self.linear(x, weights, "mlp.down").view(-1, spec.tokens, spec.hidden)
+        x = F.gelu(self.up(x, weights), approximate="tanh")
+        return hidden + self.down(x, weights).view(-1, spec.tokens, spec.hidden)
 
 
 class Siglip2Head(nn.Module):
     """Attention pooling: one learned probe looks at all tokens."""
 
-    def __init__(self, spec: EncoderSpec, linear: Linear) -> None:
+    def __init__(self, spec: EncoderSpec, precision: Precision) -> None:
         super().__init__()
         self.spec = spec
-        self.linear = linear
+        self.q = precision.linear("attention.q", spec.hidden, normed=False)
+        self.kv = precision.linear("attention.kv", spec.hidden, normed=True)
+        self.out = precision.linear("attention.out", spec.hidden, normed=False)
+        self.up = precision.linear("mlp.up", spec.hidden, normed=True)
+        self.down = precision.linear("mlp.down", spec.intermediate, normed=False)
 
     def forward(self, hidden_in: Tensor, weights: Weights) -> Tensor:
         spec = self.spec
         x = layer_norm(hidden_in, weights, "norm", spec.norm_eps).view(-1, spec.hidden)
-        q = self.linear(weights["probe"], weights, "attention.q").view(1, spec.heads, 1, spec.head_dim)
-        kv = self.linear(x, weights, "attention.kv").view(-1, spec.tokens, 2, spec.heads, spec.head_dim)
+        q = self.q(weights["probe"], weights).view(1, spec.heads, 1, spec.head_dim)
+        kv = self.kv(x, weights).view(-1, spec.tokens, 2, spec.heads, spec.head_dim)
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
         q = q.expand(k.shape[0], -1, -1, -1)
         pooled = F.scaled_dot_product_attention(q, k, v).reshape(-1, spec.hidden)  # [B, D]: the probe is one token
-        pooled = self.linear(pooled, weights, "attention.out")
+        pooled = self.out(pooled, weights)
         x = layer_norm(pooled, weights, "norm2", spec.norm_eps)
-        x = F.gelu(self.linear(x, weights, "mlp.up"), approximate="tanh")
-        return pooled + self.linear(x, weights, "mlp.down")
+        x = F.gelu(self.up(x, weights), approximate="tanh")
+        return pooled + self.down(x, weights)
 
 
 class Dinov3Embed(nn.Module):
@@ -123,10 +125,13 @@ class Dinov3Embed(nn.Module):
 class Dinov3Block(nn.Module):
     """Pre-norm attention with rotary positions and a SiLU-gated MLP, each with LayerScale."""
 
-    def __init__(self, spec: EncoderSpec, linear: Linear) -> None:
+    def __init__(self, spec: EncoderSpec, precision: Precision) -> None:
         super().__init__()
         self.spec = spec
-        self.linear = linear
+        self.qkv = precision.linear("attention.qkv", spec.hidden, normed=True)
+        self.out = precision.linear("attention.out", spec.hidden, normed=False)
+        self.gate_up = precision.linear("mlp.gate_up", spec.hidden, normed=True)
+        self.down = precision.linear("mlp.down", spec.intermediate, normed=False)
         cos, sin = rotary_tables(spec)
         self.register_buffer("rotary_cos", cos)
         self.register_buffer("rotary_sin", sin)
@@ -134,14 +139,14 @@ class Dinov3Block(nn.Module):
     def forward(self, hidden_in: Tensor, weights: Weights) -> Tensor:
         spec = self.spec
         x = layer_norm(hidden_in, weights, "norm1", spec.norm_eps).view(-1, spec.hidden)
-        qkv = self.linear(x, weights, "attention.qkv").view(-1, spec.tokens, 3, spec.heads, spec.head_dim)
+        qkv = self.qkv(x, weights).view(-1, spec.tokens, 3, spec.heads, spec.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, T, D/H]
         attended = F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v)
-        x = self.linear(attended.transpose(1, 2).reshape(-1, spec.hidden), weights, "attention.out")
+        x = self.out(attended.transpose(1, 2).reshape(-1, spec.hidden), weights)
         hidden = hidden_in + x.view(-1, spec.tokens, spec.hidden) * weights["scale1"]
         x = layer_norm(hidden, weights, "norm2", spec.norm_eps).view(-1, spec.hidden)
-        gate, up = self.linear(x, weights, "mlp.gate_up").chunk(2, dim=-1)
-        x = self.linear(F.silu(gate) * up, weights, "mlp.down")
+        gate, up = self.gate_up(x, weights).chunk(2, dim=-1)
+        x = self.down(F.silu(gate) * up, weights)
         return hidden + x.view(-1, spec.tokens, spec.hidden) * weights["scale2"]
 
     def rotate(self, x: Tensor) -> Tensor:
@@ -166,20 +171,21 @@ class AdapterBlock(nn.Module):
     Outputs, per target: A ``[B, rank, in_features]`` and B ``[B, out_features, rank]``.
     """
 
-    def __init__(self, spec: AdapterSpec, targets: tuple[tuple[str, int, int], ...], linear: Linear) -> None:
+    def __init__(self, spec: AdapterSpec, targets: tuple[tuple[str, int, int], ...], precision: Precision) -> None:
         super().__init__()
         self.spec = spec
         self.targets = targets
-        self.linear = linear
+        self.proj_in = precision.linear("proj_in", spec.embedding, normed=False)
+        names = [f"{target}.{factor}" for target, _, _ in targets for factor in "AB"]
+        self.proj_out = nn.ModuleList(precision.linear(name, spec.compress, normed=False) for name in names)
 
     def forward(self, embedding: Tensor, weights: Weights) -> dict[str, Tensor]:
-        compressed = iter(self.linear(embedding, weights, "proj_in").split(self.spec.compress, dim=-1))
+        compressed = self.proj_in(embedding, weights).split(self.spec.compress, dim=-1)
+        outputs = iter([linear(x, weights) for linear, x in zip(self.proj_out, compressed, strict=True)])
         factors = {}
         for target, in_features, out_features in self.targets:
-            a = self.linear(next(compressed), weights, f"{target}.A")
-            b = self.linear(next(compressed), weights, f"{target}.B")
-            factors[f"{target}.A"] = a.view(-1, self.spec.rank, in_features)
-            factors[f"{target}.B"] = b.view(-1, out_features, self.spec.rank)
+            factors[f"{target}.A"] = next(outputs).view(-1, self.spec.rank, in_features)
+            factors[f"{target}.B"] = next(outputs).view(-1, out_features, self.spec.rank)
         return factors
 
 

@@ -15,7 +15,7 @@ from .checkpoints import Checkpoint, CheckpointReader
 from .graphs import stored_tensors
 from .modules import graph_modules
 from .packs import prepared_weights
-from .precision import PRECISIONS
+from .precision import precision_for
 from .weights import graph_weights, plan_steps
 
 Array = NDArray[np.float32]
@@ -29,9 +29,9 @@ def reference_steps(checkpoint: Checkpoint, activation: Array) -> Iterator[tuple
         checkpoint: any of the three models.
         activation: pixels ``[B, 3, S, S]``, or for the adapter embeddings ``[B, embedding]``.
     """
-    exact = PRECISIONS["fp32"]
+    exact = precision_for("fp32", checkpoint.spec)
     weights = graph_weights(checkpoint.spec)
-    modules = graph_modules(checkpoint.spec, exact.linear)
+    modules = graph_modules(checkpoint.spec, exact)
     x = torch.from_numpy(np.ascontiguousarray(activation))
     with CheckpointReader(checkpoint) as reader:
         for step in (step for group in plan_steps(checkpoint.spec) for step in group):
