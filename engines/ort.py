@@ -6,7 +6,6 @@ is copied or deserialised. Pages come in by ``madvise(WILLNEED)`` one chunk ahea
 """
 
 import mmap
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from ..specs import Family
 from .base import Array
 from .manifest import Chunk, Manifest, Step
 from .tensorfile import PAGE, TensorInfo
+from .threads import usable_cores
 
 # safetensors dtype -> (numpy dtype of the same width, onnx.TensorProto element type): numpy knows neither bfloat16 nor
 # FP8, and the runtime does without the onnx package.
@@ -124,8 +124,3 @@ class MappedPack:
         if hasattr(mmap, advice):  # Windows has no madvise: its cache manager decides alone
             start = chunk.offset - chunk.offset % PAGE
             self._map.madvise(getattr(mmap, advice), start, chunk.offset + chunk.nbytes - start)
-
-
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

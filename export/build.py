@@ -174,9 +174,8 @@ def write_packs(
     hashes = {}
     for family, checkpoint in checkpoints.items():
         progress.stage = f"packing {family}"
-        with CheckpointReader(checkpoint) as reader:
-            path, kept = pack_path(family), precision_for(precision, checkpoint.spec)
-            hashes[path] = write_pack(folder / path, plans[family], reader, kept, progress.advance)
+        path, kept = pack_path(family), precision_for(precision, checkpoint.spec)
+        hashes[path] = write_pack(folder / path, plans[family], CheckpointReader(checkpoint), kept, progress.advance)
     return hashes
 
 

@@ -7,10 +7,10 @@ known model but differs is reported tensor by tensor, as that is nearly always a
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import mmap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from safetensors import SafetensorError
 
@@ -51,32 +51,32 @@ class Checkpoint:
 
 
 class CheckpointReader:
-    """Reads byte ranges of a checkpoint with ``pread``: mapped pages would count as resident memory."""
+    """A checkpoint's bytes, mapped: read ahead while the tensors before are worked on, and given back behind."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self._file = checkpoint.path.open("rb", buffering=0)
+        with checkpoint.path.open("rb") as file:
+            # A private mapping, as torch wants memory that it could write; nothing writes.
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
-    def read(self, name: str, start: int = 0, nbytes: int | None = None) -> bytearray:
-        """``nbytes`` (default: all) of tensor ``name`` from its byte ``start``."""
-        info = self.checkpoint.tensors[name]
-        buffer = bytearray(info.nbytes - start if nbytes is None else nbytes)
-        self._file.seek(info.offset + start)
-        done = 0
-        while done < len(buffer):  # one read returns at most 2 GiB
-            count = self._file.readinto(memoryview(buffer)[done:])
-            if not count:
-                raise CheckpointUnreadable(self.checkpoint.path, f"it ends inside {name}")
-            done += count
-        return buffer
+    def read(self, name: str, start: int, nbytes: int) -> memoryview:
+        """``nbytes`` of tensor ``name`` from its byte ``start``."""
+        offset = self.checkpoint.tensors[name].offset + start
+        return memoryview(self._map)[offset : offset + nbytes]
 
-    def __enter__(self) -> "CheckpointReader":
-        return self
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Begin to read tensors into the page cache; returns at once."""
+        self._advise("MADV_WILLNEED", names)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
+    def release(self, names: Iterable[str]) -> None:
+        """Take tensors out of this process's memory; the page cache may keep them."""
+        self._advise("MADV_DONTNEED", names)
+
+    def _advise(self, advice: str, names: Iterable[str]) -> None:
+        if hasattr(mmap, advice):  # Windows has no madvise
+            for info in (self.checkpoint.tensors[name] for name in names):
+                start = info.offset - info.offset % mmap.PAGESIZE
+                self._map.madvise(getattr(mmap, advice), start, info.offset + info.nbytes - start)
 
 
 def find_checkpoints(models: Path, families: Sequence[Family] = FAMILIES) -> dict[Family, Checkpoint]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..specs import Spec
+from .parallel import in_threads
 from .rotation import rotate, rotation
 
 Stored: TypeAlias = tuple[str, str, tuple[int, ...]]
@@ -84,11 +85,21 @@ def precision_for(name: str, spec: Spec) -> Precision:
     return {"fp8": Float8(), "bf16": Float("BF16"), "fp32": Float("F32")}[name]
 
 
-def row_pieces(rows: Rows, out_features: int, in_features: int) -> Iterator[tuple[int, Tensor]]:
-    """The matrix in pieces of whole rows: ``(first row, piece)``."""
-    step = max(1, PIECE_VALUES // in_features)
-    for start in range(0, out_features, step):
-        yield start, rows(start, min(step, out_features - start))
+def row_starts(out_features: int, in_features: int) -> range:
+    """The first row of every piece, and as the range's step the rows in a piece."""
+    return range(0, out_features, max(1, PIECE_VALUES // in_features))
+
+
+def pieces(
+    rows: Rows, out_features: int, in_features: int, convert: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every piece of a matrix through ``convert``, which gives ``(weights, scales)``; the scales follow the weights."""
+    starts = row_starts(out_features, in_features)
+    scales = []
+    for weight, scale in in_threads(lambda start: convert(rows(start, min(starts.step, out_features - start))), starts):
+        scales.append(scale)
+        yield "weight", weight
+    yield "scale", torch.cat(scales)
 
 
 def row_scales(piece: Tensor, largest: float) -> Tensor:
@@ -112,8 +123,8 @@ class Float:
         return [("weight", self.dtype, (out_features, in_features))]
 
     def prepare(self, rows: Rows, out_features: int, in_features: int) -> Iterator[tuple[str, Tensor]]:
-        for _, piece in row_pieces(rows, out_features, in_features):
-            yield "weight", piece.to(TORCH_DTYPES[self.dtype])
+        for start in (starts := row_starts(out_features, in_features)):
+            yield "weight", rows(start, min(starts.step, out_features - start)).to(TORCH_DTYPES[self.dtype])
 
     def linear(self, name: str, in_features: int, *, normed: bool) -> Linear:  # noqa: ARG002
         return FloatLinear(name)
@@ -134,11 +145,11 @@ class Float8:
         return [("weight", "F8_E4M3", (out_features, in_features)), ("scale", "F32", (out_features,))]
 
     def prepare(self, rows: Rows, out_features: int, in_features: int) -> Iterator[tuple[str, Tensor]]:
-        scales = []
-        for _, piece in row_pieces(rows, out_features, in_features):
-            scales.append(row_scales(piece, 448.0))
-            yield "weight", (piece / scales[-1][:, None]).to(torch.float8_e4m3fn)
-        yield "scale", torch.cat(scales)
+        def convert(piece: Tensor) -> tuple[Tensor, Tensor]:
+            scale = row_scales(piece, 448.0)
+            return (piece / scale[:, None]).to(torch.float8_e4m3fn), scale
+
+        yield from pieces(rows, out_features, in_features, convert)
 
     def linear(self, name: str, in_features: int, *, normed: bool) -> Linear:  # noqa: ARG002
         return Float8Linear(name)
@@ -170,13 +181,17 @@ class RotatedInt8:
 
     def prepare(self, rows: Rows, out_features: int, in_features: int) -> Iterator[tuple[str, Tensor]]:
         left, right = rotation(in_features)
+        starts = row_starts(out_features, in_features)
         matrix = torch.empty(in_features, out_features, dtype=torch.int8)
-        scales = []
-        for start, piece in row_pieces(rows, out_features, in_features):
-            rotated = rotate(piece, left, right)
-            scales.append(row_scales(rotated, 127.0))
-            quantised = rotated.div_(scales[-1][:, None]).round_().to(torch.int8)
-            matrix[:, start : start + len(piece)] = quantised.t()
+
+        def convert(start: int) -> Tensor:
+            rotated = rotate(rows(start, min(starts.step, out_features - start)), left, right)
+            scale = row_scales(rotated, 127.0)
+            quantised = rotated.div_(scale[:, None]).round_().to(torch.int8)
+            matrix[:, start : start + len(quantised)] = quantised.t()
+            return scale
+
+        scales = list(in_threads(convert, starts))
         for piece in matrix.split(max(1, PIECE_VALUES * 8 // out_features)):
             yield "weight", piece
         yield "scale", torch.cat(scales)
@@ -231,11 +246,11 @@ class LeftInt8:
         return [("weight", "U8", (out_features, in_features)), ("scale", "F32", (out_features,))]
 
     def prepare(self, rows: Rows, out_features: int, in_features: int) -> Iterator[tuple[str, Tensor]]:
-        scales = []
-        for _, piece in row_pieces(rows, out_features, in_features):
-            scales.append(row_scales(piece, 127.0))
-            yield "weight", (piece / scales[-1][:, None]).round_().add_(128).to(torch.uint8)
-        yield "scale", torch.cat(scales)
+        def convert(piece: Tensor) -> tuple[Tensor, Tensor]:
+            scale = row_scales(piece, 127.0)
+            return (piece / scale[:, None]).round_().add_(128).to(torch.uint8), scale
+
+        yield from pieces(rows, out_features, in_features, convert)
 
     def linear(self, name: str, in_features: int, *, normed: bool) -> Linear:  # noqa: ARG002
         return LeftInt8Linear(name)

@@ -14,7 +14,7 @@ from ..specs import AdapterSpec
 from .checkpoints import Checkpoint, CheckpointReader
 from .graphs import stored_tensors
 from .modules import graph_modules
-from .packs import prepared_weights
+from .packs import prepared_weights, source_keys
 from .precision import precision_for
 from .weights import graph_weights, plan_steps
 
@@ -33,17 +33,18 @@ def reference_steps(checkpoint: Checkpoint, activation: Array) -> Iterator[tuple
     weights = graph_weights(checkpoint.spec)
     modules = graph_modules(checkpoint.spec, exact)
     x = torch.from_numpy(np.ascontiguousarray(activation))
-    with CheckpointReader(checkpoint) as reader:
-        for step in (step for group in plan_steps(checkpoint.spec) for step in group):
-            values: dict[str, list[torch.Tensor]] = {}
-            for name, piece in prepared_weights(reader, step, weights[step.graph], exact):
-                values.setdefault(name, []).append(piece.flatten())
-            shapes = {name: shape for name, _, shape in stored_tensors(weights[step.graph], exact)}
-            joined = {name: torch.cat(pieces).view(shapes[name]) for name, pieces in values.items()}
-            del values
-            outputs = modules[step.graph](x, joined)
-            if isinstance(checkpoint.spec, AdapterSpec):
-                yield step.name, {name: y.numpy() for name, y in outputs.items()}
-            else:
-                x = outputs
-                yield step.name, {"embedding" if step.graph.endswith(".head") else "hidden_out": x.numpy()}
+    reader = CheckpointReader(checkpoint)
+    for step in (step for group in plan_steps(checkpoint.spec) for step in group):
+        values: dict[str, list[torch.Tensor]] = {}
+        for name, piece in prepared_weights(reader, step, weights[step.graph], exact):
+            values.setdefault(name, []).append(piece.flatten())
+        shapes = {name: shape for name, _, shape in stored_tensors(weights[step.graph], exact)}
+        joined = {name: torch.cat(pieces).view(shapes[name]) for name, pieces in values.items()}
+        del values
+        reader.release(source_keys(step, weights[step.graph]))
+        outputs = modules[step.graph](x, joined)
+        if isinstance(checkpoint.spec, AdapterSpec):
+            yield step.name, {name: y.numpy() for name, y in outputs.items()}
+        else:
+            x = outputs
+            yield step.name, {"embedding" if step.graph.endswith(".head") else "hidden_out": x.numpy()}

@@ -16,6 +16,8 @@ from torch import Tensor
 
 Matrix = NDArray[np.float64]
 SIGN_TRIES = 512
+LARGEST = 256
+"""Larger factors than this cost more to apply than a cosine transform loses."""
 
 
 @cache
@@ -37,6 +39,7 @@ def rotate(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return (left @ (x.reshape(-1, b) @ right).reshape(-1, a, b)).reshape(-1, a * b)
 
 
+@cache
 def hadamard(size: int) -> Matrix | None:
     """A Hadamard matrix by Sylvester's doubling and Paley's first construction, or None where these give none."""
     if size == 1:
@@ -71,9 +74,9 @@ def _flat(size: int) -> Matrix:
 
 def _split(width: int) -> tuple[int, int]:
     """``a <= b`` with ``a * b = width``, near each other and both Hadamard sizes if possible."""
-    pairs = [(a, width // a) for a in range(1, int(width**0.5) + 1) if width % a == 0]
-    good = [pair for pair in pairs if all(hadamard(size) is not None for size in pair)]
-    return (good or pairs)[-1]
+    pairs = [(a, width // a) for a in range(int(width**0.5), 0, -1) if width % a == 0]
+    near = [pair for pair in pairs if pair[1] <= LARGEST]
+    return next((pair for pair in near if all(hadamard(size) is not None for size in pair)), pairs[0])
 
 
 def _signs(matrix: Matrix, seed: int) -> Matrix:

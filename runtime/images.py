@@ -59,8 +59,6 @@ _DAMAGE = (
     OSError,
     SyntaxError,
     ValueError,
-    EOFError,
-    OverflowError,
     RuntimeError,
     struct.error,
     Image.DecompressionBombError,
@@ -263,7 +261,7 @@ def _upright(image: Image.Image) -> Image.Image:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except _DAMAGE:
         orientation = None
-    if isinstance(orientation, int) and orientation in _TURNS:
+    if orientation in _TURNS:
         return image.transpose(_TURNS[orientation])
     return image.copy()
 
@@ -292,7 +290,7 @@ def _from_array(array: NDArray[Any], name: str) -> Image.Image:
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
         raise ImageUnreadable(name, f"its shape is {array.shape}, not HxW, HxWx3 or HxWx4")
     _check_size(name, array.shape[1], array.shape[0])
-    return _to_rgb(Image.fromarray(np.ascontiguousarray(_to_8_bit(array, name))), name)
+    return _to_rgb(Image.fromarray(_to_8_bit(array, name)), name)
 
 
 def _to_8_bit(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
@@ -303,5 +301,5 @@ def _to_8_bit(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
     low, high = float(array.min()), float(array.max())
     if not (low >= -_FLOAT_SLACK and high <= 1 + _FLOAT_SLACK):
         raise ImageUnreadable(name, f"its float values reach from {low:g} to {high:g}, outside [0, 1]")
-    eight_bit: NDArray[np.uint8] = np.rint(np.clip(array.astype(np.float32), 0, 1) * 255).astype(np.uint8)
+    eight_bit: NDArray[np.uint8] = np.rint(array.astype(np.float32) * 255).astype(np.uint8)
     return eight_bit

@@ -2,10 +2,14 @@
 
 import importlib
 import importlib.util
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import torch
+from i2l.specs import AdapterSpec, EncoderSpec
+from safetensors.torch import load_file
 
 _SCHEMAS: list[torch.library.Library] = []
 """Kept alive: a library that is collected takes its operators along."""
@@ -19,9 +23,9 @@ def import_torchvision() -> ModuleType:
     torch and Pillow alone. Call it before importing anything of transformers that wants torchvision.
     """
     if not _SCHEMAS and not _compiled_operators_load():
-        library = torch.library.Library("torchvision", "DEF")
+        library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
         for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
         _SCHEMAS.append(library)
     return importlib.import_module("torchvision")
 
@@ -32,7 +36,127 @@ def _compiled_operators_load() -> bool:
         raise ModuleNotFoundError("No module named 'torchvision'", name="torchvision")
     try:
         for path in Path(spec.origin).parent.glob("_C*.so"):
-            torch.ops.load_library(path)
+            torch.ops.load_library(path)  # type: ignore[no-untyped-call]
     except OSError:
         return False
     return hasattr(torch.ops.torchvision, "nms")
+
+
+def encoder_oracle(spec: EncoderSpec, checkpoint: Path) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``pixels [B, 3, S, S] -> embedding [B, hidden]`` by transformers, float32, from a checkpoint's published keys."""
+    import_torchvision()  # transformers imports it for its vision models
+    values = {name: tensor.float() for name, tensor in load_file(checkpoint).items()}
+    if spec.family == "siglip2":
+        from transformers import SiglipVisionConfig, SiglipVisionModel
+
+        config = SiglipVisionConfig(
+            hidden_size=spec.hidden,
+            intermediate_size=spec.intermediate,
+            num_hidden_layers=spec.depth,
+            num_attention_heads=spec.heads,
+            image_size=spec.image_size,
+            patch_size=spec.patch,
+            layer_norm_eps=spec.norm_eps,
+            hidden_act="gelu_pytorch_tanh",
+        )
+        model = SiglipVisionModel(config)
+    else:
+        from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+        config = DINOv3ViTConfig(
+            hidden_size=spec.hidden,
+            intermediate_size=spec.intermediate,
+            num_hidden_layers=spec.depth,
+            num_attention_heads=spec.heads,
+            image_size=spec.image_size,
+            patch_size=spec.patch,
+            num_register_tokens=spec.registers,
+            layer_norm_eps=spec.norm_eps,
+            rope_theta=spec.rope_theta,
+            hidden_act="silu",
+            use_gated_mlp=True,
+            query_bias=False,
+            key_bias=False,
+            value_bias=False,
+            proj_bias=True,
+            mlp_bias=True,
+        )
+        model = DINOv3ViTModel(config)
+    _load_published(model, values)
+    model.eval()
+
+    @torch.inference_mode()
+    def run(pixels: torch.Tensor) -> torch.Tensor:
+        return model(pixels).pooler_output
+
+    return run
+
+
+def adapter_oracle(spec: AdapterSpec, checkpoint: Path) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+    """``embedding [embedding] -> LoRA tensors`` of one image by DiffSynth's own adapter code, in DiffSynth's keys.
+
+    The published model has its sizes written into its constructor; other sizes go through the class that it is made of.
+    """
+    adapter = _diffsynth_module("z_image_image2lora")
+    model = torch.nn.Module()
+    patterns = [list(spec.attention_targets), list(spec.feed_forward_targets)]
+    for prefix, blocks in spec.components:
+        component = adapter.ZImageImage2LoRAComponent(
+            lora_patterns=[],
+            prefix=prefix,
+            num_blocks=blocks,
+            use_residual=False,
+            compress_dim=spec.compress,
+            rank=spec.rank,
+        )
+        component.blocks = torch.nn.ModuleList(
+            adapter.LoRATrainerBlock(
+                pattern,
+                in_dim=spec.embedding,
+                compress_dim=spec.compress,
+                rank=spec.rank,
+                block_id=block,
+                use_residual=False,
+                prefix=prefix,
+            )
+            for pattern in patterns
+            for block in range(blocks)
+        )
+        model.add_module(f"{prefix}_lora", component)
+    model.load_state_dict({name: tensor.float() for name, tensor in load_file(checkpoint).items()})
+
+    @torch.inference_mode()
+    def run(embedding: torch.Tensor) -> dict[str, torch.Tensor]:
+        lora: dict[str, torch.Tensor] = {}
+        for component in model.children():
+            lora |= component(embedding[None])
+        return lora
+
+    return run
+
+
+def _load_published(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> None:
+    """Load the published keys, which lack the prefixes that transformers 5 puts before them."""
+    renamed = {}
+    for wanted in model.state_dict():
+        suffix = next(
+            key
+            for key in (wanted, wanted.removeprefix("model."), wanted.removeprefix("vision_model."))
+            if key in values
+        )
+        renamed[wanted] = values.pop(suffix)
+    assert not values, f"not in the oracle: {list(values)[:5]}"
+    model.load_state_dict(renamed)
+
+
+def _diffsynth_module(name: str) -> ModuleType:
+    """One file of DiffSynth's models folder; importing the package would want far more than that file does."""
+    if "diffsynth" not in sys.modules:
+        spec = importlib.util.find_spec("diffsynth")
+        assert spec is not None
+        assert spec.origin is not None
+        for package, folder in (("diffsynth", "."), ("diffsynth.models", "models")):
+            module = ModuleType(package)
+            module.__path__ = [str(Path(spec.origin).parent / folder)]
+            sys.modules[package] = module
+    return importlib.import_module(f"diffsynth.models.{name}")

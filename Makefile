@@ -1,0 +1,50 @@
+# Every target sets up what it needs. PYTHON chooses the interpreter (3.10 to 3.13).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := demo
+PRESET ?= small
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types unit format bench-cpu clean
+
+help:  ## Show the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.ready  ## Make .venv with everything for building, running and testing
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,dev]'
+	@# The two oracles would pull a CUDA torch and a whole application along; their own files are enough.
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt torchvision diffsynth
+	@mkdir -p .typecheck && ln -sfn .. .typecheck/i2l
+	@touch $@
+
+demo: setup  ## Tiny checkpoints, engines, a LoRA from a picture, and what is in it
+	$(BIN)/i2l make-checkpoints $(DEMO)/models --preset tiny
+	$(BIN)/i2l build-engines --models $(DEMO)/models --engines $(DEMO)/engines
+	$(BIN)/i2l run docs/photo.jpg --engines $(DEMO)/engines --output $(DEMO)/photo.safetensors
+	$(BIN)/i2l inspect $(DEMO)/photo.safetensors
+
+test: lint types unit  ## Lint, types and tests: what CI runs
+
+lint: setup  ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup  ## mypy, strict
+	MYPYPATH=.typecheck $(BIN)/mypy -p i2l
+
+unit: setup  ## pytest
+	$(BIN)/python -m pytest
+
+format: setup  ## Let ruff mend and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-cpu: setup  ## This project beside the torch reference (PRESET=small|full)
+	$(BIN)/python benchmarks/cpu.py --preset $(PRESET)
+
+clean:  ## Remove the demo and all caches
+	rm -rf $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,74 @@
+"""Shared fixtures: synthetic checkpoints, engines built from them once per session, and pictures."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from i2l.export.build import build_engines
+from i2l.export.synthetic import make_checkpoints
+from PIL import Image
+
+MakeModels = Callable[..., Path]
+MakeEngines = Callable[..., Path]
+
+
+def pytest_report_header() -> str:
+    import onnx
+    import onnxruntime
+    import torch
+    import transformers
+
+    return (
+        f"torch {torch.__version__}, onnx {onnx.__version__}, onnxruntime {onnxruntime.__version__} "
+        f"({', '.join(onnxruntime.get_available_providers())}), transformers {transformers.__version__}"
+    )
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> MakeModels:
+    """``models("tiny", outliers=True) -> folder`` of synthetic checkpoints; read-only for the tests."""
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(preset: str = "tiny", **options: object) -> Path:
+        key = (preset, *sorted(options.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(f"models-{preset}")
+            make_checkpoints(made[key], preset, **options)  # type: ignore[arg-type]
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def engines(models: MakeModels, tmp_path_factory: pytest.TempPathFactory) -> MakeEngines:
+    """``engines("tiny", "fp32", outliers=True) -> engines directory``; read-only for the tests."""
+    made: dict[tuple[object, ...], Path] = {}
+
+    def make(preset: str = "tiny", precision: str = "fp32", blocks_per_chunk: int = 1, **options: object) -> Path:
+        key = (preset, precision, blocks_per_chunk, *sorted(options.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(f"engines-{preset}-{precision}")
+            source = models(preset, **options)
+            build_engines(source, made[key], precision=precision, blocks_per_chunk=blocks_per_chunk)
+        return made[key]
+
+    return make
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A seeded RGB picture: smooth areas, an edge and noise."""
+    generator = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    smooth = np.stack([x / width, y / height, (x + y) % 97 / 97], axis=-1)
+    smooth[(x - width / 2) ** 2 + (y - height / 3) ** 2 < (min(width, height) / 4) ** 2] = generator.random(3)
+    noisy = smooth + generator.normal(0, 0.05, smooth.shape)
+    return Image.fromarray((np.clip(noisy, 0, 1) * 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JPEG on disk."""
+    path = tmp_path_factory.mktemp("photos") / "photo.jpg"
+    picture(320, 240).save(path, quality=95)
+    return path
