@@ -34,7 +34,7 @@ lint: setup  ## ruff
 	$(BIN)/ruff format --check .
 
 types: setup  ## mypy, strict
-	MYPYPATH=.typecheck $(BIN)/mypy -p i2l
+	MYPYPATH=.typecheck:tests $(BIN)/mypy -p i2l
 
 unit: setup  ## pytest
 	$(BIN)/python -m pytest

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["I2LError", "Lora", "Pipeline", "__version__", "open_engines"]
 __version__ = "0.1.0"
 
-_HOMES = {"I2LError": "errors", "Lora": "runtime.lora", "Pipeline": "runtime.pipeline", "open_engines": "runtime.pipeline"}
+_HOMES = {
+    "I2LError": "errors",
+    "Lora": "runtime.lora",
+    "Pipeline": "runtime.pipeline",
+    "open_engines": "runtime.pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:

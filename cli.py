@@ -1,11 +1,14 @@
-"""The command line: thin commands over the library. Heavy imports stay inside the commands, so ``--help`` answers at once."""
+"""The command line: thin commands over the library.
+
+Heavy imports stay inside the commands, so that ``--help`` answers at once.
+"""
 
 import json
 import logging
-import sys
+import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +23,18 @@ class UserPath(click.Path):
     """A path in which ``~`` is the home directory even where the shell did not expand it."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        return Path(super().convert(value, param, ctx)).expanduser()
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        with suppress(RuntimeError):  # there is no such user: the name just begins with ~
+            path = path.expanduser()
+        try:
+            path.is_file()
+        except (OSError, ValueError) as error:  # too long, or with a null byte
+            self.fail(f"{format_path(path)}: {getattr(error, 'strerror', None) or error}", param, ctx)
+        return path
 
 
 PATH = UserPath()
+DEBUG = "i2l.debug"
 
 
 class Commands(click.Group):
@@ -33,7 +44,7 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except I2LError as error:
-            if "--debug" in sys.argv:
+            if ctx.meta.get(DEBUG):
                 traceback.print_exc()
             click.echo(f"error: {error}", err=True)
             ctx.exit(1)
@@ -49,10 +60,18 @@ def needs_extra(extra: str, purpose: str) -> Iterator[None]:
 
 
 def debug_option(command: Callable[..., None]) -> Callable[..., None]:
-    return click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")(command)
+    """Add ``--debug``, which :class:`Commands` looks for."""
+
+    def remember(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        ctx.meta[DEBUG] = value
+
+    return click.option(
+        "--debug", is_flag=True, expose_value=False, callback=remember, help="Show the traceback of an error."
+    )(command)
 
 
 def json_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Add ``--json``."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")(command)
 
 
@@ -76,7 +95,9 @@ def main() -> None:
 @click.option("--preset", type=click.Choice(["tiny", "small", "full"]), default="tiny", show_default=True,
               help="full has the published keys and shapes: 21 GB.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True)
-@click.option("--dtype", type=click.Choice(["bf16", "f16", "f32"]), help="Default: as published (SigLIP2 f32, others bf16).")
+@click.option(
+    "--dtype", type=click.Choice(["bf16", "f16", "f32"]), help="Default: as published (SigLIP2 f32, others bf16)."
+)
 @click.option("--outliers", is_flag=True, help="Plant massive activations, as real vision transformers have.")
 @debug_option
 def make_checkpoints(directory: Path, preset: str, seed: int, dtype: str | None, *, outliers: bool) -> None:
@@ -94,7 +115,9 @@ def make_checkpoints(directory: Path, preset: str, seed: int, dtype: str | None,
 @main.command()
 @click.option("--models", type=PATH, required=True, help="Folder with the three checkpoints, under any names.")
 @click.option("--engines", type=PATH, required=True, help="The engines directory to make or renew.")
-@click.option("--precision", type=click.Choice(["auto", "fp8", "int8", "bf16", "fp32"]), default="auto", show_default=True)
+@click.option(
+    "--precision", type=click.Choice(["auto", "fp8", "int8", "bf16", "fp32"]), default="auto", show_default=True
+)
 @click.option("--blocks-per-chunk", type=click.IntRange(min=1), default=1, show_default=True,
               help="Transformer blocks that move as one copy.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Build even if nothing changed.")
@@ -111,7 +134,9 @@ def build_engines(models: Path, engines: Path, precision: str, blocks_per_chunk:
     manifest = result.manifest
     size = format_bytes(sum(facts.nbytes for facts in manifest.files.values()))
     if result.rebuilt:
-        click.echo(f"built {format_path(engines)}: {size}, precision {manifest.precision} ({manifest.precision_reason})")
+        click.echo(
+            f"built {format_path(engines)}: {size}, precision {manifest.precision} ({manifest.precision_reason})"
+        )
     else:
         click.echo(f"nothing to do: {format_path(engines)} is up to date ({size}, precision {manifest.precision})")
 
@@ -155,7 +180,10 @@ def run(
         "output": str(output),
         "tensors": 2 * len(lora.factors),
         "rank": lora.rank,
-        "seconds": {**{stage: round(value, 4) for stage, value in seconds.items()}, "total": round(sum(seconds.values()), 4)},
+        "seconds": {
+            **{stage: round(value, 4) for stage, value in seconds.items()},
+            "total": round(sum(seconds.values()), 4),
+        },
         "peak_resident_bytes": peak_resident_bytes(),
         "backend": pipeline.backend_name,
         "backend_reason": pipeline.backend_reason,
@@ -212,3 +240,7 @@ def doctor(*, as_json: bool) -> None:
 
     facts = diagnose()
     click.echo(json.dumps(facts) if as_json else "\n".join(diagnosis_lines(facts)))
+
+
+if __name__ == "__main__":
+    main()

@@ -46,8 +46,9 @@ class CheckpointMissing(CheckpointError, FileNotFoundError):
     def __init__(self, families: Sequence[str], models: Path, rejected: Sequence[str] = ()) -> None:
         tried = "".join(f"; not used: {line}" for line in rejected)
         super().__init__(
-            f"no checkpoint for {' and '.join(families)} under {format_path(models)}{tried}: download it there (README, "
-            f"'Real checkpoints'), or try synthetic ones with: i2l make-checkpoints {format_path(models)} --preset tiny"
+            f"no checkpoint for {' and '.join(families)} under {format_path(models)}{tried}: download it there "
+            "(README, 'Real checkpoints'), or try synthetic ones with: "
+            f"i2l make-checkpoints {format_path(models)} --preset tiny"
         )
 
 
@@ -98,8 +99,8 @@ class CheckpointAmbiguous(CheckpointError, ValueError):
 
     def __init__(self, family: str, paths: Sequence[Path]) -> None:
         super().__init__(
-            f"{len(paths)} checkpoints are {family}: {', '.join(format_path(p) for p in paths)}: keep one of them under "
-            "the models directory"
+            f"{len(paths)} checkpoints are {family}: {', '.join(format_path(p) for p in paths)}: keep one of them "
+            "under the models directory"
         )
 
 
@@ -137,6 +138,17 @@ class EngineFileDamaged(EnginesError, ValueError):
         super().__init__(
             f"{format_path(path)} is not what the build wrote ({reason}): rebuild with: "
             f"i2l build-engines --models MODELS --engines {format_path(directory)} --force"
+        )
+
+
+class EnginesOfOtherCheckpoints(EnginesError, ValueError):
+    """The engines were built from checkpoints of another architecture."""
+
+    def __init__(self, directory: Path, models: Path, family: str) -> None:
+        super().__init__(
+            f"{format_path(directory)} was built for another {family} than the one under {format_path(models)}: give "
+            f"the checkpoints it was built from, or rebuild with: i2l build-engines --models {format_path(models)} "
+            f"--engines {format_path(directory)}"
         )
 
 
@@ -212,8 +224,8 @@ class LoraNotFinite(I2LError, ValueError):
 
     def __init__(self, tensor: str, dtype: str) -> None:
         super().__init__(
-            f"{tensor} has values that are not finite or too large for {dtype}: try --dtype fp32, and if that fails too, "
-            "compare the engines with the checkpoints: i2l verify --models MODELS --engines ENGINES"
+            f"{tensor} has values that are not finite or too large for {dtype}: try --dtype fp32, and if that fails "
+            "too, compare the engines with the checkpoints: i2l verify --models MODELS --engines ENGINES"
         )
 
 
@@ -229,6 +241,6 @@ class NothingToInspect(I2LError, ValueError):
 
     def __init__(self, path: Path) -> None:
         super().__init__(
-            f"{format_path(path)} is neither a checkpoint, nor an engines directory, nor a LoRA: give one of those, or a "
-            "folder that holds checkpoints"
+            f"{format_path(path)} is neither a checkpoint, nor an engines directory, nor a LoRA: give one of those, or "
+            "a folder that holds checkpoints"
         )

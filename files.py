@@ -14,6 +14,12 @@ from typing import Protocol
 
 from .errors import DiskFull, OutputUnwritable
 
+UNWRITABLE = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT}
+    | {errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EINVAL, errno.EBUSY}
+)
+"""What the operating system says of a place that cannot be written."""
+
 
 class Report(Protocol):
     """How long work tells its progress: ``done`` of ``total`` units of ``stage`` (units are whatever the stage has)."""
@@ -35,7 +41,7 @@ def explained_os_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(path, None, free_bytes(path)) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT):
+        if error.errno in UNWRITABLE:
             raise OutputUnwritable(path, os.strerror(error.errno)) from error
         raise
 
@@ -48,11 +54,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         OutputUnwritable: the folder cannot be made or written, or ``path`` is a folder.
         DiskFull: the disk filled up.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     with explained_os_errors(path):
-        if path.is_dir():
-            raise OutputUnwritable(path, "it is a folder")
+        _require_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
         temporary.touch()
     try:
         with explained_os_errors(path):
@@ -63,14 +68,20 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def require_writable(path: Path) -> None:
-    """Find out before any work whether ``path`` can be written; raises like :func:`atomic_path`."""
-    probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
+    """Find out before any work whether ``path`` can be written; raises like :func:`atomic_path`, leaves nothing."""
     with explained_os_errors(path):
-        if path.is_dir():
-            raise OutputUnwritable(path, "it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _require_replaceable(path)
+        folder = next(p for p in path.absolute().parents if p.exists())
+        probe = folder / f".{path.name}.{os.getpid()}.probe"
         probe.touch()
         probe.unlink()
+
+
+def _require_replaceable(path: Path) -> None:
+    if path.is_dir():
+        raise OutputUnwritable(path, "it is a folder")
+    if path.exists() and not path.is_file():  # root could replace /dev/null by a file
+        raise OutputUnwritable(path, "it is a device or a pipe, not a file")
 
 
 def free_bytes(path: Path) -> int:

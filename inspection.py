@@ -50,7 +50,9 @@ def text_lines(facts: Mapping[str, Any]) -> Iterator[str]:
                 yield from text_lines({key: item for key, item in model.items() if item is not None})
         elif isinstance(value, Mapping):
             yield f"{name}:"
-            yield from (f"  {key}: {item if isinstance(item, str) else json.dumps(item)}" for key, item in value.items())
+            yield from (
+                f"  {key}: {item if isinstance(item, str) else json.dumps(item)}" for key, item in value.items()
+            )
         elif isinstance(value, list):
             yield f"{name}:"
             yield from (f"  {item}" for item in value)

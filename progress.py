@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from .files import Report
+from .files import Report, silent
 
 LINE_STEPS = 4
 """Lines per stage in a log: at each quarter."""
@@ -15,7 +15,7 @@ LINE_STEPS = 4
 def show_progress(unit: Literal["bytes", "steps"], *, quiet: bool = False) -> Iterator[Report]:
     """Yield a :class:`Report` that draws on standard error; nothing is drawn if ``quiet``."""
     if quiet:
-        yield lambda stage, done, total: None
+        yield silent
     elif not sys.stderr.isatty():
         yield log_lines()
     else:
@@ -30,7 +30,12 @@ def show_progress(unit: Literal["bytes", "steps"], *, quiet: bool = False) -> It
         )
 
         amount = DownloadColumn(binary_units=True) if unit == "bytes" else MofNCompleteColumn()
-        columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn(elapsed_when_finished=True))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            amount,
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
         with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
             task = bars.add_task("", total=None)
 

@@ -5,6 +5,7 @@ published checkpoints are the preset ``full``. ``tiny`` and ``small`` are the sa
 their synthetic checkpoints carry the spec in the file's header, as they have no published shape hash.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, TypeAlias
@@ -150,14 +151,17 @@ def spec_from_dict(values: Mapping[str, Any]) -> Spec:
     Raises:
         ValueError: a field is missing, unknown or of the wrong type.
     """
-    kind: type[EncoderSpec] | type[AdapterSpec]
+    kind: type[EncoderSpec | AdapterSpec]
     kind = AdapterSpec if values.get("family") == "adapter" else EncoderSpec
     if values.get("family") not in FAMILIES:
         raise ValueError(f"unknown family {values.get('family')!r}")
     wanted = {field.name for field in fields(kind)}
     if wanted != set(values):
         raise ValueError(f"fields differ from {kind.__name__}: {sorted(wanted ^ set(values))}")
-    for name, value in values.items():
-        if name != "family" and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
-            raise ValueError(f"{name} is {value!r}, not a number")
+    for field in fields(kind):
+        value = values[field.name]
+        if field.type is int and not (type(value) is int and value >= (field.name not in ("registers", "refiners"))):
+            raise ValueError(f"{field.name} is {value!r}, not a count")
+        if field.type is float and not (type(value) in (int, float) and 0 <= value < math.inf):
+            raise ValueError(f"{field.name} is {value!r}, not a number")
     return kind(**values)

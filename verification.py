@@ -1,8 +1,8 @@
 """Are the engines as good as the checkpoints? Every step and the final LoRA against a float32 reference.
 
 Both sides get the same pixels. The hidden states are compared after each step, so the first step that goes wrong shows;
-the LoRA by ``B @ A`` per module, as that is what changes the diffusion model. A global error hides a small token beside a
-massive one, so the worst token is given too.
+the LoRA by ``B @ A`` per module, as that is what changes the diffusion model. A global error hides a small token beside
+a massive one, so the worst token is given too.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from .engines.base import Array
+from .errors import EnginesOfOtherCheckpoints
 from .files import Report, silent
 from .runtime.images import ImageSource
 from .runtime.lora import Lora, factors_by_module, lora_from_factors
@@ -63,6 +64,9 @@ def verify_engines(
     checkpoints = find_checkpoints(models)
     recorded: dict[str, dict[str, Array]] = {}
     with Pipeline(engines, backend=backend) as pipeline:
+        for family, checkpoint in checkpoints.items():
+            if pipeline.manifest.models[family].spec != checkpoint.spec:
+                raise EnginesOfOtherCheckpoints(engines, models, family)
         pixels = pipeline.pixels([image])
         lora = pipeline.lora_from_embeddings(pipeline.embed_pixels(pixels, observe=recorded.__setitem__))
         precision, name = pipeline.manifest.precision, pipeline.backend_name
@@ -120,6 +124,7 @@ def product_error(found: tuple[Array, Array], wanted: tuple[Array, Array]) -> fl
 
 
 def product_norm(u: np.ndarray[Any, Any], v: np.ndarray[Any, Any]) -> float:
+    """The Frobenius norm of ``u @ v``."""
     return float(np.sqrt(max(((u.T @ u) * (v @ v.T)).sum(), 0.0)))
 
 

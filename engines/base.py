@@ -1,7 +1,7 @@
 """What a backend is: engines that run a graph, and a store that hands out a pack's weights.
 
-``Value`` is a tensor where the backend computes: an ``OrtValue`` for onnxruntime. The runtime passes values from engine to
-engine without looking inside; only pixels go in and embeddings and factors come out as arrays.
+``Value`` is a tensor where the backend computes: an ``OrtValue`` for onnxruntime. The runtime passes values from engine
+to engine without looking inside; only pixels go in and embeddings and factors come out as arrays.
 """
 
 from collections.abc import Mapping

@@ -33,6 +33,8 @@ def choose_backend(name: str) -> tuple[str, str]:
     """
     statuses = {status.name: status for status in detect_backends()}
     if name != "auto":
+        if name not in statuses:
+            raise BackendUnavailable(name, "i2l has no such backend", f"use one of auto, {', '.join(NAMES)}")
         status = statuses[name]
         if not status.works:
             raise BackendUnavailable(name, status.reason, status.remedy)

@@ -1,14 +1,13 @@
 """Are the files what the build wrote? Hashed once, then watched by size and modification time.
 
-Hashing 8 GB takes seconds, starting a run must not. So a file's SHA-256 is compared when it is first seen; its size, inode
-and modification time then go to ``checked.json`` beside the manifest, and as long as these three stay the same the file is not read
-again (git's index works so). Graphs and manifest are small; the packs are what this is for.
+Hashing 8 GB takes seconds, starting a run must not. So a file's SHA-256 is compared when it is first seen; its size,
+inode and modification time then go to ``checked.json`` beside the manifest, and as long as these three stay the same
+the file is not read again (git's index works so). Graphs and manifest are small; the packs are what this is for.
 """
 
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 
 from ..errors import EngineFileDamaged, I2LError, format_bytes
@@ -64,7 +63,7 @@ def record_checked(directory: Path, manifest: Manifest) -> None:
 
 
 def _mark(path: Path, facts: FileFacts) -> str:
-    stat = os.stat(path)
+    stat = path.stat()
     return f"{facts.sha256} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
 
 

@@ -7,8 +7,8 @@
         dinov3/weights.safetensors     the pack
         dinov3/dinov3.block.07.onnx    the same graph with external weights in the pack, for other tools
 
-A new build makes its own folder, replaces the manifest in one move and only then removes the old folder: a build that dies
-leaves the previous engines usable.
+A new build makes its own folder, replaces the manifest in one move and only then removes the old folder: a build that
+dies leaves the previous engines usable.
 """
 
 import json
@@ -96,15 +96,17 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise EnginesMissing(directory) from error
+    except OSError as error:
+        raise ManifestInvalid(path, str(error.strerror)) from error
     try:
         values = json.loads(text)
         if values.get("format") != FORMAT:
             raise ManifestInvalid(path, f"its format is {values.get('format')}, this i2l reads {FORMAT}")
         return _manifest_from_dict(values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ManifestInvalid):
             raise
         raise ManifestInvalid(path, f"it does not parse: {error}") from error

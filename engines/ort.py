@@ -1,10 +1,11 @@
 """The cpu backend: onnxruntime, weights fed from a memory-mapped pack.
 
-One session per graph, however many blocks it serves. A step's weights are ``OrtValue``s laid over the mapped file: nothing
-is copied or deserialised. Pages come in by ``madvise(WILLNEED)`` one chunk ahead and leave the process by
+One session per graph, however many blocks it serves. A step's weights are ``OrtValue``s laid over the mapped file:
+nothing is copied or deserialised. Pages come in by ``madvise(WILLNEED)`` one chunk ahead and leave the process by
 ``madvise(DONTNEED)`` behind, so about two chunks are resident; the page cache keeps them for the next run.
 """
 
+import contextlib
 import mmap
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..errors import ShapeMismatch
 from ..specs import Family
 from .base import Array
 from .manifest import Chunk, Manifest, Step
-from .tensorfile import PAGE, TensorInfo
+from .tensorfile import TensorInfo
 from .threads import usable_cores
 
 # safetensors dtype -> (numpy dtype of the same width, onnx.TensorProto element type): numpy knows neither bfloat16 nor
@@ -112,7 +113,8 @@ class MappedPack:
 
     def close(self) -> None:
         self._values.clear()
-        self._map.close()
+        with contextlib.suppress(BufferError):  # an error's traceback still holds weights: the map goes when they go
+            self._map.close()
 
     def _value(self, info: TensorInfo) -> ort.OrtValue:
         dtype, element_type = ELEMENT_TYPES[info.dtype]
@@ -122,5 +124,5 @@ class MappedPack:
 
     def _advise(self, advice: str, chunk: Chunk) -> None:
         if hasattr(mmap, advice):  # Windows has no madvise: its cache manager decides alone
-            start = chunk.offset - chunk.offset % PAGE
+            start = chunk.offset - chunk.offset % mmap.PAGESIZE  # 16 KiB on Apple silicon, 64 KiB on some ARM servers
             self._map.madvise(getattr(mmap, advice), start, chunk.offset + chunk.nbytes - start)

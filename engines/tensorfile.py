@@ -94,7 +94,7 @@ def plan_layout(
             "data_offsets": [start, start + tensor_bytes(dtype, shape)],
         }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text)) % (PAGE if page_starts else max(align, 8)))
+    text += b" " * (-(8 + len(text)) % max(align, PAGE if page_starts else 8))
     header = len(text).to_bytes(8, "little") + text
     infos = {name: TensorInfo(dtype, shape, len(header) + start) for name, (dtype, shape, start) in placed.items()}
     return Layout(header, infos, len(header) + end)
@@ -161,7 +161,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         SafetensorError: the file is truncated or not safetensors.
         OSError: it cannot be read.
     """
-    if path.stat().st_size < 8:  # noqa: PLR2004 - the length field
+    if path.stat().st_size < 8:  # the length field
         raise SafetensorError("shorter than a header")
     with safe_open(path, framework="numpy"):  # checks the header, the offsets and the size
         pass

@@ -20,6 +20,7 @@ from ..specs import Family
 from .checkpoints import Checkpoint, CheckpointReader, find_checkpoints
 from .graphs import export_graphs, standalone_model
 from .packs import PackPlan, plan_pack, write_pack
+from .parallel import keep_freed_memory
 from .precision import precision_for
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ def build_engines(
         for family, checkpoint in checkpoints.items()
     }
     total = sum(plan.layout.nbytes for plan in plans.values())
+    keep_freed_memory()
     with new_build_folder(engines, total) as folder:
         progress = _Progress(report, total)
         graphs = write_graphs(folder, checkpoints, plans, precision)
@@ -132,13 +134,12 @@ def new_build_folder(engines: Path, nbytes: int) -> Iterator[Path]:
         require_free(engines, nbytes)
         folder = Path(tempfile.mkdtemp(prefix=BUILD_PREFIX, dir=engines))
         folder.chmod(0o755)  # mkdtemp makes it private; engines are for everyone who may read the directory
-    done = False
     try:
         with explained_os_errors(engines):
             yield folder
-        done = True
     finally:
-        if not done:
+        current = current_manifest(engines)
+        if current is None or current.build != folder.name:  # once the manifest names it, it stays whatever happens
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -158,7 +159,9 @@ def write_graphs(
             paths[name] = f"graphs/{name}.onnx"
             (folder / paths[name]).write_bytes(graph.SerializeToString())
         for step in plans[family].steps:
-            standalone = standalone_model(step, graphs[step.graph], plans[family].layout.tensors, Path(pack_path(family)).name)
+            standalone = standalone_model(
+                step, graphs[step.graph], plans[family].layout.tensors, Path(pack_path(family)).name
+            )
             (folder / family / f"{step.name}.onnx").write_bytes(standalone.SerializeToString())
     return paths
 
@@ -191,10 +194,11 @@ def remove_other_builds(engines: Path, keep: tuple[str, ...]) -> None:
     """Remove the folders of replaced and of dead builds."""
     for folder in engines.glob(f"{BUILD_PREFIX}*"):
         if folder.is_dir() and folder.name not in keep:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)  # a file in use may resist: the next build tries again
 
 
 def pack_path(family: Family) -> str:
+    """Where a model's pack lies in the build folder."""
     return f"{family}/weights.safetensors"
 
 

@@ -15,8 +15,14 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..engines.tensorfile import TensorInfo, read_header
-from ..errors import CheckpointAmbiguous, CheckpointError, CheckpointForeign, CheckpointMismatch
-from ..errors import CheckpointMissing, CheckpointUnreadable
+from ..errors import (
+    CheckpointAmbiguous,
+    CheckpointError,
+    CheckpointForeign,
+    CheckpointMismatch,
+    CheckpointMissing,
+    CheckpointUnreadable,
+)
 from ..specs import FAMILIES, PRESETS, AdapterSpec, EncoderSpec, Family, Spec, spec_from_dict, spec_to_dict
 
 SPEC_KEY = "i2l_spec"
@@ -137,7 +143,9 @@ def recognise(path: Path) -> Checkpoint:
     wanted = tensor_shapes(spec)
     missing = sorted(wanted.keys() - shapes.keys())
     unexpected = sorted(shapes.keys() - wanted.keys())
-    misshapen = {name: (shapes[name], wanted[name]) for name in shapes if name in wanted and shapes[name] != wanted[name]}
+    misshapen = {
+        name: (shapes[name], wanted[name]) for name in shapes if name in wanted and shapes[name] != wanted[name]
+    }
     wrong_dtype = {name: info.dtype for name, info in tensors.items() if info.dtype not in FLOAT_DTYPES}
     if missing or unexpected or misshapen or wrong_dtype:
         raise CheckpointMismatch(path, spec.family, missing, unexpected, misshapen, wrong_dtype)
@@ -145,7 +153,7 @@ def recognise(path: Path) -> Checkpoint:
 
 
 def shape_hash(shapes: Shapes) -> str:
-    """MD5 over the sorted strings ``key:d0_d1`` and ``key`` joined by commas: DiffSynth's way to name a model's form."""
+    """MD5 over the sorted strings ``key:d0_d1`` and ``key`` joined by commas: how DiffSynth names a model's form."""
     words = [f"{name}:{'_'.join(map(str, shape))}" for name, shape in shapes.items()] + list(shapes)
     return hashlib.md5(",".join(sorted(words)).encode(), usedforsecurity=False).hexdigest()
 
@@ -179,7 +187,7 @@ def _nearest_spec(shapes: Shapes) -> Spec | None:
         return len(wanted & shapes.keys()) / max(min(len(wanted), len(shapes)), 1)
 
     best: Spec = max(PRESETS["full"], key=likeness)
-    return best if likeness(best) >= 0.5 else None  # noqa: PLR2004
+    return best if likeness(best) >= 0.5 else None
 
 
 def _linear(name: str, out_features: int, in_features: int, *, bias: bool = True) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,8 @@
 
 The tensors handed to ``torch.export`` are fake (shape and dtype, no memory), so exporting the block of a 7B model takes
 no more than the tiny one. Names are API: activations ``pixel_values``, ``hidden_in``, ``hidden_out``, ``embedding``,
-``<target>.A`` and ``<target>.B``; weights as in the pack, without the step's prefix. The batch is the one dynamic dimension.
+``<target>.A`` and ``<target>.B``; weights as in the pack, without the step's prefix. The batch is the one dynamic
+dimension.
 """
 
 import warnings
@@ -70,14 +71,16 @@ def export_graph(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
-    assert exported is not None  # dynamo=True returns a program  # noqa: S101
+    assert exported is not None  # dynamo=True returns a program
     model = exported.model
     _name_interface(model.graph, name, [activation, *weights], _outputs(name, spec))
     ClearMetadataAndDocStringPass()(model)  # traces of this machine's paths
     return ir.to_proto(model)
 
 
-def standalone_model(step: Step, graph: onnx.ModelProto, tensors: Mapping[str, TensorInfo], pack: str) -> onnx.ModelProto:
+def standalone_model(
+    step: Step, graph: onnx.ModelProto, tensors: Mapping[str, TensorInfo], pack: str
+) -> onnx.ModelProto:
     """One step that any ONNX tool can open and run: the graph, its weights as external data inside the pack.
 
     Args:

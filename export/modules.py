@@ -1,7 +1,7 @@
 """The torch modules that become graphs: each model cut into embed, block and head, weights as arguments.
 
-A module holds no parameters. ``forward`` takes the activations and a dictionary of weights, so that the exported graph has
-the weights as inputs and one graph serves all blocks. The linears come from the precision. They see two dimensions,
+A module holds no parameters. ``forward`` takes the activations and a dictionary of weights, so that the exported graph
+has the weights as inputs and one graph serves all blocks. The linears come from the precision. They see two dimensions,
 ``[batch * tokens, channels]``: with three, TensorRT keeps hidden copies of the weights (measured).
 
 Shapes: B images, T tokens, D channels of the residual stream, H heads, C compressed channels of the adapter.
@@ -45,6 +45,7 @@ def patches(pixel_values: Tensor, spec: EncoderSpec) -> Tensor:
 
 
 def layer_norm(x: Tensor, weights: Weights, name: str, eps: float) -> Tensor:
+    """The norm ``name`` over the last dimension."""
     return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps)
 
 
@@ -125,6 +126,9 @@ class Dinov3Embed(nn.Module):
 class Dinov3Block(nn.Module):
     """Pre-norm attention with rotary positions and a SiLU-gated MLP, each with LayerScale."""
 
+    rotary_cos: Tensor
+    rotary_sin: Tensor
+
     def __init__(self, spec: EncoderSpec, precision: Precision) -> None:
         super().__init__()
         self.spec = spec
@@ -180,7 +184,7 @@ class AdapterBlock(nn.Module):
         self.proj_out = nn.ModuleList(precision.linear(name, spec.compress, normed=False) for name in names)
 
     def forward(self, embedding: Tensor, weights: Weights) -> dict[str, Tensor]:
-        compressed = self.proj_in(embedding, weights).split(self.spec.compress, dim=-1)
+        compressed = torch.split(self.proj_in(embedding, weights), self.spec.compress, dim=-1)
         outputs = iter([linear(x, weights) for linear, x in zip(self.proj_out, compressed, strict=True)])
         factors = {}
         for target, in_features, out_features in self.targets:
@@ -192,9 +196,9 @@ class AdapterBlock(nn.Module):
 def rotary_tables(spec: EncoderSpec) -> tuple[Tensor, Tensor]:
     """Cosine and sine ``[T, D/H]`` of DINOv3's 2-D rotary positions.
 
-    Patch centres run over [-1, 1] in y and x; a quarter of the head's channels turns with each, and the table is repeated
-    for the second half. CLS and register tokens have no position: cosine 1 and sine 0 leave them as they are, which saves
-    splitting and joining q and k in every block.
+    Patch centres run over [-1, 1] in y and x; a quarter of the head's channels turns with each, and the table is
+    repeated for the second half. CLS and register tokens have no position: cosine 1 and sine 0 leave them as they are,
+    which saves splitting and joining q and k in every block.
     """
     centres = (torch.arange(spec.grid, dtype=torch.float32) + 0.5) / spec.grid * 2 - 1
     yx = torch.stack(torch.meshgrid(centres, centres, indexing="ij"), dim=-1).view(-1, 2, 1)

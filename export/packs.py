@@ -21,8 +21,9 @@ from ..specs import Spec
 from .checkpoints import CheckpointReader
 from .equalise import Gains, plan_gains
 from .graphs import stored_tensors
-from .precision import TORCH_DTYPES, Precision, Rows
-from .weights import Matrix, Plain, Source, Step, Weight, graph_weights, plan_steps
+from .precision import Precision, Rows
+from .stack import Stack
+from .weights import Matrix, Plain, Step, Weight, graph_weights, plan_steps
 
 QUEUE_PIECES = 8
 """Prepared pieces, of a few MiB each, that may wait for the disk."""
@@ -77,14 +78,18 @@ def write_pack(
         advance: told the bytes handed to the disk.
     """
     weights = graph_weights(reader.checkpoint.spec)
-    with explained_os_errors(path), LayoutWriter(path, plan.layout) as writer:
-        with BackgroundWriter(writer, advance) as out:
-            for step, following in zip(plan.steps, [*plan.steps[1:], None], strict=True):
-                if following is not None:
-                    reader.prefetch(source_keys(following, weights[following.graph]))
-                for name, piece in prepared_weights(reader, step, weights[step.graph], precision):
-                    out.put(f"{step.name}.{name}", piece)
-                reader.release(source_keys(step, weights[step.graph]))
+    with (
+        explained_os_errors(path),
+        LayoutWriter(path, plan.layout) as writer,
+        BackgroundWriter(writer, advance) as out,
+    ):
+        reader.prefetch(source_keys(plan.steps[0], weights[plan.steps[0].graph]))
+        for step, following in zip(plan.steps, [*plan.steps[1:], None], strict=True):
+            if following is not None:
+                reader.prefetch(source_keys(following, weights[following.graph]))
+            for name, piece in prepared_weights(reader, step, weights[step.graph], precision):
+                out.put(f"{step.name}.{name}", piece)
+            reader.release(source_keys(step, weights[step.graph]))
     return writer.sha256
 
 
@@ -95,21 +100,17 @@ def prepared_weights(
 
     The pages of the step's tensors stay resident meanwhile: one block of DINOv3 is 0.3 GiB in bfloat16.
     """
-    values = {weight.name: stacked(reader, step, weight) for weight in weights}
-    gains = Gains()
-    if precision.equalised:
-        matrices = {weight.name: (weight, values[weight.name]) for weight in weights if isinstance(weight, Matrix)}
-        plain = {w.name: values[w.name].float() for w in weights if isinstance(w, Plain)}
-        gains = plan_gains(step.graph, matrices, plain)
+    values = {weight.name: Stack.read(reader, step, weight) for weight in weights}
+    plain = {w.name: values[w.name].rows(0, w.shape[0]).flatten() for w in weights if isinstance(w, Plain)}
+    gains = plan_gains(step.graph, values, plain) if precision.equalised else Gains()
     for weight in weights:
-        tensor = values.pop(weight.name)
         if isinstance(weight, Matrix):
-            rows = row_reader(tensor, gains.rows.get(weight.name), gains.columns.get(weight.name))
+            rows = scaled(values.pop(weight.name).rows, gains.rows.get(weight.name), gains.columns.get(weight.name))
             for suffix, piece in precision.prepare(rows, weight.out_features, weight.in_features):
                 yield f"{weight.name}.{suffix}", piece
         else:
             gain = gains.rows.get(weight.name.rsplit(".", 1)[0])  # of its norm, or of the matrix whose bias it is
-            yield weight.name, tensor.float().flatten() if gain is None else tensor.float().flatten() * gain
+            yield weight.name, plain[weight.name] if gain is None else plain[weight.name] * gain
 
 
 def source_keys(step: Step, weights: Sequence[Weight]) -> list[str]:
@@ -117,32 +118,16 @@ def source_keys(step: Step, weights: Sequence[Weight]) -> list[str]:
     return [source.at(step.block).key for weight in weights for source in weight.sources]
 
 
-def stacked(reader: CheckpointReader, step: Step, weight: Weight) -> Tensor:
-    """A weight's values in the checkpoint's dtype, ``[rows, values in a row]``, its sources one below the other."""
-    width = weight.in_features if isinstance(weight, Matrix) else weight.shape[1] if len(weight.shape) > 1 else 1
-    parts = [read_rows(reader, source.at(step.block)).view(-1, width) for source in weight.sources]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def scaled(rows: Rows, row_gain: Tensor | None, column_gain: Tensor | None) -> Rows:
+    """The rows of a matrix with gains applied."""
 
-
-def read_rows(reader: CheckpointReader, source: Source) -> Tensor:
-    """Rows of a checkpoint tensor ``[rows, values in a row]`` in its own dtype."""
-    info = reader.checkpoint.tensors[source.key]
-    rows = info.shape[0] - source.start if source.rows is None else source.rows
-    width = info.nbytes // info.shape[0]
-    data = reader.read(source.key, source.start * width, rows * width)
-    return torch.frombuffer(data, dtype=TORCH_DTYPES[info.dtype]).view(rows, -1)
-
-
-def row_reader(values: Tensor, row_gain: Tensor | None, column_gain: Tensor | None) -> Rows:
-    """Rows of a matrix as float32, gains applied."""
-
-    def rows(start: int, count: int) -> Tensor:
-        piece = values[start : start + count].float()
+    def read(start: int, count: int) -> Tensor:
+        piece = rows(start, count)
         if column_gain is not None:
             piece = piece * column_gain
         return piece if row_gain is None else piece * row_gain[start : start + count, None]
 
-    return rows
+    return read
 
 
 class BackgroundWriter:
@@ -181,7 +166,7 @@ def _grouped(groups: Sequence[Sequence[Step]], blocks_per_chunk: int) -> list[li
     size = 0
     for group in groups:
         alone = group[0].graph.endswith((".embed", ".head"))
-        if alone or size == 0 or size == blocks_per_chunk:
+        if alone or size in {0, blocks_per_chunk}:
             chunks.append(list(group))
             size = 0 if alone else 1
         else:

@@ -2,12 +2,12 @@
 
 The three belong together: what ``prepare`` does to the weights, ``linear`` must account for in the graph.
 
-int8 needs no calibration (docs/adr/0001): per-output-channel weights, activations quantised as they come, channel sizes evened
-out beforehand (equalise.py). One scale serves
-all tokens of a product, because that is the fast kernel; so each row is first made alike. Behind a norm all rows have the
-same size, and rotating them (see rotation.py) removes channel outliers. The inputs of the output projections are not
-normalised: there each row is also divided by its own maximum and multiplied back, else the error of one massive token
-swallows the small ones (90 to 102 % error of the worst token measured, against 1.5 %).
+int8 needs no calibration (docs/adr/0001): per-output-channel weights, activations quantised as they come, channel sizes
+evened out beforehand (equalise.py). One scale serves all tokens of a product, because that is the fast kernel; so each
+row is first made alike. Behind a norm all rows have the same size, and rotating them (see rotation.py) removes channel
+outliers. The inputs of the output projections are not normalised: there each row is also divided by its own maximum and
+multiplied back, else the error of one massive token swallows the small ones (90 to 102 % error of the worst token
+measured, against 1.5 %).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -45,8 +45,10 @@ SMALLEST = 1e-30
 class Precision(Protocol):
     """One way to keep matrices."""
 
-    equalised: bool
-    """Whether channel sizes are evened out first (see equalise.py)."""
+    @property
+    def equalised(self) -> bool:
+        """Whether channel sizes are evened out first (see equalise.py)."""
+        ...
 
     def stored(self, out_features: int, in_features: int) -> list[Stored]:
         """The pack's tensors for a matrix, in file order."""
@@ -62,7 +64,7 @@ class Precision(Protocol):
 
 
 class Linear(nn.Module):
-    """``(x [rows, in_features], weights) -> [rows, out_features]``: ``x @ matrix.T``, plus ``<name>.bias`` if there is one."""
+    """``(x [rows, in], weights) -> [rows, out]``: ``x @ matrix.T``, plus ``<name>.bias`` if there is one."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -77,12 +79,16 @@ class Linear(nn.Module):
     def bias(self, weights: Weights) -> Tensor | None:
         return weights.get(f"{self.name}.bias")
 
+    def __call__(self, x: Tensor, weights: Weights) -> Tensor:
+        return super().__call__(x, weights)  # type: ignore[no-any-return]  # torch leaves calls untyped
+
 
 def precision_for(name: str, spec: Spec) -> Precision:
     """The precision ``name`` of :data:`PRECISIONS` for a model: int8 differs for products of few rows."""
     if name == "int8":
         return LeftInt8() if spec.family == "adapter" else RotatedInt8()
-    return {"fp8": Float8(), "bf16": Float("BF16"), "fp32": Float("F32")}[name]
+    kept: dict[str, Precision] = {"fp8": Float8(), "bf16": Float("BF16"), "fp32": Float("F32")}
+    return kept[name]
 
 
 def row_starts(out_features: int, in_features: int) -> range:
@@ -131,13 +137,15 @@ class Float:
 
 
 class FloatLinear(Linear):
+    """A float32 product."""
+
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
         return product(x, self.weight(weights).to(torch.float32), self.bias(weights))
 
 
 @dataclass(frozen=True)
 class Float8:
-    """FP8 e4m3 ``[out, in]`` with one float32 scale per output channel: ``w = q * scale``, ``scale = max|row| / 448``."""
+    """FP8 e4m3 ``[out, in]``, one float32 scale per output channel: ``w = q * scale``, ``scale = max|row| / 448``."""
 
     equalised: bool = False
 
@@ -156,6 +164,8 @@ class Float8:
 
 
 class Float8Linear(Linear):
+    """Back to float32, then a float32 product."""
+
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
         matrix = torch.onnx.ops.symbolic(
             "DequantizeLinear",
@@ -192,7 +202,7 @@ class RotatedInt8:
             return scale
 
         scales = list(in_threads(convert, starts))
-        for piece in matrix.split(max(1, PIECE_VALUES * 8 // out_features)):
+        for piece in torch.split(matrix, max(1, PIECE_VALUES * 8 // out_features)):
             yield "weight", piece
         yield "scale", torch.cat(scales)
 
@@ -202,6 +212,9 @@ class RotatedInt8:
 
 class RotatedInt8Linear(Linear):
     """Rotate, quantise with one scale for all rows, multiply in int8."""
+
+    left: Tensor
+    right: Tensor
 
     def __init__(self, name: str, in_features: int, *, normed: bool) -> None:
         super().__init__(name)
@@ -232,12 +245,13 @@ class RotatedInt8Linear(Linear):
 
 @dataclass(frozen=True)
 class LeftInt8:
-    """uint8 ``[out, in]`` around 128, one scale per output channel: the adapter's form, for products of one to eight rows.
+    """uint8 ``[out, in]`` around 128, one scale per output channel: the adapter's form, for one to eight rows.
 
     Such a product only waits for the weights. With the weights on the left onnxruntime reads them as they lie, at the
-    memory's bandwidth; on the right it would first pack them (2 to 4 times slower measured). The activations cost nothing,
-    so they get two levels, ``x = s * (high + low / 126)``: about 13 bits, since SigLIP2's and DINOv3's parts of the
-    embedding may differ in size. 63 levels each side keep the sum of two products within int16, which old AVX2 kernels need.
+    memory's bandwidth; on the right it would first pack them (2 to 4 times slower measured). The activations cost
+    nothing, so they get two levels, ``x = s * (high + low / 126)``: about 13 bits, since SigLIP2's and DINOv3's parts
+    of the embedding may differ in size. 63 levels each side keep the sum of two products within int16, which old AVX2
+    kernels need.
     """
 
     equalised: bool = False
@@ -257,6 +271,10 @@ class LeftInt8:
 
 
 class LeftInt8Linear(Linear):
+    """Integer weights times two-level integer activations."""
+
+    zero_point: Tensor
+
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.register_buffer("zero_point", torch.tensor(128, dtype=torch.uint8))

@@ -1,10 +1,11 @@
 """Rotations that spread outliers before activations become eight bits.
 
-A single large channel forces a coarse step on all others. Multiplying by an orthogonal matrix G with flat entries spreads it
-over all channels, and folding G into the weights undoes it: ``x W^T = (x G)(W G)^T`` (QuaRot, Ashkboos et al. 2024). No
-calibration is needed. G is a Kronecker product of two small Hadamard matrices, so applying it to a row of 4096 channels
-takes two 64 x 64 products. The two sign vectors are the best of a few hundred, as a constant offset in the activations (SiLU
-and GELU make one) would pile up in one channel of a plain Hadamard matrix, and 8 to 10-fold under unlucky signs.
+A single large channel forces a coarse step on all others. Multiplying by an orthogonal matrix G with flat entries
+spreads it over all channels, and folding G into the weights undoes it: ``x W^T = (x G)(W G)^T`` (QuaRot, Ashkboos et
+al. 2024). No calibration is needed. G is a Kronecker product of two small Hadamard matrices, so applying it to a row of
+4096 channels takes two 64 x 64 products. The two sign vectors are the best of a few hundred, as a constant offset in
+the activations (SiLU and GELU make one) would pile up in one channel of a plain Hadamard matrix, and 8 to 10-fold under
+unlucky signs.
 """
 
 from functools import cache
@@ -33,7 +34,8 @@ def rotation(width: int) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Rotate the rows of ``x [rows, a * b]``: ``left @ X @ right`` for each row seen as ``X [a, b]``.
 
-    The right factor goes first, as one large product; measured faster than the other order and than a transpose between.
+    The right factor goes first, as one large product; measured faster than the other order and than a transpose
+    between.
     """
     a, b = len(left), len(right)
     return (left @ (x.reshape(-1, b) @ right).reshape(-1, a, b)).reshape(-1, a * b)
@@ -48,7 +50,7 @@ def hadamard(size: int) -> Matrix | None:
         return None
     half = hadamard(size // 2)
     if half is not None:
-        return np.block([[half, half], [half, -half]])
+        return np.asarray(np.kron([[1.0, 1.0], [1.0, -1.0]], half))
     prime = size - 1
     if prime % 4 != 3 or any(prime % divisor == 0 for divisor in range(2, int(prime**0.5) + 1)):
         return None

@@ -38,7 +38,8 @@ MASSIVE = 1000.0
 TYPICAL = 0.5
 """Size of an ordinary value of the residual stream after the embedding, at the published widths."""
 
-# Which tensors an outlier channel runs through: those whose output (rows) grows, and those whose input (columns) shrinks.
+# Which tensors an outlier channel runs through: those whose output (rows) grows, and those whose input (columns)
+# shrinks.
 GROWING_ROWS = re.compile(r"\.(layer_norm[12]|norm[12])\.(weight|bias)$|\.(v_proj|up_proj)\.(weight|bias)$")
 SHRINKING_COLUMNS = re.compile(
     r"\.(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1|o_proj|out_proj|down_proj)\.weight$"  # head.* has no outliers
@@ -77,7 +78,7 @@ def make_checkpoints(
     with explained_os_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
     require_free(directory, total)
-    done = 0
+    done = sum(len(layout.header) for layout in layouts)
     for (path, spec, kind), layout in zip(jobs, layouts, strict=True):
         with atomic_path(path) as temporary, LayoutWriter(temporary, layout) as writer:
             for name, shape in tensor_shapes(spec).items():
@@ -114,7 +115,7 @@ def _scaled(spec: Spec, name: str, values: torch.Tensor, columns: int) -> torch.
         return values.mul_(0.02).add_(0.1)
     if spec.family == "adapter":  # keeps A and B of the order of a trained LoRA's whatever the width
         return values.div_(math.sqrt(columns)).mul_(0.3 if name.endswith("proj_out.weight") else 1.0)
-    if name.endswith("_tokens") or name.endswith("probe"):
+    if name.endswith(("_tokens", "probe")):
         return values.mul_(0.5)
     # 0.02 is what the real widths have; narrow presets get the same signal strength with a larger deviation.
     return values.mul_(max(0.02, 0.5 / math.sqrt(columns)) if columns > 1 else 0.02)

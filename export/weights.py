@@ -1,8 +1,8 @@
 """Which checkpoint tensors each graph takes, as data: the one table between checkpoints, modules and packs.
 
 A graph's weights are named without the block's number (``attention.qkv.weight``); ``{}`` in a source key stands for it.
-Matrices that multiply the same input are stacked into one (q, k and v; gate and up; all ``proj_in`` of an adapter block):
-one large product is faster than several small ones, and a stack of rows costs nothing in the pack.
+Matrices that multiply the same input are stacked into one (q, k and v; gate and up; all ``proj_in`` of an adapter
+block): one large product is faster than several small ones, and a stack of rows costs nothing in the pack.
 """
 
 from collections.abc import Iterator
@@ -91,25 +91,25 @@ def graph_weights(spec: Spec) -> dict[str, list[Weight]]:
     }
 
 
-def plain(name: str, shape: tuple[int, ...], *keys: str) -> Plain:
+def _plain(name: str, shape: tuple[int, ...], *keys: str) -> Plain:
     return Plain(name, shape, tuple(Source(key) for key in keys))
 
 
 def _norm(name: str, key: str, width: int) -> list[Weight]:
-    return [plain(f"{name}.{part}", (width,), f"{key}.{part}") for part in ("weight", "bias")]
+    return [_plain(f"{name}.{part}", (width,), f"{key}.{part}") for part in ("weight", "bias")]
 
 
 def _linear(name: str, out_features: int, in_features: int, *keys: str, bias: bool = True) -> list[Weight]:
     matrix = Matrix(name, out_features, in_features, tuple(Source(f"{key}.weight") for key in keys))
-    return [matrix, plain(f"{name}.bias", (out_features,), *(f"{key}.bias" for key in keys))] if bias else [matrix]
+    return [matrix, _plain(f"{name}.bias", (out_features,), *(f"{key}.bias" for key in keys))] if bias else [matrix]
 
 
 def _siglip2_embed(spec: EncoderSpec) -> list[Weight]:
     patch = "embeddings.patch_embedding"
     return [
-        plain("patch.weight", (spec.hidden, 3 * spec.patch**2), f"{patch}.weight"),
-        plain("patch.bias", (spec.hidden,), f"{patch}.bias"),
-        plain("position", (spec.tokens, spec.hidden), "embeddings.position_embedding.weight"),
+        _plain("patch.weight", (spec.hidden, 3 * spec.patch**2), f"{patch}.weight"),
+        _plain("patch.bias", (spec.hidden,), f"{patch}.bias"),
+        _plain("position", (spec.tokens, spec.hidden), "embeddings.position_embedding.weight"),
     ]
 
 
@@ -135,7 +135,7 @@ def _siglip2_head(spec: EncoderSpec) -> list[Weight]:
         stacked.append(Plain(f"{name}.bias", (rows,), (Source(f"{attention}.in_proj_bias", start, rows),)))
     return [
         *_norm("norm", "post_layernorm", width),
-        plain("probe", (1, width), "head.probe"),
+        _plain("probe", (1, width), "head.probe"),
         *stacked,
         *_linear("attention.out", width, width, f"{attention}.out_proj"),
         *_norm("norm2", "head.layernorm", width),
@@ -147,9 +147,9 @@ def _siglip2_head(spec: EncoderSpec) -> list[Weight]:
 def _dinov3_embed(spec: EncoderSpec) -> list[Weight]:
     patch = "embeddings.patch_embeddings"
     return [
-        plain("patch.weight", (spec.hidden, 3 * spec.patch**2), f"{patch}.weight"),
-        plain("patch.bias", (spec.hidden,), f"{patch}.bias"),
-        plain("prefix", (spec.prefix_tokens, spec.hidden), "embeddings.cls_token", "embeddings.register_tokens"),
+        _plain("patch.weight", (spec.hidden, 3 * spec.patch**2), f"{patch}.weight"),
+        _plain("patch.bias", (spec.hidden,), f"{patch}.bias"),
+        _plain("prefix", (spec.prefix_tokens, spec.hidden), "embeddings.cls_token", "embeddings.register_tokens"),
     ]
 
 
@@ -160,11 +160,11 @@ def _dinov3_block(spec: EncoderSpec) -> list[Weight]:
         *_norm("norm1", f"{layer}.norm1", width),
         *_linear("attention.qkv", 3 * width, width, *(f"{attention}.{name}_proj" for name in "qkv"), bias=False),
         *_linear("attention.out", width, width, f"{attention}.o_proj"),
-        plain("scale1", (width,), f"{layer}.layer_scale1.lambda1"),
+        _plain("scale1", (width,), f"{layer}.layer_scale1.lambda1"),
         *_norm("norm2", f"{layer}.norm2", width),
         *_linear("mlp.gate_up", 2 * inner, width, f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"),
         *_linear("mlp.down", width, inner, f"{layer}.mlp.down_proj"),
-        plain("scale2", (width,), f"{layer}.layer_scale2.lambda1"),
+        _plain("scale2", (width,), f"{layer}.layer_scale2.lambda1"),
     ]
 
 
@@ -184,7 +184,9 @@ def _adapter_steps(spec: AdapterSpec) -> list[list[Step]]:
 
 def _adapter_weights(spec: AdapterSpec, targets: tuple[tuple[str, int, int], ...]) -> Iterator[Weight]:
     factors = [(index, *target, factor) for index, target in enumerate(targets) for factor in "ab"]
-    compressed = tuple(Source(f"{{}}.layers.{index}.proj_{factor}.proj_in.weight") for index, _, _, _, factor in factors)
+    compressed = tuple(
+        Source(f"{{}}.layers.{index}.proj_{factor}.proj_in.weight") for index, _, _, _, factor in factors
+    )
     yield Matrix("proj_in", len(factors) * spec.compress, spec.embedding, compressed)
     for index, target, in_features, out_features, factor in factors:
         rows = spec.rank * (in_features if factor == "a" else out_features)

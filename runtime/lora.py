@@ -1,8 +1,8 @@
 """LoRA files: factors to a safetensors file that every loader reads.
 
-``comfyui`` keys, ``diffusion_model.<module>.lora_A.weight``, are the one form that ComfyUI (also before 2026), diffusers and
-DiffSynth all load. ``diffsynth`` is what the original node saved: newer ComfyUI loads it, older ones load nothing. There is
-no alpha key, which means scale 1.0 everywhere; DiffSynth warns about one, and diffusers refuses some.
+``comfyui`` keys, ``diffusion_model.<module>.lora_A.weight``, are the one form that ComfyUI (also before 2026),
+diffusers and DiffSynth all load. ``diffsynth`` is what the original node saved: newer ComfyUI loads it, older ones load
+nothing. There is no alpha key, which means scale 1.0 everywhere; DiffSynth warns about one, and diffusers refuses some.
 """
 
 import re
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from ..engines.base import Array
-from ..engines.tensorfile import LayoutWriter, plan_layout, read_header
+from ..engines.tensorfile import LayoutWriter, TensorInfo, plan_layout, read_header
 from ..errors import LoraNotFinite, LoraUnreadable
 from ..files import atomic_path
 
@@ -40,7 +40,8 @@ class Lora:
 
     @property
     def rank(self) -> int:
-        return next(iter(self.factors.values()))[0].shape[0]
+        a, _ = next(iter(self.factors.values()))
+        return int(a.shape[0])
 
     def save(self, path: Path | str, *, dtype: Dtype = "bf16", key_format: KeyFormat = "comfyui") -> Path:
         """Write the file, whole or not at all.
@@ -90,6 +91,7 @@ def lora_from_factors(factors: Mapping[str, tuple[Array, Array]], strength: floa
 
 def file_metadata(title: str, rank: int) -> dict[str, str]:
     """What LoRA managers and loaders look for. Source paths stay out: they say more about a user than they should."""
+    title = title.encode("utf-8", "replace").decode()  # a file name may hold bytes that are no text
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
@@ -112,12 +114,17 @@ def converted(name: str, values: Array, dtype: Dtype) -> NDArray[Any]:
     Raises:
         LoraNotFinite: a value is not finite, or beyond what ``dtype`` holds.
     """
-    with np.errstate(over="ignore"):
-        result = {"bf16": bfloat16_bits, "fp16": np.float16, "fp32": np.float32}[dtype](values)
-    finite = np.isfinite(values) if dtype == "bf16" else np.isfinite(result)
+    result: NDArray[Any]
+    if dtype == "bf16":
+        result = bfloat16_bits(values)
+        finite = np.isfinite(values) & (result & 0x7F80 != 0x7F80)  # the largest float32 values round to infinity
+    else:
+        with np.errstate(over="ignore"):
+            result = values.astype(np.float16 if dtype == "fp16" else np.float32)
+        finite = np.isfinite(result)
     if not finite.all():
         raise LoraNotFinite(name, dtype)
-    return np.asarray(result)
+    return result
 
 
 def bfloat16_bits(values: Array) -> NDArray[np.uint16]:
@@ -136,21 +143,28 @@ def describe_lora(path: Path) -> dict[str, object]:
         tensors, metadata = read_header(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise LoraUnreadable(path, str(error)) from error
-    for key_format, keys in KEYS.items():
-        pattern = re.compile(f"{re.escape(keys[0]).replace(re.escape('{}'), '(.+)')}$")
-        downs = {match[1]: info for name, info in tensors.items() if (match := pattern.match(name))}
-        if downs and all(keys[1].format(module) in tensors for module in downs):
-            break
-    else:
+    modules = {key_format: _modules(tensors, *keys) for key_format, keys in KEYS.items()}
+    key_format = next((name for name, found in modules.items() if found), None)
+    if key_format is None:
         raise LoraUnreadable(path, "its keys are of no known form")
-    ranks = sorted({info.shape[0] for info in downs.values()})
+    downs = [tensors[KEYS[key_format][0].format(module)] for module in modules[key_format]]
+    if any(len(info.shape) != 2 for info in downs):
+        raise LoraUnreadable(path, "its factors are not matrices")
+    ranks = sorted({info.shape[0] for info in downs})
     return {
         "path": str(path),
         "tensors": len(tensors),
         "modules": len(downs),
         "rank": ranks[0] if len(ranks) == 1 else ranks,
-        "dtype": next(iter(downs.values())).dtype,
+        "dtype": downs[0].dtype,
         "key_format": key_format,
         "nbytes": path.stat().st_size,
         "metadata": metadata,
     }
+
+
+def _modules(tensors: Mapping[str, TensorInfo], down: str, up: str) -> list[str]:
+    """The modules whose two factors are there in this key form."""
+    pattern = re.compile(re.escape(down).replace(re.escape("{}"), "(.+)"))
+    found = [match[1] for name in tensors if (match := pattern.fullmatch(name))]
+    return [module for module in found if up.format(module) in tensors]

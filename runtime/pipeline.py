@@ -1,7 +1,7 @@
 """The pipeline: an opened engines directory that turns images into LoRAs.
 
-All images of a call share one pass over the weights: the passes are bound by moving weights, and a batch of images moves
-them once.
+All images of a call share one pass over the weights: the passes are bound by moving weights, and a batch of images
+moves them once.
 """
 
 import hashlib
@@ -116,7 +116,11 @@ class Pipeline:
                 factors |= factors_by_module(step.name, outputs)
         lora = lora_from_factors(factors, strength)
         build = hashlib.sha256(self.manifest.build_key.encode()).hexdigest()[:16]
-        lora.metadata |= {"i2l.precision": self.manifest.precision, "i2l.engines": build, "i2l.strength": f"{strength:g}"}
+        lora.metadata |= {
+            "i2l.precision": self.manifest.precision,
+            "i2l.engines": build,
+            "i2l.strength": f"{strength:g}",
+        }
         return lora
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ It knows nothing of files or devices: it asks the store to bring the next chunk 
 gives the current one back after its last step. Every backend is driven by this one function.
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
 from ..engines.base import Value, WeightStore
@@ -12,13 +13,18 @@ from ..engines.manifest import Chunk, Step
 
 def stream(store: WeightStore, chunks: Sequence[Chunk]) -> Iterator[tuple[Step, Mapping[str, Value]]]:
     """Yield every step of ``chunks`` in order with its weights, valid until the next step is asked for."""
-    if chunks:
-        store.prefetch(chunks[0])
-    for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
-        if following is not None:
-            store.prefetch(following)
-        try:
+    held: deque[Chunk] = deque()  # the current chunk and the next one
+    try:
+        for chunk in chunks[:1]:
+            store.prefetch(chunk)
+            held.append(chunk)
+        for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
+            if following is not None:
+                store.prefetch(following)
+                held.append(following)
             for step in chunk.steps:
                 yield step, store.weights(step)
-        finally:
+            store.release(held.popleft())
+    finally:
+        for chunk in held:
             store.release(chunk)

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from i2l.export.build import build_engines
 from i2l.export.synthetic import make_checkpoints
-from PIL import Image
 
 MakeModels = Callable[..., Path]
 MakeEngines = Callable[..., Path]

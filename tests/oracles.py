@@ -8,8 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from i2l.specs import AdapterSpec, EncoderSpec
 from safetensors.torch import load_file
+
+from i2l.specs import AdapterSpec, EncoderSpec
 
 _SCHEMAS: list[torch.library.Library] = []
 """Kept alive: a library that is collected takes its operators along."""

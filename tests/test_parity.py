@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from conftest import picture
 from i2l.engines.manifest import read_manifest
 from i2l.export.checkpoints import find_checkpoints
@@ -23,7 +24,9 @@ TOLERANCES = {
 }
 
 
-def oracle_lora(models: Path, pixels: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, tuple[np.ndarray, np.ndarray]]]:
+def oracle_lora(
+    models: Path, pixels: dict[str, np.ndarray]
+) -> tuple[np.ndarray, dict[str, tuple[np.ndarray, np.ndarray]]]:
     """Embeddings, and the factors of all images joined the way the reference does."""
     checkpoints = find_checkpoints(models)
     embeddings = torch.cat(
