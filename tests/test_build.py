@@ -20,12 +20,12 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from conftest import MakeEngines, MakeModels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
 import i2l
+from conftest import MakeEngines, MakeModels
 from i2l import files
 from i2l.engines.manifest import (
     MANIFEST,
@@ -39,7 +39,7 @@ from i2l.engines.ort import CpuBackend
 from i2l.errors import DiskFull, EnginesMissing, ManifestInvalid, OutputUnwritable, format_bytes
 from i2l.export import build
 from i2l.export.build import build_engines
-from i2l.export.packs import plan_pack
+from i2l.export.packs import plan_pack, write_pack
 from i2l.export.precision import PRECISIONS, Precision, precision_for
 from i2l.runtime.pipeline import Pipeline
 from i2l.specs import PRESETS, AdapterSpec, EncoderSpec, Family, Spec
@@ -72,6 +72,8 @@ def quick_export(engines: MakeEngines, monkeypatch: pytest.MonkeyPatch) -> None:
             if GRAPHS[graph] == spec.family:
                 yield graph, onnx.load(directory / manifest.build / path)
 
+    for name in ("fp32", "int8"):  # what the tests ask for; once the patch is in, the session's builds would meet it
+        engines("tiny", name)
     monkeypatch.setattr(build, "export_graphs", export)
 
 
@@ -162,9 +164,8 @@ def test_blocks_per_chunk_changes_no_bit(
 ) -> None:
     wanted = lora_of(own)
     for count, chunks in ((2, 4), (100, 3)):  # dinov3: embed, three blocks, head
-        manifest = build_engines(
-            models("tiny"), tmp_path / str(count), precision="fp32", blocks_per_chunk=count
-        ).manifest
+        build_engines(models("tiny"), tmp_path / str(count), precision="fp32", blocks_per_chunk=count)
+        manifest = read_manifest(tmp_path / str(count))
         assert len(manifest.models["dinov3"].chunks) == chunks
         assert lora_of(tmp_path / str(count)) == wanted
 
@@ -177,14 +178,14 @@ def dying_build(monkeypatch: pytest.MonkeyPatch, quick_export: None) -> Callable
     """``dying_build(error)``: from now on the second pack of a build raises it."""
 
     def install(error: BaseException) -> None:
-        real, calls = build.write_pack, iter(range(100))
+        calls = iter(range(100))
 
-        def write_pack(*arguments: Any) -> str:
+        def dying(*arguments: Any) -> str:
             if next(calls) == 1:
                 raise error
-            return real(*arguments)
+            return write_pack(*arguments)
 
-        monkeypatch.setattr(build, "write_pack", write_pack)
+        monkeypatch.setattr(build, "write_pack", dying)
 
     return install
 
@@ -419,8 +420,8 @@ def test_a_standalone_form_computes_what_the_graph_computes(built: tuple[Path, M
     folder, manifest = built
     family = GRAPHS[graph]
     step = [step for _, step in steps(manifest) if step.graph == graph][-1]
-    ((_, (_, *shape)),) = documented(graph)[0].items()
-    x = np.random.default_rng(0).standard_normal((2, *shape), np.float32)
+    (shape,) = documented(graph)[0].values()
+    x = np.random.default_rng(0).standard_normal([2, *map(int, shape[1:])], np.float32)
     backend = CpuBackend(folder.parent, manifest)
     engine = backend.engine(graph)
     wanted = {

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import MakeEngines
 
 import i2l
+from conftest import MakeEngines
 
 ROOT = Path(i2l.__file__).parent
 BASE = {"specs", "errors", "files"}
