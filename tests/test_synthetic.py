@@ -331,8 +331,9 @@ def test_two_pictures_have_different_embeddings(
 
 def singular_values(a: Array, b: Array) -> Array:
     """Those of ``b @ a``, without making that matrix."""
-    left, right = np.linalg.qr(b, mode="r"), np.linalg.qr(a.T, mode="r")
-    return np.asarray(np.linalg.svd(left @ right.T, compute_uv=False))
+    _, left = np.linalg.qr(b)
+    _, right = np.linalg.qr(a.T)
+    return np.asarray(np.linalg.svd(left @ right.T)[1])
 
 
 @pytest.mark.parametrize("outliers", [False, True])

@@ -1,0 +1,125 @@
+"""Rotations: orthogonal, exact to undo, and spreading what would cost an eight-bit scale its resolution."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from i2l.export.rotation import hadamard, rotate, rotation
+from i2l.specs import PRESETS
+
+REAL_WIDTHS = sorted(
+    {
+        width
+        for preset in PRESETS.values()
+        for spec in (preset.siglip2, preset.dinov3)
+        for width in (spec.hidden, spec.intermediate)
+    }
+)
+"""Inputs of every rotated matrix of every preset."""
+EPSILON = float(np.finfo(np.float32).eps)
+widths = st.sampled_from([*range(1, 201), *REAL_WIDTHS])
+
+
+def full_rotation(width: int) -> torch.Tensor:
+    """The whole matrix ``[width, width]``: rotating the rows of the identity."""
+    return rotate(torch.eye(width, dtype=torch.float64), *(factor.double() for factor in rotation(width)))
+
+
+def crest(row: torch.Tensor) -> float:
+    """The largest value over the root mean square: 1 is as flat as can be, ``sqrt(width)`` is all in one channel."""
+    return float(row.abs().max() / row.square().mean().sqrt())
+
+
+# --- orthogonal -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", REAL_WIDTHS)
+def test_the_factors_of_real_widths_are_orthogonal(width: int) -> None:
+    for factor in rotation(width):
+        error = factor.double() @ factor.double().T - torch.eye(len(factor))
+        assert error.abs().max() < 16 * EPSILON  # every entry is rounded to float32 once: 5 observed
+
+
+def test_rotations_of_all_small_widths_are_orthogonal() -> None:
+    for width in range(1, 201):
+        matrix = full_rotation(width)
+        # As above; the cosine transform's entries differ and round each for itself: 16 observed.
+        assert (matrix @ matrix.T - torch.eye(width)).abs().max() < 32 * EPSILON, width
+
+
+@pytest.mark.parametrize("width", REAL_WIDTHS)
+def test_the_factors_multiply_to_the_width(width: int) -> None:
+    left, right = rotation(width)
+    assert len(left) * len(right) == width
+
+
+@given(widths, st.integers(1, 5), st.integers(0, 1 << 32))
+def test_rotated_inputs_times_rotated_weights_are_the_same_product(width: int, rows: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, w = (torch.randn(count, width, generator=generator) for count in (rows, 3))
+    found = rotate(x, *rotation(width)) @ rotate(w, *rotation(width)).T
+    # Two float32 products of some 100 terms and a float32 dot of `width`: a few roundings of |x| |w|.
+    bound = 16 * EPSILON * x.double().norm(dim=1)[:, None] * w.double().norm(dim=1)
+    assert ((found.double() - x.double() @ w.double().T).abs() <= bound).all()
+
+
+@given(widths, st.data())
+def test_rows_are_rotated_for_themselves(width: int, data: st.DataObject) -> None:
+    x = torch.randn(4, width, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 32))))
+    row = data.draw(st.integers(0, 3))
+    alone, among = rotate(x[row : row + 1], *rotation(width))[0], rotate(x, *rotation(width))[row]
+    torch.testing.assert_close(among, alone, rtol=0, atol=8 * EPSILON * float(x[row].norm()))  # other summation order
+
+
+def test_a_rotation_is_the_same_whenever_it_is_made() -> None:
+    rotation.cache_clear()
+    first = [factor.clone() for factor in rotation(6144)]
+    rotation.cache_clear()
+    assert all(torch.equal(a, b) for a, b in zip(first, rotation(6144), strict=True))
+
+
+# --- flat -------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 300))
+def test_a_hadamard_matrix_is_one(size: int) -> None:
+    matrix = hadamard(size)
+    if matrix is not None:
+        assert np.abs(matrix).tolist() == np.ones((size, size)).tolist()
+        assert (matrix @ matrix.T).tolist() == (size * np.eye(size)).tolist()
+
+
+def test_the_sizes_of_hadamard_matrices() -> None:
+    # Sylvester doubles; Paley's first construction gives q + 1 for a prime q = 3 mod 4. None is known to be missing but
+    # those that need other constructions, and sizes that are not 1, 2 or a multiple of 4 have none.
+    paley = {prime + 1 for prime in range(3, 128, 4) if all(prime % divisor for divisor in range(2, prime))}
+    wanted = {base << power for base in {1} | paley for power in range(8)}
+    assert {size for size in range(1, 129) if hadamard(size) is not None} == {size for size in wanted if size <= 128}
+
+
+@pytest.mark.parametrize("width", REAL_WIDTHS)
+def test_a_spike_is_spread_evenly_over_real_widths(width: int) -> None:
+    left, right = rotation(width)
+    spread = left.abs().max() * right.abs().max() * math.sqrt(width)  # the largest entry of the Kronecker product
+    assert spread == pytest.approx(1, abs=4 * EPSILON)
+
+
+def test_a_spike_is_spread_over_all_small_widths() -> None:
+    for width in range(1, 201):
+        # Each factor's entries are at most sqrt(2 / size), those of a cosine transform.
+        assert full_rotation(width).abs().max() * math.sqrt(width) <= 2 + 1e-6, width
+
+
+@pytest.mark.parametrize("width", REAL_WIDTHS)
+def test_a_constant_row_is_spread_over_real_widths(width: int) -> None:
+    # All in one channel would be 8 to 90; random signs give about sqrt(2 log(width)) for each factor, up to 9 together.
+    assert crest(rotate(torch.ones(1, width), *rotation(width))) < 3.6
+
+
+def test_a_constant_row_is_spread_over_small_widths() -> None:
+    for width in range(16, 201):  # all in one channel would be 4 to 14
+        assert crest(rotate(torch.ones(1, width), *rotation(width))) < 3.2, width
