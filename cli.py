@@ -3,6 +3,7 @@
 Heavy imports stay inside the commands, so that ``--help`` answers at once.
 """
 
+import errno
 import json
 import logging
 import os
@@ -27,9 +28,10 @@ class UserPath(click.Path):
         with suppress(RuntimeError):  # there is no such user: the name just begins with ~
             path = path.expanduser()
         try:
-            path.is_file()
-        except (OSError, ValueError) as error:  # too long, or with a null byte
-            self.fail(f"{format_path(path)}: {getattr(error, 'strerror', None) or error}", param, ctx)
+            path.lstat()
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:  # the system refuses even to look
+                self.fail(f"{format_path(path)}: {error.strerror}", param, ctx)
         return path
 
 
@@ -170,6 +172,8 @@ def run(
     from .memory import peak_resident_bytes  # noqa: PLC0415
     from .runtime.pipeline import Pipeline  # noqa: PLC0415
 
+    if output.exists() and any(image.exists() and image.samefile(output) for image in images):
+        raise click.UsageError(f"{format_path(output)} is an input: give another --output")
     require_writable(output)
     with show_progress("steps", quiet=as_json) as report, Pipeline(engines, backend=backend, report=report) as pipeline:
         lora = pipeline.lora_from_images(images, strength=strength)

@@ -16,7 +16,7 @@ from ..engines.integrity import file_facts, record_checked
 from ..engines.manifest import FORMAT, MANIFEST, FileFacts, Manifest, Model, manifest_to_json, read_manifest
 from ..errors import EnginesError
 from ..files import Report, atomic_path, explained_os_errors, require_free, silent
-from ..specs import Family
+from ..specs import FAMILIES, Family
 from .checkpoints import Checkpoint, CheckpointReader, find_checkpoints
 from .graphs import export_graphs, standalone_model
 from .packs import PackPlan, plan_pack, write_pack
@@ -191,9 +191,9 @@ def commit(engines: Path, manifest: Manifest) -> None:
 
 
 def remove_other_builds(engines: Path, keep: tuple[str, ...]) -> None:
-    """Remove the folders of replaced and of dead builds."""
+    """Remove the folders of replaced and of dead builds; a folder that holds anything else is somebody else's."""
     for folder in engines.glob(f"{BUILD_PREFIX}*"):
-        if folder.is_dir() and folder.name not in keep:
+        if folder.is_dir() and folder.name not in keep and {p.name for p in folder.iterdir()} <= {"graphs", *FAMILIES}:
             shutil.rmtree(folder, ignore_errors=True)  # a file in use may resist: the next build tries again
 
 

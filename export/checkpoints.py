@@ -8,6 +8,7 @@ known model but differs is reported tensor by tensor, as that is nearly always a
 import hashlib
 import json
 import mmap
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,11 +118,19 @@ def find_checkpoints(models: Path, families: Sequence[Family] = FAMILIES) -> dic
 
 
 def checkpoint_paths(models: Path) -> Iterator[Path]:
-    """Every safetensors file under ``models`` (or ``models`` itself), in a stable order."""
+    """Every safetensors file under ``models`` (or ``models`` itself), in a stable order, each once; follows links."""
     if models.is_file():
         yield models
-    else:
-        yield from sorted(p for p in models.rglob("*.safetensors") if p.is_file() and not p.name.startswith("."))
+        return
+    seen = set()  # by their real places: links may go round in circles
+    for name, folders, files in os.walk(models, followlinks=True):
+        folder = Path(name)
+        folders[:] = sorted(f for f in folders if (folder / f).resolve() not in seen)
+        seen.update((folder / f).resolve() for f in folders)
+        for path in (folder / f for f in sorted(files) if f.endswith(".safetensors") and not f.startswith(".")):
+            if path.is_file() and path.resolve() not in seen:
+                seen.add(path.resolve())
+                yield path
 
 
 def recognise(path: Path) -> Checkpoint:

@@ -24,6 +24,8 @@ SAMPLES = 256
 """Rows or columns looked at: their norms are within about 5 % then."""
 WIDEST = 1e4
 """Channels are equalised within this factor; beyond it a value is dead rather than small."""
+DEAD = 1e-10
+"""A median below this is taken as this, so that squares and quotients stay finite where most channels are dead."""
 
 
 @dataclass(frozen=True)
@@ -119,5 +121,5 @@ def _column_norms(values: Stack, row_sizes: Tensor) -> Tensor:
 
 def _within(values: Tensor) -> Tensor:
     """Keep values within a wide band around their median, so that no channel is divided by zero."""
-    middle = values.median().clamp_min(torch.finfo(torch.float32).tiny)
+    middle = values.median().clamp_min(DEAD)
     return values.clamp(middle / WIDEST, middle * WIDEST)

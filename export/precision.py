@@ -140,7 +140,7 @@ class FloatLinear(Linear):
     """A float32 product."""
 
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
-        return product(x, self.weight(weights).to(torch.float32), self.bias(weights))
+        return product(x, self.weight(weights).to(x.dtype), self.bias(weights))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ It uses the modules that are exported and the checkpoint's own values; that thos
 DiffSynth compute is what the parity tests show.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -12,39 +12,55 @@ from numpy.typing import NDArray
 
 from ..specs import AdapterSpec
 from .checkpoints import Checkpoint, CheckpointReader
-from .graphs import stored_tensors
 from .modules import graph_modules
-from .packs import prepared_weights, source_keys
+from .packs import source_keys
 from .precision import precision_for
-from .weights import graph_weights, plan_steps
+from .stack import Stack
+from .weights import Matrix, Step, Weight, graph_weights, plan_steps
 
 Array = NDArray[np.float32]
 
 
 @torch.inference_mode()
-def reference_steps(checkpoint: Checkpoint, activation: Array) -> Iterator[tuple[str, dict[str, Array]]]:
+def reference_steps(
+    checkpoint: Checkpoint, activation: Array, cast: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.float
+) -> Iterator[tuple[str, dict[str, Array]]]:
     """Every step's outputs: ``(step name, output name -> array)``.
 
     Args:
         checkpoint: any of the three models.
         activation: pixels ``[B, 3, S, S]``, or for the adapter embeddings ``[B, embedding]``.
+        cast: what happens to every weight; the dtype that it gives is the one that is computed in.
     """
     exact = precision_for("fp32", checkpoint.spec)
     weights = graph_weights(checkpoint.spec)
-    modules = graph_modules(checkpoint.spec, exact)
-    x = torch.from_numpy(np.ascontiguousarray(activation))
+    dtype = cast(torch.zeros(1)).dtype
+    modules = {name: module.to(dtype) for name, module in graph_modules(checkpoint.spec, exact).items()}
+    x = torch.from_numpy(np.ascontiguousarray(activation)).to(dtype)
     reader = CheckpointReader(checkpoint)
     for step in (step for group in plan_steps(checkpoint.spec) for step in group):
-        values: dict[str, list[torch.Tensor]] = {}
-        for name, piece in prepared_weights(reader, step, weights[step.graph], exact):
-            values.setdefault(name, []).append(piece.flatten())
-        shapes = {name: shape for name, _, shape in stored_tensors(weights[step.graph], exact)}
-        joined = {name: torch.cat(pieces).view(shapes[name]) for name, pieces in values.items()}
-        del values
+        outputs = modules[step.graph](x, step_values(reader, step, weights[step.graph], cast))
         reader.release(source_keys(step, weights[step.graph]))
-        outputs = modules[step.graph](x, joined)
         if isinstance(checkpoint.spec, AdapterSpec):
-            yield step.name, {name: y.numpy() for name, y in outputs.items()}
+            yield step.name, {name: y.float().numpy() for name, y in outputs.items()}
         else:
             x = outputs
-            yield step.name, {"embedding" if step.graph.endswith(".head") else "hidden_out": x.numpy()}
+            yield step.name, {"embedding" if step.graph.endswith(".head") else "hidden_out": x.float().numpy()}
+
+
+def step_values(
+    reader: CheckpointReader,
+    step: Step,
+    weights: Sequence[Weight],
+    cast: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.float,
+) -> dict[str, torch.Tensor]:
+    """The weights of a step as its float32 graph takes them."""
+    stacks = {weight.name: (weight, Stack.read(reader, step, weight)) for weight in weights}
+    values = {}
+    for name, (weight, stack) in stacks.items():
+        whole = cast(stack.rows(0, stack.shape[0]))
+        if isinstance(weight, Matrix):
+            values[f"{name}.weight"] = whole
+        else:
+            values[name] = whole.view(weight.shape)
+    return values

@@ -6,6 +6,7 @@ gives the current one back after its last step. Every backend is driven by this 
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 
 from ..engines.base import Value, WeightStore
 from ..engines.manifest import Chunk, Step
@@ -14,14 +15,12 @@ from ..engines.manifest import Chunk, Step
 def stream(store: WeightStore, chunks: Sequence[Chunk]) -> Iterator[tuple[Step, Mapping[str, Value]]]:
     """Yield every step of ``chunks`` in order with its weights, valid until the next step is asked for."""
     held: deque[Chunk] = deque()  # the current chunk and the next one
+    ahead = iter(chunks)
     try:
-        for chunk in chunks[:1]:
-            store.prefetch(chunk)
-            held.append(chunk)
-        for chunk, following in zip(chunks, [*chunks[1:], None], strict=True):
-            if following is not None:
-                store.prefetch(following)
-                held.append(following)
+        for chunk in chunks:
+            for coming in islice(ahead, 2 - len(held)):
+                store.prefetch(coming)
+                held.append(coming)
             for step in chunk.steps:
                 yield step, store.weights(step)
             store.release(held.popleft())

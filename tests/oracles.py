@@ -6,11 +6,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from i2l.specs import AdapterSpec, EncoderSpec
+from i2l.specs import AdapterSpec, EncoderSpec, Spec
 
 _SCHEMAS: list[torch.library.Library] = []
 """Kept alive: a library that is collected takes its operators along."""
@@ -24,9 +25,9 @@ def import_torchvision() -> ModuleType:
     torch and Pillow alone. Call it before importing anything of transformers that wants torchvision.
     """
     if not _SCHEMAS and not _compiled_operators_load():
-        library = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
+        library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _SCHEMAS.append(library)
     return importlib.import_module("torchvision")
 
@@ -37,20 +38,24 @@ def _compiled_operators_load() -> bool:
         raise ModuleNotFoundError("No module named 'torchvision'", name="torchvision")
     try:
         for path in Path(spec.origin).parent.glob("_C*.so"):
-            torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+            torch.ops.load_library(path)
     except OSError:
         return False
     return hasattr(torch.ops.torchvision, "nms")
 
 
-def encoder_oracle(spec: EncoderSpec, checkpoint: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``pixels [B, 3, S, S] -> embedding [B, hidden]`` by transformers, float32, from a checkpoint's published keys."""
+def encoder_oracle(
+    spec: Spec, checkpoint: Path, dtype: torch.dtype = torch.float32
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``pixels [B, 3, S, S] -> embedding [B, hidden]`` by transformers, from a checkpoint's published keys."""
+    assert isinstance(spec, EncoderSpec)
     import_torchvision()  # transformers imports it for its vision models
-    values = {name: tensor.float() for name, tensor in load_file(checkpoint).items()}
+    from transformers.initialization import no_init_weights
+
     if spec.family == "siglip2":
         from transformers import SiglipVisionConfig, SiglipVisionModel
 
-        config = SiglipVisionConfig(
+        config: Any = SiglipVisionConfig(
             hidden_size=spec.hidden,
             intermediate_size=spec.intermediate,
             num_hidden_layers=spec.depth,
@@ -60,7 +65,7 @@ def encoder_oracle(spec: EncoderSpec, checkpoint: Path) -> Callable[[torch.Tenso
             layer_norm_eps=spec.norm_eps,
             hidden_act="gelu_pytorch_tanh",
         )
-        model = SiglipVisionModel(config)
+        kind: Any = SiglipVisionModel
     else:
         from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
@@ -82,8 +87,10 @@ def encoder_oracle(spec: EncoderSpec, checkpoint: Path) -> Callable[[torch.Tenso
             proj_bias=True,
             mlp_bias=True,
         )
-        model = DINOv3ViTModel(config)
-    _load_published(model, values)
+        kind = DINOv3ViTModel
+    with no_init_weights():
+        model = kind(config)
+    _load_published(model, {name: tensor.to(dtype) for name, tensor in load_file(checkpoint).items()})
     model.eval()
 
     @torch.inference_mode()
@@ -93,11 +100,14 @@ def encoder_oracle(spec: EncoderSpec, checkpoint: Path) -> Callable[[torch.Tenso
     return run
 
 
-def adapter_oracle(spec: AdapterSpec, checkpoint: Path) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+def adapter_oracle(
+    spec: Spec, checkpoint: Path, dtype: torch.dtype = torch.float32
+) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
     """``embedding [embedding] -> LoRA tensors`` of one image by DiffSynth's own adapter code, in DiffSynth's keys.
 
     The published model has its sizes written into its constructor; other sizes go through the class that it is made of.
     """
+    assert isinstance(spec, AdapterSpec)
     adapter = _diffsynth_module("z_image_image2lora")
     model = torch.nn.Module()
     patterns = [list(spec.attention_targets), list(spec.feed_forward_targets)]
@@ -124,7 +134,8 @@ def adapter_oracle(spec: AdapterSpec, checkpoint: Path) -> Callable[[torch.Tenso
             for block in range(blocks)
         )
         model.add_module(f"{prefix}_lora", component)
-    model.load_state_dict({name: tensor.float() for name, tensor in load_file(checkpoint).items()})
+    values = {name: tensor.to(dtype) for name, tensor in load_file(checkpoint).items()}
+    model.load_state_dict(values, assign=True)
 
     @torch.inference_mode()
     def run(embedding: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -147,7 +158,7 @@ def _load_published(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> 
         )
         renamed[wanted] = values.pop(suffix)
     assert not values, f"not in the oracle: {list(values)[:5]}"
-    model.load_state_dict(renamed)
+    model.load_state_dict(renamed, assign=True)
 
 
 def _diffsynth_module(name: str) -> ModuleType:

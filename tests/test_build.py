@@ -315,6 +315,26 @@ def test_a_full_disk_is_found_before_any_work(models: MakeModels, own: Path, mon
     assert times(own).keys() == before.keys()
 
 
+@pytest.mark.usefixtures("quick_export")
+def test_leftovers_of_dead_builds_go_before_space_is_asked_for(
+    models: MakeModels, own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current = builds(own)
+    shutil.copytree(own / current[0], own / "build-dead")
+    seen: list[list[str]] = []
+    monkeypatch.setattr(build, "require_free", lambda directory, _: seen.append(builds(directory)))
+    build_engines(models("tiny"), own, precision="fp32", force=True)
+    assert seen == [current]
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_folders_of_other_people_stay(models: MakeModels, own: Path) -> None:
+    (own / "build-linux").mkdir()
+    (own / "build-linux" / "program").write_bytes(b"work of a year")
+    build_engines(models("tiny"), own, precision="fp32", force=True)
+    assert (own / "build-linux" / "program").read_bytes() == b"work of a year"
+
+
 def test_the_engines_directory_is_a_file(models: MakeModels, photo: Path, tmp_path: Path) -> None:
     path = Path(shutil.copy(photo, tmp_path))
     with pytest.raises(OutputUnwritable, match="File exists"):

@@ -111,7 +111,7 @@ def test_all_three_in_one_folder_beside_other_files(tmp_path: Path) -> None:
     save_file({"unet.weight": torch.ones(2)}, tmp_path / "-.safetensors")
     (tmp_path / "notes.txt").write_text("siglip2")
     (tmp_path / ".0.safetensors.17.part").write_text("half a download")
-    (tmp_path / ".hidden.safetensors").write_text("half a download")
+    save_miniature(tmp_path / ".hidden.safetensors", "dinov3")
     (tmp_path / "folder.safetensors").mkdir()
     found = find_checkpoints(tmp_path)
     assert {family: checkpoint.path.name for family, checkpoint in found.items()} == {
@@ -341,6 +341,12 @@ def test_two_of_a_family_that_nobody_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [CheckpointMissing, CheckpointError, FileNotFoundError])
 def test_an_empty_folder(error: type[Exception], tmp_path: Path) -> None:
     with pytest.raises(error):
+        find_checkpoints(tmp_path)
+
+
+def test_another_model_does_not_stand_for_a_missing_one(tmp_path: Path) -> None:
+    save_file({"unet.weight": torch.ones(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointMissing):
         find_checkpoints(tmp_path)
 
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageFile
 
 from i2l.errors import ImageAbsurd, ImageError, ImageUnreadable
 from i2l.runtime.images import content_sha256, load_image, pixels_dinov3, pixels_siglip2, square_image
-from i2l.tests.oracles import import_torchvision
+from oracles import import_torchvision
 
 RNG = np.random.default_rng(0)
 RED, GREEN, BLUE, YELLOW, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 255, 255)
@@ -139,7 +139,7 @@ UPRIGHT: dict[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
     5: lambda a: a.transpose(1, 0, 2),
     6: lambda a: np.rot90(a, -1),
     7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
-    8: lambda a: np.rot90(a),
+    8: np.rot90,
 }
 """How a viewer turns the stored pixels, by EXIF orientation; from the EXIF standard."""
 

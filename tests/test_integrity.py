@@ -64,13 +64,18 @@ def grow(path: Path) -> None:
     os.truncate(path, path.stat().st_size + 1)
 
 
+def become_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "first byte": (lambda path: flip(path, 0), "content hash"),
     "last byte": (lambda path: flip(path, path.stat().st_size - 1), "content hash"),
     "truncated": (truncate, "bytes, not"),
     "longer": (grow, "bytes, not"),
     "gone": (Path.unlink, "it is gone"),
-    "a folder": (lambda path: (path.unlink(), path.mkdir())[0], "it is gone"),
+    "a folder": (become_folder, "it is gone"),
 }
 
 

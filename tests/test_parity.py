@@ -1,6 +1,6 @@
 """The whole way from pixels to LoRA against transformers and DiffSynth."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,8 @@ from conftest import picture
 from i2l.engines.manifest import read_manifest
 from i2l.export.checkpoints import find_checkpoints
 from i2l.runtime.lora import Lora
-from i2l.runtime.pipeline import Pipeline
+from i2l.runtime.pipeline import ENCODERS, Pipeline
+from i2l.specs import Family
 from i2l.verification import product_error
 from oracles import adapter_oracle, encoder_oracle
 
@@ -25,14 +26,14 @@ TOLERANCES = {
 
 
 def oracle_lora(
-    models: Path, pixels: dict[str, np.ndarray]
+    models: Path, pixels: Mapping[Family, np.ndarray]
 ) -> tuple[np.ndarray, dict[str, tuple[np.ndarray, np.ndarray]]]:
     """Embeddings, and the factors of all images joined the way the reference does."""
     checkpoints = find_checkpoints(models)
     embeddings = torch.cat(
         [
             encoder_oracle(checkpoints[family].spec, checkpoints[family].path)(torch.from_numpy(pixels[family]))
-            for family in ("siglip2", "dinov3")
+            for family in ENCODERS
         ],
         dim=1,
     )

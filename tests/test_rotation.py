@@ -1,6 +1,7 @@
 """Rotations: orthogonal, exact to undo, and spreading what would cost an eight-bit scale its resolution."""
 
 import math
+from functools import cache
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ EPSILON = float(np.finfo(np.float32).eps)
 widths = st.sampled_from([*range(1, 201), *REAL_WIDTHS])
 
 
+@cache
 def full_rotation(width: int) -> torch.Tensor:
     """The whole matrix ``[width, width]``: rotating the rows of the identity."""
     return rotate(torch.eye(width, dtype=torch.float64), *(factor.double() for factor in rotation(width)))
@@ -106,6 +108,14 @@ def test_a_spike_is_spread_evenly_over_real_widths(width: int) -> None:
     left, right = rotation(width)
     spread = left.abs().max() * right.abs().max() * math.sqrt(width)  # the largest entry of the Kronecker product
     assert spread == pytest.approx(1, abs=4 * EPSILON)
+
+
+def test_a_spike_is_spread_evenly_wherever_two_hadamard_matrices_fit() -> None:
+    sizes = [size for size in range(1, 201) if hadamard(size) is not None]
+    fitting = sorted({a * b for a in sizes for b in sizes if a * b <= 200})
+    assert len(fitting) > 30  # such as 24, whose nearest factors 4 and 6 do not fit
+    uneven = [width for width in fitting if full_rotation(width).abs().max() * math.sqrt(width) > 1 + 4 * EPSILON]
+    assert uneven == []
 
 
 def test_a_spike_is_spread_over_all_small_widths() -> None:

@@ -38,6 +38,7 @@ entries = st.lists(
 )
 aligns = st.integers(0, 13).map(lambda power: 1 << power)  # up to two pages
 metadata = st.dictionaries(texts, st.text(max_size=12), max_size=3)
+on_disk = settings(max_examples=50, deadline=None)
 
 
 @st.composite
@@ -130,7 +131,7 @@ def test_a_filler_stands_only_before_a_tensor_and_is_shorter_than_a_step(
 
 
 @given(layouts())
-@settings(deadline=None)  # the first call imports
+@on_disk
 def test_the_library_reads_what_was_written(
     path: Path, planned: tuple[Layout, list[Entry], int, frozenset[str]]
 ) -> None:
@@ -156,7 +157,7 @@ def test_the_library_reads_numpy_values(path: Path) -> None:
 
 
 @given(layouts())
-@settings(deadline=None)
+@on_disk
 def test_fillers_are_zeros(path: Path, planned: tuple[Layout, list[Entry], int, frozenset[str]]) -> None:
     layout, tensors, _, _ = planned
     write(path, layout, contents(tensors))
@@ -167,7 +168,7 @@ def test_fillers_are_zeros(path: Path, planned: tuple[Layout, list[Entry], int, 
 
 
 @given(entries, metadata)
-@settings(deadline=None)
+@on_disk
 def test_the_library_reads_the_metadata(path: Path, tensors: list[Entry], marks: dict[str, str]) -> None:
     write(path, plan_layout(tensors, marks), contents(tensors))
     with safetensors.safe_open(path, framework="numpy") as file:
@@ -175,7 +176,7 @@ def test_the_library_reads_the_metadata(path: Path, tensors: list[Entry], marks:
 
 
 @given(layouts())
-@settings(deadline=None)
+@on_disk
 def test_read_header_gives_the_layout_without_fillers(
     path: Path, planned: tuple[Layout, list[Entry], int, frozenset[str]]
 ) -> None:
@@ -188,7 +189,7 @@ def test_read_header_gives_the_layout_without_fillers(
 @given(
     st.dictionaries(names, st.tuples(st.sampled_from(["F32", "I64", "U8"]), shapes), min_size=1, max_size=8), metadata
 )
-@settings(deadline=None)
+@on_disk
 def test_read_header_of_a_file_by_the_library(
     path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]], marks: dict[str, str]
 ) -> None:
@@ -206,7 +207,7 @@ def test_read_header_of_a_file_by_the_library(
 
 
 @given(layouts(at_least=1), st.data())
-@settings(deadline=None)
+@on_disk
 def test_pieces_of_any_length_make_the_same_file(
     path: Path, planned: tuple[Layout, list[Entry], int, frozenset[str]], draw: st.DataObject
 ) -> None:
@@ -224,7 +225,7 @@ def test_pieces_of_any_length_make_the_same_file(
 
 
 @given(layouts())
-@settings(deadline=None)
+@on_disk
 def test_sha256_is_that_of_the_file(path: Path, planned: tuple[Layout, list[Entry], int, frozenset[str]]) -> None:
     layout, tensors, _, _ = planned
     writer = write(path, layout, contents(tensors))
@@ -277,7 +278,7 @@ def test_an_error_in_the_body_is_not_hidden_by_the_incomplete_file(path: Path) -
 
 
 @given(layouts(at_least=1), st.data())
-@settings(deadline=None)
+@on_disk
 def test_a_truncated_file_is_refused(
     path: Path, planned: tuple[Layout, list[Entry], int, frozenset[str]], draw: st.DataObject
 ) -> None:

@@ -2,20 +2,25 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 
 from i2l.engines.tensorfile import PAD_PREFIX, PAGE, TENSOR_ALIGN
-from i2l.export.checkpoints import tensor_shapes
+from i2l.export.checkpoints import CheckpointReader, find_checkpoints, tensor_shapes
 from i2l.export.graphs import stored_tensors
 from i2l.export.packs import PackPlan, plan_pack
 from i2l.export.precision import PRECISIONS, precision_for
+from i2l.export.stack import Stack
 from i2l.export.weights import Matrix, Step, graph_weights, plan_steps
 from i2l.specs import PRESETS, AdapterSpec, EncoderSpec, Spec
 
@@ -110,6 +115,54 @@ def test_the_names_of_a_graph_are_unique(case: str) -> None:
             assert len(set(names)) == len(names), name
 
 
+# --- stacks -----------------------------------------------------------------------------------------------------
+
+stacks = st.builds(
+    lambda heights, columns: Stack(
+        tuple(
+            torch.arange(rows * columns).view(rows, columns).to(torch.bfloat16) + 64 * index
+            for index, rows in enumerate(heights)
+        )
+    ),
+    st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    st.integers(1, 5),
+)
+
+
+def whole(stack: Stack) -> torch.Tensor:
+    return torch.cat(stack.parts).float()
+
+
+@given(stacks, st.data())
+def test_rows_of_a_stack(stack: Stack, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, stack.shape[0] - 1))
+    count = data.draw(st.integers(1, stack.shape[0] - start))
+    torch.testing.assert_close(stack.rows(start, count), whole(stack)[start : start + count], rtol=0, atol=0)
+
+
+@given(stacks, st.integers(1, 30))
+def test_samples_of_a_stack(stack: Stack, step: int) -> None:
+    torch.testing.assert_close(stack.sampled_rows(step), whole(stack)[::step], rtol=0, atol=0)
+    torch.testing.assert_close(stack.sampled_columns(step), whole(stack)[:, ::step], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", ["tiny-siglip2", "tiny-dinov3", "tiny-adapter"])
+def test_a_stack_is_the_tensors_of_the_library(case: str, models: Callable[..., Path]) -> None:
+    checkpoint = find_checkpoints(models("tiny"))[SPECS[case].family]
+    reader, tensors = CheckpointReader(checkpoint), load_file(checkpoint.path)
+    weights = graph_weights(checkpoint.spec)
+    for step in steps(checkpoint.spec):
+        for weight in weights[step.graph]:
+            parts = []
+            for source in (source.at(step.block) for source in weight.sources):
+                rows = tensors[source.key][source.start :][: source.rows].float()
+                parts.append(rows.reshape(len(rows), -1))
+            shape = (weight.out_features, weight.in_features) if isinstance(weight, Matrix) else weight.shape
+            stack = Stack.read(reader, step, weight)
+            wanted = torch.cat([part.reshape(-1, stack.shape[1]) for part in parts]).view(shape)
+            torch.testing.assert_close(stack.rows(0, stack.shape[0]).view(shape), wanted, rtol=0, atol=0)
+
+
 # --- steps ------------------------------------------------------------------------------------------------------
 
 
@@ -126,6 +179,12 @@ def test_blocks_run_in_the_order_of_the_checkpoint(case: str) -> None:
     blocks = steps(spec)[1:-1]
     assert [int(step.block) for step in blocks] == list(range(spec.depth))
     assert [int(step.name.rsplit(".", 1)[1]) for step in blocks] == list(range(spec.depth))
+
+
+@pytest.mark.parametrize("case", ENCODERS)
+def test_blocks_sort_by_name_as_they_run(case: str) -> None:
+    names = [step.name for step in steps(encoder(case))[1:-1]]
+    assert sorted(names) == names  # as a file manager shows the standalone graphs
 
 
 @pytest.mark.parametrize("case", ADAPTERS)
