@@ -1,8 +1,8 @@
 """How long does a build take beside merely copying the same bytes?
 
 The rival reads every checkpoint and writes as many bytes as the packs have, in 4 MiB pieces, one file after another:
-what `cp` would do. Both start from a cold page cache where the machine lets us drop it, both are timed as they return to
-the shell. Usage: python benchmarks/build.py --models DIR --engines DIR
+what `cp` would do. Both start from a cold page cache where the machine lets us drop it, and are timed until they
+return. Usage: python benchmarks/build.py --models DIR --engines DIR
 """
 
 import argparse

@@ -1,8 +1,10 @@
 """The rival: the original's path on the CPU, torch in bfloat16, from image file to LoRA file.
 
 transformers' own vision models and DiffSynth's own adapter code, weights loaded from the same checkpoints; everything
-stays in memory between two images, as the original's CPU mode does it. Prints one JSON line: seconds to load, seconds of
-each image, peak resident bytes. Usage: python benchmarks/rival.py --models DIR --image FILE --output FILE [--images N]
+stays in memory between two images, as the original's CPU mode does it. Prints one JSON line: seconds to load, seconds
+of each image, peak resident bytes.
+
+Usage: python benchmarks/rival.py --models DIR --image FILE --output FILE [--images N]
 """
 
 import argparse
@@ -18,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from i2l.export.checkpoints import find_checkpoints
 from i2l.memory import peak_resident_bytes
 from i2l.runtime.images import load_image, pixels_dinov3, pixels_siglip2, square_image
+from i2l.specs import EncoderSpec
 from oracles import adapter_oracle, encoder_oracle
 
 

@@ -122,7 +122,7 @@ def checkpoint_paths(models: Path) -> Iterator[Path]:
     if models.is_file():
         yield models
         return
-    seen = set()  # by their real places: links may go round in circles
+    seen: set[Path] = set()  # by their real places: links may go round in circles
     for name, folders, files in os.walk(models, followlinks=True):
         folder = Path(name)
         folders[:] = sorted(f for f in folders if (folder / f).resolve() not in seen)

@@ -50,7 +50,8 @@ def hadamard(size: int) -> Matrix | None:
         return None
     half = hadamard(size // 2)
     if half is not None:
-        return np.asarray(np.kron([[1.0, 1.0], [1.0, -1.0]], half))
+        doubled: Matrix = np.kron(np.array([[1.0, 1.0], [1.0, -1.0]]), half)
+        return doubled
     prime = size - 1
     if prime % 4 != 3 or any(prime % divisor == 0 for divisor in range(2, int(prime**0.5) + 1)):
         return None
