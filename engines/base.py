@@ -35,8 +35,12 @@ class WeightStore(Protocol):
         """Begin to bring a chunk in; returns at once."""
         ...
 
+    def acquire(self, chunk: Chunk) -> None:
+        """Wait until a prefetched chunk is there."""
+        ...
+
     def weights(self, step: Step) -> Mapping[str, Value]:
-        """``graph input -> value`` of a step whose chunk was prefetched."""
+        """``graph input -> value`` of a step whose chunk was acquired."""
         ...
 
     def release(self, chunk: Chunk) -> None:

@@ -25,7 +25,7 @@ from .precision import precision_for
 
 log = logging.getLogger(__name__)
 BUILD_PREFIX = "build-"
-BUILD_VERSION = 1
+BUILD_VERSION = 2
 """Raised whenever the same inputs give other engines, so that an old directory is rebuilt."""
 
 

@@ -1,7 +1,7 @@
 """The streamer: a model's chunks pass through, the next one always on its way.
 
-It knows nothing of files or devices: it asks the store to bring the next chunk in before the current one is used, and
-gives the current one back after its last step. Every backend is driven by this one function.
+It knows nothing of files or devices: it asks the store to bring the next chunk in, waits for the current one, uses it,
+and gives it back after its last step. Every backend is driven by this one function.
 """
 
 from collections import deque
@@ -21,6 +21,7 @@ def stream(store: WeightStore, chunks: Sequence[Chunk]) -> Iterator[tuple[Step, 
             for coming in islice(ahead, 2 - len(held)):
                 store.prefetch(coming)
                 held.append(coming)
+            store.acquire(chunk)
             for step in chunk.steps:
                 yield step, store.weights(step)
             store.release(held.popleft())
