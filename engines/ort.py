@@ -7,9 +7,7 @@ nothing is copied or deserialised. Pages come in by ``madvise(WILLNEED)`` one ch
 
 import contextlib
 import mmap
-import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +18,7 @@ from ..errors import ShapeMismatch
 from ..specs import Family
 from .base import Array
 from .manifest import Chunk, Manifest, Step
+from .mapping import give_back, populate, read_ahead
 from .tensorfile import TensorInfo
 from .threads import usable_cores
 
@@ -32,10 +31,6 @@ ELEMENT_TYPES: Mapping[str, tuple[type[np.generic], int]] = {
     "BF16": (np.uint16, 16),
     "F8_E4M3": (np.uint8, 17),
 }
-WILLNEED: int | None = getattr(mmap, "MADV_WILLNEED", None)
-DONTNEED: int | None = getattr(mmap, "MADV_DONTNEED", None)
-POPULATE_READ = 22 if sys.platform == "linux" else None
-"""Linux's ``MADV_POPULATE_READ``, which Python's mmap does not name."""
 
 
 class CpuBackend:
@@ -105,12 +100,10 @@ class MappedPack:
         self._tensors = tensors
 
     def prefetch(self, chunk: Chunk) -> None:
-        self._advise(WILLNEED, chunk)
+        read_ahead(self._map, chunk.offset, chunk.nbytes)
 
     def acquire(self, chunk: Chunk) -> None:
-        # One call instead of thousands of page faults in the kernels: 5 ms against 24 for a chunk of 160 MiB.
-        with suppress(OSError):  # Linux before 5.14 does not know it; then the faults come
-            self._advise(POPULATE_READ, chunk)
+        populate(self._map, chunk.offset, chunk.nbytes)
 
     def weights(self, step: Step) -> Mapping[str, ort.OrtValue]:
         if step.name not in self._values:
@@ -120,7 +113,7 @@ class MappedPack:
         return self._values[step.name]
 
     def release(self, chunk: Chunk) -> None:
-        self._advise(DONTNEED, chunk)
+        give_back(self._map, chunk.offset, chunk.nbytes)
 
     def close(self) -> None:
         self._values.clear()
@@ -132,9 +125,3 @@ class MappedPack:
         count = info.nbytes // np.dtype(dtype).itemsize
         flat: NDArray[np.generic] = np.frombuffer(self._map, dtype, count, info.offset)
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(flat.reshape(info.shape), element_type)
-
-    def _advise(self, advice: int | None, chunk: Chunk) -> None:
-        if advice is None or not hasattr(self._map, "madvise"):
-            return  # Windows: its cache manager decides alone
-        start = chunk.offset - chunk.offset % mmap.PAGESIZE  # 16 KiB on Apple silicon, 64 KiB on some ARM servers
-        self._map.madvise(advice, start, chunk.offset + chunk.nbytes - start)

@@ -20,7 +20,7 @@ from ..specs import FAMILIES, Family
 from .checkpoints import Checkpoint, CheckpointReader, find_checkpoints
 from .graphs import export_graphs, standalone_model
 from .packs import PackPlan, plan_pack, write_pack
-from .parallel import keep_freed_memory
+from .parallel import keep_freed_memory, one_torch_thread
 from .precision import precision_for
 
 log = logging.getLogger(__name__)
@@ -73,10 +73,13 @@ def build_engines(
     }
     total = sum(plan.layout.nbytes for plan in plans.values())
     keep_freed_memory()
-    with new_build_folder(engines, total) as folder:
+    with one_torch_thread(), new_build_folder(engines, total) as folder:
         progress = _Progress(report, total)
+        readers = {family: CheckpointReader(checkpoint) for family, checkpoint in checkpoints.items()}
+        first = next(iter(readers.values()))
+        first.prefetch(first.checkpoint.tensors)  # the disk works while the graphs are exported
         graphs = write_graphs(folder, checkpoints, plans, precision)
-        hashes = write_packs(folder, checkpoints, plans, precision, progress)
+        hashes = write_packs(folder, readers, plans, precision, progress)
         manifest = Manifest(
             build=folder.name,
             build_key=key,
@@ -168,17 +171,17 @@ def write_graphs(
 
 def write_packs(
     folder: Path,
-    checkpoints: Mapping[Family, Checkpoint],
+    readers: Mapping[Family, CheckpointReader],
     plans: Mapping[Family, PackPlan],
     precision: str,
     progress: "_Progress",
 ) -> dict[str, str]:
     """Write the packs; return ``path in the build folder -> SHA-256``."""
     hashes = {}
-    for family, checkpoint in checkpoints.items():
+    for family, reader in readers.items():
         progress.stage = f"packing {family}"
-        path, kept = pack_path(family), precision_for(precision, checkpoint.spec)
-        hashes[path] = write_pack(folder / path, plans[family], CheckpointReader(checkpoint), kept, progress.advance)
+        path, kept = pack_path(family), precision_for(precision, reader.checkpoint.spec)
+        hashes[path] = write_pack(folder / path, plans[family], reader, kept, progress.advance)
     return hashes
 
 

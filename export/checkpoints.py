@@ -15,6 +15,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ..engines.mapping import give_back, populate, read_ahead
 from ..engines.tensorfile import TensorInfo, read_header
 from ..errors import (
     CheckpointAmbiguous,
@@ -73,17 +74,18 @@ class CheckpointReader:
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Begin to read tensors into the page cache; returns at once."""
-        self._advise("MADV_WILLNEED", names)
+        for info in (self.checkpoint.tensors[name] for name in names):
+            read_ahead(self._map, info.offset, info.nbytes)
+
+    def acquire(self, names: Iterable[str]) -> None:
+        """Wait until tensors are in memory."""
+        for info in (self.checkpoint.tensors[name] for name in names):
+            populate(self._map, info.offset, info.nbytes)
 
     def release(self, names: Iterable[str]) -> None:
         """Take tensors out of this process's memory; the page cache may keep them."""
-        self._advise("MADV_DONTNEED", names)
-
-    def _advise(self, advice: str, names: Iterable[str]) -> None:
-        if hasattr(mmap, advice):  # Windows has no madvise
-            for info in (self.checkpoint.tensors[name] for name in names):
-                start = info.offset - info.offset % mmap.PAGESIZE
-                self._map.madvise(getattr(mmap, advice), start, info.offset + info.nbytes - start)
+        for info in (self.checkpoint.tensors[name] for name in names):
+            give_back(self._map, info.offset, info.nbytes)
 
 
 def find_checkpoints(models: Path, families: Sequence[Family] = FAMILIES) -> dict[Family, Checkpoint]:

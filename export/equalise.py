@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .stack import Stack
+from .stack import Stack, every
 
 SAMPLES = 256
 """Rows or columns looked at: their norms are within about 5 % then."""
@@ -108,8 +108,8 @@ def plan_gains(graph: str, matrices: Mapping[str, Stack], plain: Mapping[str, Te
 def _row_sizes(values: Stack, size: Tensor, bias: Tensor | None) -> Tensor:
     """The size of every output ``[out]`` for inputs of size ``size [in]``, from a sample of the columns."""
     step = max(1, values.shape[1] // SAMPLES)
-    sampled = values.sampled_columns(step) * size[::step]
-    squares = sampled.square().sum(dim=1) * step
+    sampled = values.sampled_columns(step) * every(size, step)
+    squares = sampled.square().sum(dim=1) * (values.shape[1] / sampled.shape[1])
     return (squares if bias is None else squares + bias.square()).sqrt()
 
 

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,8 +26,10 @@ from .precision import Precision, Rows
 from .stack import Stack
 from .weights import Matrix, Plain, Step, Weight, graph_weights, plan_steps
 
-QUEUE_PIECES = 8
-"""Prepared pieces, of a few MiB each, that may wait for the disk."""
+QUEUE_PIECES = 64
+"""Prepared pieces, of half a MiB to 2 MiB each, that may wait for the disk."""
+STEPS_AHEAD = 4
+"""Steps whose tensors are on their way from the disk: it is never idle while the quantiser works."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,11 @@ def write_pack(
         LayoutWriter(path, plan.layout) as writer,
         BackgroundWriter(writer, advance) as out,
     ):
-        reader.prefetch(source_keys(plan.steps[0], weights[plan.steps[0].graph]))
-        for step, following in zip(plan.steps, [*plan.steps[1:], None], strict=True):
-            if following is not None:
-                reader.prefetch(source_keys(following, weights[following.graph]))
+        ahead = iter(plan.steps)
+        for index, step in enumerate(plan.steps):
+            for coming in islice(ahead, STEPS_AHEAD if index == 0 else 1):
+                reader.prefetch(source_keys(coming, weights[coming.graph]))
+            reader.acquire(source_keys(step, weights[step.graph]))
             for name, piece in prepared_weights(reader, step, weights[step.graph], precision):
                 out.put(f"{step.name}.{name}", piece)
             reader.release(source_keys(step, weights[step.graph]))

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -33,6 +33,15 @@ TOLERANCE = 1e-5
 token by percents."""
 FEEDING = {graph: {feed.matrix for feed in feeds} for graph, feeds in FEEDS.items()}
 """``graph -> matrices whose inputs are equalised``"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """torch's threads wait for each other after every operator: on a busy machine that took seven times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def family_of(graph: str) -> Family:

@@ -6,7 +6,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from i2l.export.rotation import hadamard, rotate, rotation
@@ -60,6 +60,7 @@ def test_the_factors_multiply_to_the_width(width: int) -> None:
 
 
 @given(widths, st.integers(1, 5), st.integers(0, 1 << 32))
+@settings(deadline=None)
 def test_rotated_inputs_times_rotated_weights_are_the_same_product(width: int, rows: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x, w = (torch.randn(count, width, generator=generator) for count in (rows, 3))
@@ -70,6 +71,7 @@ def test_rotated_inputs_times_rotated_weights_are_the_same_product(width: int, r
 
 
 @given(widths, st.data())
+@settings(deadline=None)
 def test_rows_are_rotated_for_themselves(width: int, data: st.DataObject) -> None:
     x = torch.randn(4, width, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 32))))
     row = data.draw(st.integers(0, 3))
@@ -88,6 +90,7 @@ def test_a_rotation_is_the_same_whenever_it_is_made() -> None:
 
 
 @given(st.integers(1, 300))
+@settings(deadline=None)
 def test_a_hadamard_matrix_is_one(size: int) -> None:
     matrix = hadamard(size)
     if matrix is not None:

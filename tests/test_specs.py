@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from i2l.export.checkpoints import shape_hash, tensor_shapes
@@ -113,11 +113,13 @@ def test_targets_of_the_published_adapter() -> None:
 
 
 @given(encoder_specs | adapter_specs)
+@settings(deadline=None)
 def test_a_spec_survives_json(spec: Spec) -> None:
     assert spec_from_dict(json.loads(json.dumps(spec_to_dict(spec)))) == spec
 
 
 @given(encoder_specs | adapter_specs, st.data())
+@settings(deadline=None)
 def test_a_missing_field_is_named(spec: Spec, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from([field.name for field in fields(spec) if field.name != "family"]))
     values = spec_to_dict(spec)
@@ -126,6 +128,7 @@ def test_a_missing_field_is_named(spec: Spec, data: st.DataObject) -> None:
 
 
 @given(encoder_specs | adapter_specs, st.text(st.characters(categories=["Ll"]), min_size=1))
+@settings(deadline=None)
 def test_an_unknown_field_is_named(spec: Spec, name: str) -> None:
     values = spec_to_dict(spec)
     if name not in values:
@@ -133,6 +136,7 @@ def test_an_unknown_field_is_named(spec: Spec, name: str) -> None:
 
 
 @given(encoder_specs | adapter_specs, st.data())
+@settings(deadline=None)
 def test_a_field_of_the_wrong_type_is_named(spec: Spec, data: st.DataObject) -> None:
     field = data.draw(st.sampled_from([field for field in fields(spec) if field.name != "family"]))
     wrong: list[object] = [None, True, "4", [4], {}, -1, math.nan, math.inf, -math.inf]

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -34,6 +34,15 @@ Models = Callable[..., Path]
 LAYOUT = ["CLIPS/DINOv3-7B.safetensors", "CLIPS/SigLIP2-G384.safetensors", "Z-Image/Z-Image-i2L.safetensors"]
 ENCODERS = ("siglip2", "dinov3")
 GIB = 1 << 30
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """torch's threads wait for each other after every operator: on a busy machine that took seven times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def made(models: Models, preset: str, *, outliers: bool) -> Path:
@@ -88,6 +97,11 @@ def test_another_dtype_holds_the_same_values_rounded(tmp_path: Path, dtype: str)
     kind = {"F16": torch.float16, "BF16": torch.bfloat16}[dtype]
     for wanted, found in zip(exact, rounded, strict=True):
         assert all(torch.equal(found[name], tensor.to(kind)) for name, tensor in wanted.items())
+
+
+def test_float32_is_more_than_bfloat16_widened(models: Models) -> None:
+    for name, tensor in load_file(models("tiny") / "CLIPS/SigLIP2-G384.safetensors").items():
+        assert (tensor.bfloat16().float() != tensor).float().mean() > 0.9, name  # by chance one in 65536 is the same
 
 
 def test_the_spec_is_carried(models: Models) -> None:

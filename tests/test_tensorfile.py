@@ -82,18 +82,26 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(layouts())
+@settings(deadline=None)
 def test_every_tensor_is_aligned(planned: tuple[Layout, list[Entry], int, frozenset[str]]) -> None:
     layout, tensors, align, _ = planned
     assert [layout.tensors[name].offset % align for name, _, _ in tensors] == [0] * len(tensors)
 
 
+def test_alignment_beyond_a_page() -> None:
+    layout = plan_layout([("a", "U8", (3,)), ("b", "U8", (2,))], align=2 * PAGE, page_starts=frozenset("b"))
+    assert [layout.tensors[name].offset % (2 * PAGE) for name in "ab"] == [0, 0]
+
+
 @given(layouts())
+@settings(deadline=None)
 def test_page_starts_are_on_pages(planned: tuple[Layout, list[Entry], int, frozenset[str]]) -> None:
     layout, _, _, starts = planned
     assert [layout.tensors[name].offset % PAGE for name in starts] == [0] * len(starts)
 
 
 @given(layouts())
+@settings(deadline=None)
 def test_tensors_and_fillers_follow_each_other_without_hole_or_overlap(
     planned: tuple[Layout, list[Entry], int, frozenset[str]],
 ) -> None:
@@ -106,6 +114,7 @@ def test_tensors_and_fillers_follow_each_other_without_hole_or_overlap(
 
 
 @given(layouts())
+@settings(deadline=None)
 def test_the_given_order_dtypes_and_shapes_are_kept(
     planned: tuple[Layout, list[Entry], int, frozenset[str]],
 ) -> None:
@@ -115,6 +124,7 @@ def test_the_given_order_dtypes_and_shapes_are_kept(
 
 
 @given(layouts())
+@settings(deadline=None)
 def test_a_filler_stands_only_before_a_tensor_and_is_shorter_than_a_step(
     planned: tuple[Layout, list[Entry], int, frozenset[str]],
 ) -> None:

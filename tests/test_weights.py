@@ -20,7 +20,7 @@ from i2l.export.checkpoints import CheckpointReader, find_checkpoints, tensor_sh
 from i2l.export.graphs import stored_tensors
 from i2l.export.packs import PackPlan, plan_pack
 from i2l.export.precision import PRECISIONS, precision_for
-from i2l.export.stack import Stack
+from i2l.export.stack import Stack, every
 from i2l.export.weights import Matrix, Step, graph_weights, plan_steps
 from i2l.specs import PRESETS, AdapterSpec, EncoderSpec, Spec
 
@@ -120,12 +120,12 @@ def test_the_names_of_a_graph_are_unique(case: str) -> None:
 stacks = st.builds(
     lambda heights, columns: Stack(
         tuple(
-            torch.arange(rows * columns).view(rows, columns).to(torch.bfloat16) + 64 * index
+            (torch.arange(rows * columns).view(rows, columns) + 64 * index).to(torch.float16)
             for index, rows in enumerate(heights)
         )
     ),
     st.lists(st.integers(1, 6), min_size=1, max_size=4),
-    st.integers(1, 5),
+    st.integers(1, 5) | st.sampled_from([32, 64, 160]),
 )
 
 
@@ -134,6 +134,7 @@ def whole(stack: Stack) -> torch.Tensor:
 
 
 @given(stacks, st.data())
+@settings(deadline=None)
 def test_rows_of_a_stack(stack: Stack, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, stack.shape[0] - 1))
     count = data.draw(st.integers(1, stack.shape[0] - start))
@@ -141,9 +142,22 @@ def test_rows_of_a_stack(stack: Stack, data: st.DataObject) -> None:
 
 
 @given(stacks, st.integers(1, 30))
+@settings(deadline=None)
 def test_samples_of_a_stack(stack: Stack, step: int) -> None:
+    columns = every(torch.arange(stack.shape[1]), step)
     torch.testing.assert_close(stack.sampled_rows(step), whole(stack)[::step], rtol=0, atol=0)
-    torch.testing.assert_close(stack.sampled_columns(step), whole(stack)[:, ::step], rtol=0, atol=0)
+    torch.testing.assert_close(stack.sampled_columns(step), whole(stack)[:, columns], rtol=0, atol=0)
+
+
+@given(st.integers(1, 300) | st.integers(1, 300).map(lambda runs: 32 * runs), st.integers(1, 30))
+@settings(deadline=None)
+def test_a_sample_is_spread_over_the_whole(width: int, step: int) -> None:
+    taken = every(torch.arange(width), step).tolist()
+    assert taken == sorted(set(taken))
+    longest_run = 32  # one cache line
+    gaps = [following - at for at, following in pairwise([0, *taken, width])]
+    assert len(taken) >= width / step
+    assert max(gaps) <= step * longest_run
 
 
 @pytest.mark.parametrize("case", ["tiny-siglip2", "tiny-dinov3", "tiny-adapter"])
