@@ -9,6 +9,7 @@ unlucky signs.
 """
 
 from functools import cache
+from typing import cast
 
 import numpy as np
 import torch
@@ -50,8 +51,7 @@ def hadamard(size: int) -> Matrix | None:
         return None
     half = hadamard(size // 2)
     if half is not None:
-        doubled: Matrix = np.kron(np.array([[1.0, 1.0], [1.0, -1.0]]), half)
-        return doubled
+        return cast("Matrix", np.kron(np.array([[1.0, 1.0], [1.0, -1.0]]), half))
     prime = size - 1
     if prime % 4 != 3 or any(prime % divisor == 0 for divisor in range(2, int(prime**0.5) + 1)):
         return None
@@ -68,7 +68,7 @@ def _flat(size: int) -> Matrix:
     """An orthogonal matrix with entries as equal as can be: Hadamard, or else the cosine transform."""
     matrix = hadamard(size)
     if matrix is not None:
-        return matrix / np.sqrt(size)
+        return matrix / size**0.5
     k, i = np.mgrid[:size, :size]
     cosines = np.cos(np.pi * k * (2 * i + 1) / (2 * size)) * np.sqrt(2 / size)
     cosines[0] = np.sqrt(1 / size)

@@ -47,7 +47,7 @@ class Stack:
 
     def sampled_columns(self, step: int) -> Tensor:
         """The columns that :func:`every` takes, of all rows, as float32."""
-        slices = [piece for part in self.parts for piece in part.split(SLICE_ROWS)]
+        slices = [piece for part in self.parts for piece in torch.split(part, SLICE_ROWS)]
         return torch.cat(list(in_threads(lambda piece: every(piece, step).float(), slices)))
 
     @property
@@ -60,7 +60,8 @@ def every(values: Tensor, step: int) -> Tensor:
     """One of ``step`` values of the last dimension, in runs: single values would cost a cache line each."""
     if values.shape[-1] % RUN:
         return values[..., ::step]
-    return values.unflatten(-1, (-1, RUN))[..., ::step, :].flatten(-2)
+    runs = values.view(*values.shape[:-1], -1, RUN)[..., ::step, :]
+    return runs.reshape(*values.shape[:-1], -1)
 
 
 def _part(reader: CheckpointReader, source: Source) -> Tensor:

@@ -50,7 +50,7 @@ class Lora:
             OutputUnwritable, DiskFull: nothing is left half written.
             LoraNotFinite: a value is not finite, or beyond what ``dtype`` holds.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         tensors = {
             key.format(module): factor
             for module, pair in self.factors.items()

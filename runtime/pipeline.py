@@ -5,6 +5,7 @@ moves them once.
 """
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -72,7 +73,7 @@ class Pipeline:
         self._report = report
         self.timings = Timings()
 
-    def lora_from_images(self, images: Sequence[ImageSource], *, strength: float = 1.0) -> Lora:
+    def lora_from_images(self, images: Sequence[ImageSource] | ImageSource, *, strength: float = 1.0) -> Lora:
         """One LoRA from one or more images; its rank is four per image.
 
         Args:
@@ -89,11 +90,11 @@ class Pipeline:
         lora.metadata["i2l.images"] = ",".join(content_sha256(picture) for picture in pictures)
         return lora
 
-    def embed(self, images: Sequence[ImageSource]) -> Array:
+    def embed(self, images: Sequence[ImageSource] | ImageSource) -> Array:
         """The embeddings of images, float32 ``[images, 5632]``: SigLIP2's 1536 values, then DINOv3's 4096."""
         return self.embed_pixels(self.pixels(images))
 
-    def pixels(self, images: Sequence[ImageSource]) -> dict[Family, Array]:
+    def pixels(self, images: Sequence[ImageSource] | ImageSource) -> dict[Family, Array]:
         """What each encoder sees, float32 ``[images, 3, size, size]``."""
         with self.timings.stage("images"):
             squares = [square_image(picture) for picture in load_images(images)]
@@ -160,15 +161,16 @@ class Pipeline:
         return spec.image_size
 
 
-def load_images(images: Sequence[ImageSource]) -> list[Image.Image]:
-    """Every image as 8-bit RGB.
+def load_images(images: Sequence[ImageSource] | ImageSource) -> list[Image.Image]:
+    """Every image as 8-bit RGB; a single one is a list of one, as a text would otherwise be read letter by letter.
 
     Raises:
         NoImages, ImageError: nothing to read, or an image that cannot be used.
     """
-    if not images:
+    several = [images] if isinstance(images, str | os.PathLike | Image.Image | np.ndarray) else list(images)
+    if not several:
         raise NoImages
-    return [load_image(image) for image in images]
+    return [load_image(image) for image in several]
 
 
 def open_engines(engines: Path | str, *, backend: str = "auto", report: Report = silent) -> Pipeline:

@@ -424,3 +424,11 @@ def test_a_store_that_fails_holds_nothing(chunks: list[Chunk], fail_at: int) -> 
         list(stream(store, chunks))
     assert store.held == []
     assert store.released == store.prefetched
+
+
+def test_one_image_needs_no_list(pipeline: Pipeline, tmp_path: Path) -> None:
+    path = tmp_path / "one.png"
+    PICTURES[0].save(path)
+    wanted = pipeline.embed([PICTURES[0]])
+    for single in (str(path), path, PICTURES[0], np.asarray(PICTURES[0])):
+        np.testing.assert_array_equal(pipeline.embed(single), wanted)
