@@ -8,6 +8,7 @@ the activations (SiLU and GELU make one) would pile up in one channel of a plain
 unlucky signs.
 """
 
+import math
 from functools import cache
 from typing import cast
 
@@ -68,7 +69,7 @@ def _flat(size: int) -> Matrix:
     """An orthogonal matrix with entries as equal as can be: Hadamard, or else the cosine transform."""
     matrix = hadamard(size)
     if matrix is not None:
-        return matrix / size**0.5
+        return matrix / math.sqrt(size)
     k, i = np.mgrid[:size, :size]
     cosines = np.cos(np.pi * k * (2 * i + 1) / (2 * size)) * np.sqrt(2 / size)
     cosines[0] = np.sqrt(1 / size)
