@@ -43,10 +43,9 @@ class CheckpointError(I2LError):
 class CheckpointMissing(CheckpointError, FileNotFoundError):
     """No file under the models directory is one of the wanted models."""
 
-    def __init__(self, families: Sequence[str], models: Path, rejected: Sequence[str] = ()) -> None:
-        tried = "".join(f"; not used: {line}" for line in rejected)
+    def __init__(self, families: Sequence[str], models: Path) -> None:
         super().__init__(
-            f"no checkpoint for {' and '.join(families)} under {format_path(models)}{tried}: download it there "
+            f"no checkpoint for {' and '.join(families)} under {format_path(models)}: download it there "
             "(README, 'Real checkpoints'), or try synthetic ones with: "
             f"i2l make-checkpoints {format_path(models)} --preset tiny"
         )

@@ -2,7 +2,7 @@
 
 One session per graph, however many blocks it serves. A step's weights are ``OrtValue``s laid over the mapped file:
 nothing is copied or deserialised. Pages come in by ``madvise(WILLNEED)`` one chunk ahead and leave the process by
-``madvise(DONTNEED)`` behind, so about two chunks are resident; the page cache keeps them for the next run.
+``madvise(DONTNEED)`` behind: one chunk is resident, the next is in the page cache, which keeps all for the next run.
 """
 
 import contextlib

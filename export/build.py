@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,6 @@ from .packs import PackPlan, plan_pack, write_pack
 from .parallel import keep_freed_memory, one_torch_thread
 from .precision import precision_for
 
-log = logging.getLogger(__name__)
 BUILD_PREFIX = "build-"
 BUILD_VERSION = 2
 """Raised whenever the same inputs give other engines, so that an old directory is rebuilt."""

@@ -92,8 +92,8 @@ def find_checkpoints(models: Path, families: Sequence[Family] = FAMILIES) -> dic
     """The checkpoint of each family anywhere under ``models``.
 
     Raises:
-        CheckpointMissing: a family has no file; the message says why each other file was not used.
-        CheckpointMismatch: no good file of the family is there, but a nearly good one is.
+        CheckpointMissing: a family has no file, and every other file could be read.
+        CheckpointMismatch: a family has no file, and a nearly good file lies there.
         CheckpointUnreadable: the same, with a truncated file.
         CheckpointAmbiguous: a family has several files.
     """
