@@ -36,7 +36,7 @@ CORE_DEPENDENCIES = {"numpy", "onnxruntime", "safetensors", "PIL", "click", "ric
 
 def sources() -> list[str]:
     """Every module of the package as a path from the root."""
-    folders = (".", "engines", "export", "runtime")
+    folders = (".", "commands", "engines", "export", "runtime")
     return sorted(path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).glob("*.py"))
 
 

@@ -1,0 +1,31 @@
+"""``i2l make-checkpoints``."""
+
+from pathlib import Path
+
+import click
+
+from ..errors import format_bytes, format_path
+from ..progress import show_progress
+from .options import PATH, debug_option, needs_extra
+
+
+@click.command()
+@click.argument("directory", type=PATH)
+@click.option("--preset", type=click.Choice(["tiny", "small", "full"]), default="tiny", show_default=True,
+              help="full has the published keys and shapes: 21 GB.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--dtype", type=click.Choice(["bf16", "f16", "f32"]), help="Default: as published (SigLIP2 f32, others bf16)."
+)
+@click.option("--outliers", is_flag=True, help="Plant massive activations, as real vision transformers have.")
+@debug_option
+def make_checkpoints(directory: Path, preset: str, seed: int, dtype: str | None, *, outliers: bool) -> None:
+    """Write synthetic checkpoints into DIRECTORY, for tests and benchmarks."""
+    with needs_extra("export", "i2l make-checkpoints"):
+        from ..export.synthetic import make_checkpoints as make  # noqa: PLC0415
+
+    with show_progress("bytes") as report:
+        kind = dtype.upper() if dtype else None
+        paths = make(directory, preset, seed=seed, dtype=kind, outliers=outliers, report=report)
+    for path in paths:
+        click.echo(f"{format_path(path)}  {format_bytes(path.stat().st_size)}")

@@ -1,0 +1,62 @@
+"""Options that several commands share, and what they need around them."""
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..errors import PackageMissing, format_path
+
+
+class UserPath(click.Path):
+    """A path in which ``~`` is the home directory even where the shell did not expand it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        with suppress(RuntimeError):  # there is no such user: the name just begins with ~
+            path = path.expanduser()
+        try:
+            path.lstat()
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:  # the system refuses even to look
+                self.fail(f"{format_path(path)}: {error.strerror}", param, ctx)
+        return path
+
+
+PATH = UserPath()
+DEBUG = "i2l.debug"
+"""Where a command's context keeps ``--debug``."""
+
+
+@contextmanager
+def needs_extra(extra: str, purpose: str) -> Iterator[None]:
+    """Turn the import error of an optional package into the command that installs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise PackageMissing(error.name or extra, purpose, extra) from error
+
+
+def debug_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Add ``--debug``, which :class:`Commands` looks for."""
+
+    def remember(ctx: click.Context, _: click.Parameter, value: bool) -> None:
+        ctx.meta[DEBUG] = value
+
+    return click.option(
+        "--debug", is_flag=True, expose_value=False, callback=remember, help="Show the traceback of an error."
+    )(command)
+
+
+def json_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Add ``--json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")(command)
+
+
+backend_option = click.option(
+    "--backend", type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]), default="auto", show_default=True
+)

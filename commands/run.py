@@ -1,0 +1,74 @@
+"""``i2l run``."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from ..errors import NoImages, format_bytes, format_path
+from ..progress import show_progress
+from .options import PATH, backend_option, debug_option, json_option
+
+
+@click.command()
+@click.argument("images", nargs=-1, type=PATH, metavar="IMAGE...")
+@click.option("--engines", type=PATH, required=True, help="The engines directory.")
+@click.option("--output", type=PATH, required=True, help="The LoRA file to write.")
+@backend_option
+@click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the LoRA's effect; linear.")
+@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True)
+@click.option("--key-format", type=click.Choice(["comfyui", "diffsynth"]), default="comfyui", show_default=True,
+              help="comfyui loads everywhere; diffsynth is what the original node saved.")  # fmt: skip
+@json_option
+@debug_option
+def run(
+    images: Sequence[Path],
+    engines: Path,
+    output: Path,
+    backend: str,
+    strength: float,
+    dtype: Literal["bf16", "fp16", "fp32"],
+    key_format: Literal["comfyui", "diffsynth"],
+    *,
+    as_json: bool,
+) -> None:
+    """Turn one or more IMAGEs into one LoRA of rank four per image."""
+    if not images:
+        raise click.UsageError(str(NoImages()))
+    from ..files import require_writable  # noqa: PLC0415
+    from ..memory import peak_resident_bytes  # noqa: PLC0415
+    from ..runtime.pipeline import Pipeline  # noqa: PLC0415
+
+    if output.exists() and any(image.exists() and image.samefile(output) for image in images):
+        raise click.UsageError(f"{format_path(output)} is an input: give another --output")
+    require_writable(output)
+    with show_progress("steps", quiet=as_json) as report, Pipeline(engines, backend=backend, report=report) as pipeline:
+        lora = pipeline.lora_from_images(images, strength=strength)
+        with pipeline.timings.stage("save"):
+            lora.save(output, dtype=dtype, key_format=key_format)
+    seconds = pipeline.timings.seconds
+    facts = {
+        "output": str(output),
+        "tensors": 2 * len(lora.factors),
+        "rank": lora.rank,
+        "seconds": {
+            **{stage: round(value, 4) for stage, value in seconds.items()},
+            "total": round(sum(seconds.values()), 4),
+        },
+        "peak_resident_bytes": peak_resident_bytes(),
+        "backend": pipeline.backend_name,
+        "backend_reason": pipeline.backend_reason,
+        "precision": pipeline.manifest.precision,
+    }
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    stages = ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items())
+    click.echo(
+        f"{format_path(output)}: {2 * len(lora.factors)} tensors, rank {lora.rank}, "
+        f"{format_bytes(output.stat().st_size)}\n"
+        f"{sum(seconds.values()):.2f} s ({stages}), peak {format_bytes(peak_resident_bytes())} resident, "
+        f"backend {pipeline.backend_name} ({pipeline.backend_reason})"
+    )

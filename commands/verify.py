@@ -1,0 +1,27 @@
+"""``i2l verify``."""
+
+import json
+from pathlib import Path
+
+import click
+
+from ..progress import show_progress
+from .options import PATH, backend_option, debug_option, json_option, needs_extra
+
+
+@click.command()
+@click.option("--models", type=PATH, required=True, help="The checkpoints that the engines were built from.")
+@click.option("--engines", type=PATH, required=True, help="The engines directory.")
+@click.option("--image", type=PATH, help="The picture to compare on; default: a made-up one.")
+@backend_option
+@json_option
+@debug_option
+def verify(models: Path, engines: Path, image: Path | None, backend: str, *, as_json: bool) -> None:
+    """Compare every step and the LoRA with a float32 reference (needs the checkpoints and torch)."""
+    with needs_extra("export", "i2l verify"):
+        from ..export import reference  # noqa: F401, PLC0415
+    from ..verification import made_up_image, summary, verify_engines  # noqa: PLC0415
+
+    with show_progress("steps", quiet=as_json) as report:
+        result = verify_engines(models, engines, image or made_up_image(), backend=backend, report=report)
+    click.echo(json.dumps(result.to_dict()) if as_json else "\n".join(summary(result)))
