@@ -2,9 +2,9 @@
 
 transformers' own vision models and DiffSynth's own adapter code, weights loaded from the same checkpoints; everything
 stays in memory between two images, as the original's CPU mode does it. Prints one JSON line: seconds to load, seconds
-of each image, peak resident bytes.
+of each call by stage, peak resident bytes.
 
-Usage: python benchmarks/rival.py --models DIR --image FILE --output FILE [--images N]
+Usage: python benchmarks/rival.py --models DIR --image FILE --output FILE [--calls N]
 """
 
 import argparse
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--image", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--images", type=int, default=2)
+    parser.add_argument("--calls", type=int, default=2)
     arguments = parser.parse_args()
 
     checkpoints = find_checkpoints(arguments.models)
@@ -44,7 +44,7 @@ def main() -> None:
     load_seconds = time.perf_counter() - start
 
     seconds = []
-    for _ in range(arguments.images):
+    for _ in range(arguments.calls):
         stages = {}
         start = time.perf_counter()
         square = square_image(load_image(arguments.image))
@@ -63,7 +63,7 @@ def main() -> None:
         stages["adapter"] = round(time.perf_counter() - mark, 3)
         save_file({name: tensor.contiguous() for name, tensor in lora.items()}, arguments.output)
         seconds.append({"total": round(time.perf_counter() - start, 3), **stages})
-    facts = {"load_seconds": round(load_seconds, 2), "images": seconds, "peak_resident_bytes": peak_resident_bytes()}
+    facts = {"load_seconds": round(load_seconds, 2), "calls": seconds, "peak_resident_bytes": peak_resident_bytes()}
     print(json.dumps(facts))
 
 

@@ -17,6 +17,8 @@ from .options import PATH, backend_option, debug_option, json_option
 @click.option("--engines", type=PATH, required=True, help="The engines directory.")
 @click.option("--output", type=PATH, required=True, help="The LoRA file to write.")
 @backend_option
+@click.option("--threads", type=click.IntRange(min=1),
+              help="Threads of the CPU backend. Default: physical cores, within a container's quota.")  # fmt: skip
 @click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the LoRA's effect; linear.")
 @click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True)
 @click.option("--key-format", type=click.Choice(["comfyui", "diffsynth"]), default="comfyui", show_default=True,
@@ -28,6 +30,7 @@ def run(
     engines: Path,
     output: Path,
     backend: str,
+    threads: int | None,
     strength: float,
     dtype: Literal["bf16", "fp16", "fp32"],
     key_format: Literal["comfyui", "diffsynth"],
@@ -44,7 +47,10 @@ def run(
     if output.exists() and any(image.exists() and image.samefile(output) for image in images):
         raise click.UsageError(f"{format_path(output)} is an input: give another --output")
     require_writable(output)
-    with show_progress("steps", quiet=as_json) as report, Pipeline(engines, backend=backend, report=report) as pipeline:
+    with (
+        show_progress("steps", quiet=as_json) as report,
+        Pipeline(engines, backend=backend, threads=threads, report=report) as pipeline,
+    ):
         lora = pipeline.lora_from_images(images, strength=strength)
         with pipeline.timings.stage("save"):
             lora.save(output, dtype=dtype, key_format=key_format)

@@ -20,7 +20,7 @@ from .base import Array
 from .manifest import Chunk, Manifest, Step
 from .mapping import give_back, populate, read_ahead
 from .tensorfile import TensorInfo
-from .threads import usable_cores
+from .threads import default_threads
 
 # safetensors dtype -> (numpy dtype of the same width, onnx.TensorProto element type): numpy knows neither bfloat16 nor
 # FP8, and the runtime does without the onnx package.
@@ -38,15 +38,16 @@ class CpuBackend:
 
     name = "cpu"
 
-    def __init__(self, directory: Path, manifest: Manifest) -> None:
+    def __init__(self, directory: Path, manifest: Manifest, threads: int | None = None) -> None:
         self._folder = directory / manifest.build
         self._manifest = manifest
+        self._threads = threads or default_threads()
         self._engines: dict[str, OrtEngine] = {}
         self._stores: dict[Family, MappedPack] = {}
 
     def engine(self, graph: str) -> "OrtEngine":
         if graph not in self._engines:
-            self._engines[graph] = OrtEngine(graph, self._folder / self._manifest.graphs[graph])
+            self._engines[graph] = OrtEngine(graph, self._folder / self._manifest.graphs[graph], self._threads)
         return self._engines[graph]
 
     def store(self, family: Family) -> "MappedPack":
@@ -71,9 +72,9 @@ class CpuBackend:
 class OrtEngine:
     """An onnxruntime session of one graph."""
 
-    def __init__(self, graph: str, path: Path) -> None:
+    def __init__(self, graph: str, path: Path, threads: int) -> None:
         options = ort.SessionOptions()
-        options.intra_op_num_threads = usable_cores()
+        options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors; warnings about unused outputs help nobody here
         self._graph = graph
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

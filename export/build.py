@@ -16,14 +16,14 @@ from ..engines.manifest import FORMAT, MANIFEST, FileFacts, Manifest, Model, man
 from ..errors import EnginesError
 from ..files import Report, atomic_path, explained_os_errors, require_free, silent
 from ..specs import FAMILIES, Family
-from .checkpoints import Checkpoint, CheckpointReader, find_checkpoints
+from .checkpoints import Checkpoint, find_checkpoints
 from .graphs import export_graphs, standalone_model
 from .packs import PackPlan, plan_pack, write_pack
-from .parallel import keep_freed_memory, one_torch_thread
+from .parallel import keep_freed_memory, quantising_threads
 from .precision import precision_for
 
 BUILD_PREFIX = "build-"
-BUILD_VERSION = 2
+BUILD_VERSION = 3
 """Raised whenever the same inputs give other engines, so that an old directory is rebuilt."""
 
 
@@ -71,13 +71,10 @@ def build_engines(
     }
     total = sum(plan.layout.nbytes for plan in plans.values())
     keep_freed_memory()
-    with one_torch_thread(), new_build_folder(engines, total) as folder:
+    with quantising_threads(), new_build_folder(engines, total) as folder:
         progress = _Progress(report, total)
-        readers = {family: CheckpointReader(checkpoint) for family, checkpoint in checkpoints.items()}
-        first = next(iter(readers.values()))
-        first.prefetch(first.checkpoint.tensors)  # the disk works while the graphs are exported
         graphs = write_graphs(folder, checkpoints, plans, precision)
-        hashes = write_packs(folder, readers, plans, precision, progress)
+        hashes = write_packs(folder, checkpoints, plans, precision, progress)
         manifest = Manifest(
             build=folder.name,
             build_key=key,
@@ -169,17 +166,17 @@ def write_graphs(
 
 def write_packs(
     folder: Path,
-    readers: Mapping[Family, CheckpointReader],
+    checkpoints: Mapping[Family, Checkpoint],
     plans: Mapping[Family, PackPlan],
     precision: str,
     progress: "_Progress",
 ) -> dict[str, str]:
     """Write the packs; return ``path in the build folder -> SHA-256``."""
     hashes = {}
-    for family, reader in readers.items():
+    for family, checkpoint in checkpoints.items():
         progress.stage = f"packing {family}"
-        path, kept = pack_path(family), precision_for(precision, reader.checkpoint.spec)
-        hashes[path] = write_pack(folder / path, plans[family], reader, kept, progress.advance)
+        path, kept = pack_path(family), precision_for(precision, checkpoint.spec)
+        hashes[path] = write_pack(folder / path, plans[family], checkpoint, kept, progress.advance)
     return hashes
 
 

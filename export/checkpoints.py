@@ -7,15 +7,13 @@ known model but differs is reported tensor by tensor, as that is nearly always a
 
 import hashlib
 import json
-import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..engines.mapping import give_back, populate, read_ahead
 from ..engines.tensorfile import TensorInfo, read_header
 from ..errors import (
     CheckpointAmbiguous,
@@ -56,36 +54,6 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.tensors.values())
-
-
-class CheckpointReader:
-    """A checkpoint's bytes, mapped: read ahead while the tensors before are worked on, and given back behind."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        with checkpoint.path.open("rb") as file:
-            # A private mapping, as torch wants memory that it could write; nothing writes.
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-
-    def read(self, name: str, start: int, nbytes: int) -> memoryview:
-        """``nbytes`` of tensor ``name`` from its byte ``start``."""
-        offset = self.checkpoint.tensors[name].offset + start
-        return memoryview(self._map)[offset : offset + nbytes]
-
-    def prefetch(self, names: Iterable[str]) -> None:
-        """Begin to read tensors into the page cache; returns at once."""
-        for info in (self.checkpoint.tensors[name] for name in names):
-            read_ahead(self._map, info.offset, info.nbytes)
-
-    def acquire(self, names: Iterable[str]) -> None:
-        """Wait until tensors are in memory."""
-        for info in (self.checkpoint.tensors[name] for name in names):
-            populate(self._map, info.offset, info.nbytes)
-
-    def release(self, names: Iterable[str]) -> None:
-        """Take tensors out of this process's memory; the page cache may keep them."""
-        for info in (self.checkpoint.tensors[name] for name in names):
-            give_back(self._map, info.offset, info.nbytes)
 
 
 def find_checkpoints(models: Path, families: Sequence[Family] = FAMILIES) -> dict[Family, Checkpoint]:

@@ -128,6 +128,7 @@ class Dinov3Block(nn.Module):
 
     rotary_cos: Tensor
     rotary_sin: Tensor
+    positions: Tensor
 
     def __init__(self, spec: EncoderSpec, precision: Precision) -> None:
         super().__init__()
@@ -139,6 +140,7 @@ class Dinov3Block(nn.Module):
         cos, sin = rotary_tables(spec)
         self.register_buffer("rotary_cos", cos)
         self.register_buffer("rotary_sin", sin)
+        self.register_buffer("positions", torch.arange(spec.tokens).unsqueeze(0))
 
     def forward(self, hidden_in: Tensor, weights: Weights) -> Tensor:
         spec = self.spec
@@ -154,8 +156,8 @@ class Dinov3Block(nn.Module):
         return hidden + x.view(-1, spec.tokens, spec.hidden) * weights["scale2"]
 
     def rotate(self, x: Tensor) -> Tensor:
-        first, second = x.chunk(2, dim=-1)
-        return x * self.rotary_cos + torch.cat([-second, first], dim=-1) * self.rotary_sin
+        positions = self.positions.expand(x.shape[0], -1)
+        return torch.onnx.ops.rotary_embedding(x, self.rotary_cos, self.rotary_sin, positions)
 
 
 class Dinov3Head(nn.Module):
@@ -194,16 +196,16 @@ class AdapterBlock(nn.Module):
 
 
 def rotary_tables(spec: EncoderSpec) -> tuple[Tensor, Tensor]:
-    """Cosine and sine ``[T, D/H]`` of DINOv3's 2-D rotary positions.
+    """Cosine and sine ``[T, D/H/2]`` of DINOv3's 2-D rotary positions: channel i of a head turns with i + D/H/2.
 
-    Patch centres run over [-1, 1] in y and x; a quarter of the head's channels turns with each, and the table is
-    repeated for the second half. CLS and register tokens have no position: cosine 1 and sine 0 leave them as they are,
-    which saves splitting and joining q and k in every block.
+    Patch centres run over [-1, 1] in y and x; a quarter of the head's channels turns with each. CLS and register tokens
+    have no position: cosine 1 and sine 0 leave them as they are, which saves splitting and joining q and k in every
+    block.
     """
     centres = (torch.arange(spec.grid, dtype=torch.float32) + 0.5) / spec.grid * 2 - 1
     yx = torch.stack(torch.meshgrid(centres, centres, indexing="ij"), dim=-1).view(-1, 2, 1)
     frequencies = spec.rope_theta ** -torch.arange(0, 1, 4 / spec.head_dim, dtype=torch.float32)
-    angles = (2 * math.pi * yx * frequencies).flatten(1).tile(2)
-    prefix = torch.zeros(spec.prefix_tokens, spec.head_dim)
+    angles = (2 * math.pi * yx * frequencies).flatten(1)
+    prefix = torch.zeros(spec.prefix_tokens, spec.head_dim // 2)
     angles = torch.cat([prefix, angles])  # an angle of 0 has cosine 1 and sine 0
     return angles.cos(), angles.sin()

@@ -5,10 +5,9 @@ thread of its own hashes and writes, so that the disk and the quantiser work at 
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -19,17 +18,16 @@ from ..engines.manifest import Step as StepFacts
 from ..engines.tensorfile import TENSOR_ALIGN, Layout, LayoutWriter, plan_layout
 from ..files import explained_os_errors
 from ..specs import Spec
-from .checkpoints import CheckpointReader
+from .checkpoints import Checkpoint
 from .equalise import Gains, plan_gains
 from .graphs import stored_tensors
 from .precision import Precision, Rows
+from .reader import stream_tensors
 from .stack import Stack
 from .weights import Matrix, Plain, Step, Weight, graph_weights, plan_steps
 
 QUEUE_PIECES = 64
 """Prepared pieces, of half a MiB to 2 MiB each, that may wait for the disk."""
-STEPS_AHEAD = 4
-"""Steps whose tensors are on their way from the disk: it is never idle while the quantiser works."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def plan_pack(spec: Spec, precision: Precision, blocks_per_chunk: int) -> PackPl
 def write_pack(
     path: Path,
     plan: PackPlan,
-    reader: CheckpointReader,
+    checkpoint: Checkpoint,
     precision: Precision,
     advance: Callable[[int], None],
 ) -> str:
@@ -76,35 +74,35 @@ def write_pack(
     Args:
         path: the new file.
         plan: from :func:`plan_pack` with the same precision.
-        reader: the checkpoint.
+        checkpoint: what it is made from.
         precision: how matrices are stored.
         advance: told the bytes handed to the disk.
     """
-    weights = graph_weights(reader.checkpoint.spec)
+    weights = graph_weights(checkpoint.spec)
     with (
         explained_os_errors(path),
         LayoutWriter(path, plan.layout) as writer,
         BackgroundWriter(writer, advance) as out,
     ):
-        ahead = iter(plan.steps)
-        for index, step in enumerate(plan.steps):
-            for coming in islice(ahead, STEPS_AHEAD if index == 0 else 1):
-                reader.prefetch(source_keys(coming, weights[coming.graph]))
-            reader.acquire(source_keys(step, weights[step.graph]))
-            for name, piece in prepared_weights(reader, step, weights[step.graph], precision):
+        groups = [source_keys(step, weights[step.graph]) for step in plan.steps]
+        for step, tensors in zip(plan.steps, stream_tensors(checkpoint, groups), strict=True):
+            for name, piece in prepared_weights(tensors, step, weights[step.graph], precision):
                 out.put(f"{step.name}.{name}", piece)
-            reader.release(source_keys(step, weights[step.graph]))
     return writer.sha256
 
 
 def prepared_weights(
-    reader: CheckpointReader, step: Step, weights: Sequence[Weight], precision: Precision
+    tensors: Mapping[str, Tensor], step: Step, weights: Sequence[Weight], precision: Precision
 ) -> Iterator[tuple[str, Tensor]]:
     """The bytes of a step's weights as the pack stores them, in file order: ``(graph input, piece)``.
 
-    The pages of the step's tensors stay resident meanwhile: one block of DINOv3 is 0.3 GiB in bfloat16.
+    Args:
+        tensors: the checkpoint's tensors of this step; they may change once the last piece is out.
+        step: which block.
+        weights: what its graph takes.
+        precision: how matrices are stored.
     """
-    values = {weight.name: Stack.read(reader, step, weight) for weight in weights}
+    values = {weight.name: Stack.of(tensors, step, weight) for weight in weights}
     plain = {w.name: values[w.name].rows(0, w.shape[0]).flatten() for w in weights if isinstance(w, Plain)}
     gains = plan_gains(step.graph, values, plain) if precision.equalised else Gains()
     for weight in weights:

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-from ..engines.threads import usable_cores
+from ..engines.threads import default_threads
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Of glibc's malloc.h."""
@@ -26,14 +26,19 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Keep torch's own threads out of the way of :func:`in_threads`."""
+def quantising_threads() -> Iterator[None]:
+    """Keep torch's own threads out of the way of :func:`in_threads`, and end those threads afterwards.
+
+    Left to the interpreter's exit, a thread that Ctrl-C met while it was being started would be waited for, for ever.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        _pool().shutdown(cancel_futures=True)
+        _pool.cache_clear()
 
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -43,7 +48,7 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Ite
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(usable_cores(), "i2l-quantise", initializer=torch.set_num_threads, initargs=(1,))
+    return ThreadPoolExecutor(default_threads(), "i2l-quantise", initializer=torch.set_num_threads, initargs=(1,))
 
 
 def keep_freed_memory() -> None:

@@ -202,10 +202,10 @@ class RotatedInt8:
         return [("weight", "I8", (panels, in_features, width)), ("scale", "F32", (panels, 1, width))]
 
     def prepare(self, rows: Rows, out_features: int, in_features: int) -> Iterator[tuple[str, Tensor]]:
-        left, right = rotation(in_features)
+        matrix = rotation(in_features)
 
         def convert(panel: Tensor) -> tuple[Tensor, Tensor]:
-            rotated = rotate(panel, left, right)
+            rotated = rotate(panel, matrix)
             scale = row_scales(rotated, 127.0)
             return rotated.div_(scale[:, None]).round_().to(torch.int8).t().contiguous(), scale
 
@@ -218,18 +218,15 @@ class RotatedInt8:
 class RotatedInt8Linear(Linear):
     """Rotate, quantise with one scale for all rows, multiply in int8."""
 
-    left: Tensor
-    right: Tensor
+    rotation: Tensor
 
     def __init__(self, name: str, in_features: int, *, normed: bool) -> None:
         super().__init__(name)
         self.normed = normed
-        left, right = rotation(in_features)
-        self.register_buffer("left", left)
-        self.register_buffer("right", right)
+        self.register_buffer("rotation", rotation(in_features))
 
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
-        rotated = rotate(x, self.left, self.right)
+        rotated = rotate(x, self.rotation)
         if self.normed:
             y = self.multiply(rotated, weights)
         else:

@@ -4,17 +4,18 @@ It uses the modules that are exported and the checkpoint's own values; that thos
 DiffSynth compute is what the parity tests show.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ..specs import AdapterSpec
-from .checkpoints import Checkpoint, CheckpointReader
+from .checkpoints import Checkpoint
 from .modules import graph_modules
 from .packs import source_keys
 from .precision import precision_for
+from .reader import stream_tensors
 from .stack import Stack
 from .weights import Matrix, Step, Weight, graph_weights, plan_steps
 
@@ -37,10 +38,10 @@ def reference_steps(
     dtype = cast(torch.zeros(1)).dtype
     modules = {name: module.to(dtype) for name, module in graph_modules(checkpoint.spec, exact).items()}
     x = torch.from_numpy(np.ascontiguousarray(activation)).to(dtype)
-    reader = CheckpointReader(checkpoint)
-    for step in (step for group in plan_steps(checkpoint.spec) for step in group):
-        outputs = modules[step.graph](x, step_values(reader, step, weights[step.graph], cast))
-        reader.release(source_keys(step, weights[step.graph]))
+    steps = [step for group in plan_steps(checkpoint.spec) for step in group]
+    groups = [source_keys(step, weights[step.graph]) for step in steps]
+    for step, tensors in zip(steps, stream_tensors(checkpoint, groups), strict=True):
+        outputs = modules[step.graph](x, step_values(tensors, step, weights[step.graph], cast))
         if isinstance(checkpoint.spec, AdapterSpec):
             yield step.name, {name: y.float().numpy() for name, y in outputs.items()}
         else:
@@ -49,13 +50,13 @@ def reference_steps(
 
 
 def step_values(
-    reader: CheckpointReader,
+    tensors: Mapping[str, torch.Tensor],
     step: Step,
     weights: Sequence[Weight],
     cast: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.float,
 ) -> dict[str, torch.Tensor]:
     """The weights of a step as its float32 graph takes them."""
-    stacks = {weight.name: (weight, Stack.read(reader, step, weight)) for weight in weights}
+    stacks = {weight.name: (weight, Stack.of(tensors, step, weight)) for weight in weights}
     values = {}
     for name, (weight, stack) in stacks.items():
         whole = cast(stack.rows(0, stack.shape[0]))

@@ -1,11 +1,11 @@
 """Rotations that spread outliers before activations become eight bits.
 
 A single large channel forces a coarse step on all others. Multiplying by an orthogonal matrix G with flat entries
-spreads it over all channels, and folding G into the weights undoes it: ``x W^T = (x G)(W G)^T`` (QuaRot, Ashkboos et
-al. 2024). No calibration is needed. G is a Kronecker product of two small Hadamard matrices, so applying it to a row of
-4096 channels takes two 64 x 64 products. The two sign vectors are the best of a few hundred, as a constant offset in
-the activations (SiLU and GELU make one) would pile up in one channel of a plain Hadamard matrix, and 8 to 10-fold under
-unlucky signs.
+spreads it, and folding G into the weights undoes it: ``x W^T = (x G)(W G)^T`` (QuaRot, Ashkboos et al. 2024). No
+calibration is needed. G is block-diagonal: the same Hadamard matrix for every 64 channels in a row, so that applying it
+is one tall product, which costs a third of a Kronecker product over all channels and leaves no measurable error more
+(docs/adr/0001). Its signs are the best of a few hundred, as a constant offset in the activations (SiLU and GELU make
+one) would pile up in one channel of a plain Hadamard matrix.
 """
 
 import math
@@ -19,28 +19,20 @@ from torch import Tensor
 
 Matrix = NDArray[np.float64]
 SIGN_TRIES = 512
-LARGEST = 256
-"""Larger factors than this cost more to apply than a cosine transform loses."""
+BLOCK = 64
+"""Channels that share a rotation, at most."""
 
 
 @cache
-def rotation(width: int) -> tuple[Tensor, Tensor]:
-    """The factors ``(left [a, a], right [b, b])`` of the rotation of ``width = a * b`` channels, float32."""
-    a, b = _split(width)
-    left, right = _flat(a), _flat(b)
-    left = left * _signs(left, seed=0)
-    right = (right * _signs(right, seed=1)).T
-    return torch.from_numpy(left.astype(np.float32)), torch.from_numpy(np.ascontiguousarray(right, np.float32))
+def rotation(width: int) -> Tensor:
+    """The rotation ``[b, b]`` of every ``b`` channels of ``width``, float32."""
+    matrix = _flat(_block(width))
+    return torch.from_numpy(np.ascontiguousarray((matrix * _signs(matrix)).T, np.float32))
 
 
-def rotate(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Rotate the rows of ``x [rows, a * b]``: ``left @ X @ right`` for each row seen as ``X [a, b]``.
-
-    The right factor goes first, as one large product; measured faster than the other order and than a transpose
-    between.
-    """
-    a, b = len(left), len(right)
-    return (left @ (x.reshape(-1, b) @ right).reshape(-1, a, b)).reshape(-1, a * b)
+def rotate(x: Tensor, matrix: Tensor) -> Tensor:
+    """Rotate the rows of ``x [rows, width]``, block by block."""
+    return (x.reshape(-1, len(matrix)) @ matrix).view(x.shape)
 
 
 @cache
@@ -76,14 +68,13 @@ def _flat(size: int) -> Matrix:
     return np.asarray(cosines)
 
 
-def _split(width: int) -> tuple[int, int]:
-    """``a <= b`` with ``a * b = width``, near each other and both Hadamard sizes if possible."""
-    pairs = [(a, width // a) for a in range(int(width**0.5), 0, -1) if width % a == 0]
-    near = [pair for pair in pairs if pair[1] <= LARGEST]
-    return next((pair for pair in near if all(hadamard(size) is not None for size in pair)), pairs[0])
+def _block(width: int) -> int:
+    """The largest divisor of ``width`` up to :data:`BLOCK`, with a Hadamard matrix if there is one above a quarter."""
+    divisors = [size for size in range(min(BLOCK, width), 0, -1) if width % size == 0]
+    return next((size for size in divisors if 4 * size >= divisors[0] and hadamard(size) is not None), divisors[0])
 
 
-def _signs(matrix: Matrix, seed: int) -> Matrix:
+def _signs(matrix: Matrix) -> Matrix:
     """The signs, of many tries, under which a constant vector is spread best."""
-    tries = np.random.default_rng(seed).choice([-1.0, 1.0], (SIGN_TRIES, len(matrix)))
+    tries = np.random.default_rng(0).choice([-1.0, 1.0], (SIGN_TRIES, len(matrix)))
     return np.asarray(tries[np.abs(tries @ matrix.T).max(axis=1).argmin()])

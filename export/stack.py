@@ -1,13 +1,12 @@
 """A weight as it lies in the checkpoint: the rows of one or more tensors below each other, read when asked for."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .checkpoints import CheckpointReader
 from .parallel import in_threads
-from .precision import TORCH_DTYPES
 from .weights import Matrix, Source, Step, Weight
 
 SLICE_ROWS = 1024
@@ -18,23 +17,23 @@ RUN = 32
 
 @dataclass(frozen=True)
 class Stack:
-    """The parts of a weight, each ``[rows, columns]`` in the checkpoint's dtype, over mapped memory."""
+    """The parts of a weight, each ``[rows, columns]`` in the checkpoint's dtype and where it was read."""
 
     parts: tuple[Tensor, ...]
 
     @classmethod
-    def read(cls, reader: CheckpointReader, step: Step, weight: Weight) -> "Stack":
+    def of(cls, tensors: Mapping[str, Tensor], step: Step, weight: Weight) -> "Stack":
         """The values of ``weight`` in ``step``; nothing is copied."""
         columns = weight.in_features if isinstance(weight, Matrix) else weight.shape[1] if len(weight.shape) > 1 else 1
-        return cls(tuple(_part(reader, source.at(step.block)).view(-1, columns) for source in weight.sources))
+        return cls(tuple(_part(tensors, source.at(step.block)).view(-1, columns) for source in weight.sources))
 
     def rows(self, start: int, count: int) -> Tensor:
-        """Rows ``[start, start + count)`` as float32."""
+        """Rows ``[start, start + count)`` as float32: a copy, as what was read will be overwritten."""
         pieces = []
         for part in self.parts:
             first, last = max(start, 0), min(start + count, len(part))
             if first < last:
-                pieces.append(part[first:last].float())
+                pieces.append(part[first:last].to(torch.float32, copy=True))
             start -= len(part)
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
@@ -64,9 +63,7 @@ def every(values: Tensor, step: int) -> Tensor:
     return runs.reshape(*values.shape[:-1], -1)
 
 
-def _part(reader: CheckpointReader, source: Source) -> Tensor:
-    info = reader.checkpoint.tensors[source.key]
-    rows = info.shape[0] - source.start if source.rows is None else source.rows
-    width = info.nbytes // info.shape[0]
-    data = reader.read(source.key, source.start * width, rows * width)
-    return torch.frombuffer(data, dtype=TORCH_DTYPES[info.dtype])
+def _part(tensors: Mapping[str, Tensor], source: Source) -> Tensor:
+    tensor = tensors[source.key]
+    rows = len(tensor) - source.start if source.rows is None else source.rows
+    return tensor[source.start : source.start + rows]

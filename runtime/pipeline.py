@@ -58,6 +58,7 @@ class Pipeline:
     Args:
         engines: the directory that ``i2l build-engines`` made.
         backend: ``auto``, ``cpu``, ``cuda`` or ``tensorrt``.
+        threads: of the CPU backend; by default one for each physical core, within the container's quota.
         report: told the steps done of the running stage.
 
     Raises:
@@ -65,11 +66,13 @@ class Pipeline:
         BackendUnavailable: the named backend cannot run here.
     """
 
-    def __init__(self, engines: Path, *, backend: str = "auto", report: Report = silent) -> None:
+    def __init__(
+        self, engines: Path, *, backend: str = "auto", threads: int | None = None, report: Report = silent
+    ) -> None:
         self.manifest: Manifest = read_manifest(engines)
         self.backend_name, self.backend_reason = choose_backend(backend)
         check_files(engines, self.manifest)
-        self._backend: Backend = CpuBackend(engines, self.manifest)
+        self._backend: Backend = CpuBackend(engines, self.manifest, threads)
         self._report = report
         self.timings = Timings()
 
@@ -173,6 +176,8 @@ def load_images(images: Sequence[ImageSource] | ImageSource) -> list[Image.Image
     return [load_image(image) for image in several]
 
 
-def open_engines(engines: Path | str, *, backend: str = "auto", report: Report = silent) -> Pipeline:
+def open_engines(
+    engines: Path | str, *, backend: str = "auto", threads: int | None = None, report: Report = silent
+) -> Pipeline:
     """Open an engines directory; use it as a context manager or call ``close()``. See :class:`Pipeline`."""
-    return Pipeline(Path(engines).expanduser(), backend=backend, report=report)
+    return Pipeline(Path(engines).expanduser(), backend=backend, threads=threads, report=report)

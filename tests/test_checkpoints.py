@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,7 +23,6 @@ from i2l.errors import (
 )
 from i2l.export.checkpoints import (
     SPEC_KEY,
-    CheckpointReader,
     describe,
     find_checkpoints,
     recognise,
@@ -158,24 +156,6 @@ def test_the_dtype_is_that_of_most_values(tmp_path: Path) -> None:
     assert len(norms) > len(shapes) / 2
     path = save_miniature(tmp_path / "mixed.safetensors", "dinov3", dtype="BF16", changes=norms)
     assert recognise(path).dtype == "BF16"
-
-
-def test_a_reader_gives_the_bytes_of_any_part_of_a_tensor(tmp_path: Path) -> None:
-    tensor = torch.from_numpy(np.random.default_rng(0).standard_normal((12, 8)).astype(np.float32))
-    name = "encoder.layers.1.mlp.fc1.weight"
-    path = save_miniature(tmp_path / "model.safetensors", "siglip2", changes={name: tensor})
-    read = CheckpointReader(recognise(path)).read(name, 2 * 32, 5 * 32)
-    assert bytes(read) == tensor[2:7].numpy().tobytes()
-
-
-def test_a_reader_still_reads_what_it_gave_back(tmp_path: Path) -> None:
-    path = save_miniature(tmp_path / "model.safetensors", "siglip2")
-    reader = CheckpointReader(recognise(path))
-    names = list(tensor_shapes(MINIATURES["siglip2"]))
-    reader.prefetch(names)
-    before = bytes(reader.read(names[0], 0, 64))
-    reader.release(names)
-    assert bytes(reader.read(names[0], 0, 64)) == before
 
 
 # --- shape hash -------------------------------------------------------------------------------------------------

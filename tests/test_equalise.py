@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from i2l.export import precision
-from i2l.export.checkpoints import SPEC_KEY, Checkpoint, CheckpointReader, find_checkpoints, recognise, tensor_shapes
+from i2l.export.checkpoints import SPEC_KEY, Checkpoint, find_checkpoints, recognise, tensor_shapes
 from i2l.export.equalise import FEEDS, WIDEST, plan_gains
 from i2l.export.graphs import stored_tensors
 from i2l.export.modules import graph_modules
@@ -57,7 +57,7 @@ def step_weights(checkpoint: Checkpoint, step: Step, form: Float) -> dict[str, T
     """A step's weights as a pack would hold them."""
     weights = graph_weights(checkpoint.spec)[step.graph]
     pieces: dict[str, list[Tensor]] = {}
-    for name, piece in prepared_weights(CheckpointReader(checkpoint), step, weights, form):
+    for name, piece in prepared_weights(load_file(checkpoint.path), step, weights, form):
         pieces.setdefault(name, []).append(piece.reshape(-1))
     return {name: torch.cat(pieces[name]).view(shape) for name, _, shape in stored_tensors(weights, form)}
 

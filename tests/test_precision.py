@@ -230,6 +230,6 @@ def test_a_scale_brings_the_largest_value_of_a_row_to_the_end_of_the_range(
 @pytest.mark.parametrize("form", ["int8", "int8-adapter"])
 def test_a_weight_is_stored_as_the_nearest_step(form: str, out_features: int, in_features: int) -> None:
     values = torch.from_numpy(matrix(out_features, in_features))
-    wanted = rotate(values, *rotation(in_features)) if form == "int8" else values
+    wanted = rotate(values, rotation(in_features)) if form == "int8" else values
     weight, scale = steps_and_scales(form, values.numpy())
     assert ((weight - wanted / scale[:, None]).abs() <= 0.5 + 1e-4).all()  # float32 blurs the middle between two steps

@@ -28,7 +28,7 @@ widths = st.sampled_from([*range(1, 201), *REAL_WIDTHS])
 @cache
 def full_rotation(width: int) -> torch.Tensor:
     """The whole matrix ``[width, width]``: rotating the rows of the identity."""
-    return rotate(torch.eye(width, dtype=torch.float64), *(factor.double() for factor in rotation(width)))
+    return rotate(torch.eye(width, dtype=torch.float64), rotation(width).double())
 
 
 def crest(row: torch.Tensor) -> float:
@@ -40,10 +40,10 @@ def crest(row: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("width", REAL_WIDTHS)
-def test_the_factors_of_real_widths_are_orthogonal(width: int) -> None:
-    for factor in rotation(width):
-        error = factor.double() @ factor.double().T - torch.eye(len(factor))
-        assert error.abs().max() < 16 * EPSILON  # every entry is rounded to float32 once: 5 observed
+def test_rotations_of_real_widths_are_orthogonal(width: int) -> None:
+    matrix = rotation(width).double()
+    error = matrix @ matrix.T - torch.eye(len(matrix))
+    assert error.abs().max() < 16 * EPSILON  # every entry is rounded to float32 once: 5 observed
 
 
 def test_rotations_of_all_small_widths_are_orthogonal() -> None:
@@ -54,9 +54,9 @@ def test_rotations_of_all_small_widths_are_orthogonal() -> None:
 
 
 @pytest.mark.parametrize("width", REAL_WIDTHS)
-def test_the_factors_multiply_to_the_width(width: int) -> None:
-    left, right = rotation(width)
-    assert len(left) * len(right) == width
+def test_real_widths_are_rotated_in_hadamard_blocks_of_64(width: int) -> None:
+    assert len(rotation(width)) == 64
+    assert hadamard(64) is not None
 
 
 @given(widths, st.integers(1, 5), st.integers(0, 1 << 32))
@@ -64,7 +64,7 @@ def test_the_factors_multiply_to_the_width(width: int) -> None:
 def test_rotated_inputs_times_rotated_weights_are_the_same_product(width: int, rows: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x, w = (torch.randn(count, width, generator=generator) for count in (rows, 3))
-    found = rotate(x, *rotation(width)) @ rotate(w, *rotation(width)).T
+    found = rotate(x, rotation(width)) @ rotate(w, rotation(width)).T
     # Two float32 products of some 100 terms and a float32 dot of `width`: a few roundings of |x| |w|.
     bound = 16 * EPSILON * x.double().norm(dim=1)[:, None] * w.double().norm(dim=1)
     assert ((found.double() - x.double() @ w.double().T).abs() <= bound).all()
@@ -75,15 +75,15 @@ def test_rotated_inputs_times_rotated_weights_are_the_same_product(width: int, r
 def test_rows_are_rotated_for_themselves(width: int, data: st.DataObject) -> None:
     x = torch.randn(4, width, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 1 << 32))))
     row = data.draw(st.integers(0, 3))
-    alone, among = rotate(x[row : row + 1], *rotation(width))[0], rotate(x, *rotation(width))[row]
+    alone, among = rotate(x[row : row + 1], rotation(width))[0], rotate(x, rotation(width))[row]
     torch.testing.assert_close(among, alone, rtol=0, atol=8 * EPSILON * float(x[row].norm()))  # other summation order
 
 
 def test_a_rotation_is_the_same_whenever_it_is_made() -> None:
     rotation.cache_clear()
-    first = [factor.clone() for factor in rotation(6144)]
+    first = rotation(6144).clone()
     rotation.cache_clear()
-    assert all(torch.equal(a, b) for a, b in zip(first, rotation(6144), strict=True))
+    assert torch.equal(first, rotation(6144))
 
 
 # --- flat -------------------------------------------------------------------------------------------------------
@@ -106,33 +106,30 @@ def test_the_sizes_of_hadamard_matrices() -> None:
     assert {size for size in range(1, 129) if hadamard(size) is not None} == {size for size in wanted if size <= 128}
 
 
-@pytest.mark.parametrize("width", REAL_WIDTHS)
-def test_a_spike_is_spread_evenly_over_real_widths(width: int) -> None:
-    left, right = rotation(width)
-    spread = left.abs().max() * right.abs().max() * math.sqrt(width)  # the largest entry of the Kronecker product
-    assert spread == pytest.approx(1, abs=4 * EPSILON)
-
-
-def test_a_spike_is_spread_evenly_wherever_two_hadamard_matrices_fit() -> None:
-    sizes = [size for size in range(1, 201) if hadamard(size) is not None]
-    fitting = sorted({a * b for a in sizes for b in sizes if a * b <= 200})
-    assert len(fitting) > 30  # such as 24, whose nearest factors 4 and 6 do not fit
-    uneven = [width for width in fitting if full_rotation(width).abs().max() * math.sqrt(width) > 1 + 4 * EPSILON]
-    assert uneven == []
-
-
-def test_a_spike_is_spread_over_all_small_widths() -> None:
+def test_a_spike_is_spread_evenly_over_its_block() -> None:
     for width in range(1, 201):
-        # Each factor's entries are at most sqrt(2 / size), those of a cosine transform.
-        assert full_rotation(width).abs().max() * math.sqrt(width) <= 2 + 1e-6, width
+        matrix = rotation(width)
+        # Hadamard: all entries alike. Each entry of a cosine transform is at most sqrt(2 / size).
+        even = 1 if hadamard(len(matrix)) is not None else math.sqrt(2)
+        assert matrix.abs().max() * math.sqrt(len(matrix)) <= even + 4 * EPSILON, width
+
+
+def test_blocks_are_wide_and_hadamard_where_the_width_allows() -> None:
+    for width in range(1, 201):
+        size = len(rotation(width))
+        divisors = [block for block in range(1, 65) if width % block == 0]
+        assert size in divisors
+        fitting = [block for block in divisors if 4 * block >= divisors[-1] and hadamard(block) is not None]
+        assert size == max(fitting, default=divisors[-1]), width
 
 
 @pytest.mark.parametrize("width", REAL_WIDTHS)
 def test_a_constant_row_is_spread_over_real_widths(width: int) -> None:
-    # All in one channel would be 8 to 90; random signs give about sqrt(2 log(width)) for each factor, up to 9 together.
-    assert crest(rotate(torch.ones(1, width), *rotation(width))) < 3.6
+    # All in one channel of each block would be 8; random signs give about sqrt(2 log(64)) = 2.9.
+    assert crest(rotate(torch.ones(1, width), rotation(width))) < 2.2
 
 
-def test_a_constant_row_is_spread_over_small_widths() -> None:
-    for width in range(16, 201):  # all in one channel would be 4 to 14
-        assert crest(rotate(torch.ones(1, width), *rotation(width))) < 3.2, width
+def test_a_constant_row_is_spread_over_small_blocks() -> None:
+    for width in range(16, 201):
+        if len(rotation(width)) >= 16:  # all in one channel would be 4 to 8
+            assert crest(rotate(torch.ones(1, width), rotation(width))) < 3.2, width

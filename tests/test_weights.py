@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from i2l.engines.tensorfile import PAD_PREFIX, PAGE, TENSOR_ALIGN
-from i2l.export.checkpoints import CheckpointReader, find_checkpoints, tensor_shapes
+from i2l.export.checkpoints import find_checkpoints, tensor_shapes
 from i2l.export.graphs import stored_tensors
 from i2l.export.packs import PackPlan, plan_pack
 from i2l.export.precision import PRECISIONS, precision_for
@@ -163,7 +163,7 @@ def test_a_sample_is_spread_over_the_whole(width: int, step: int) -> None:
 @pytest.mark.parametrize("case", ["tiny-siglip2", "tiny-dinov3", "tiny-adapter"])
 def test_a_stack_is_the_tensors_of_the_library(case: str, models: Callable[..., Path]) -> None:
     checkpoint = find_checkpoints(models("tiny"))[SPECS[case].family]
-    reader, tensors = CheckpointReader(checkpoint), load_file(checkpoint.path)
+    tensors = load_file(checkpoint.path)
     weights = graph_weights(checkpoint.spec)
     for step in steps(checkpoint.spec):
         for weight in weights[step.graph]:
@@ -172,7 +172,7 @@ def test_a_stack_is_the_tensors_of_the_library(case: str, models: Callable[..., 
                 rows = tensors[source.key][source.start :][: source.rows].float()
                 parts.append(rows.reshape(len(rows), -1))
             shape = (weight.out_features, weight.in_features) if isinstance(weight, Matrix) else weight.shape
-            stack = Stack.read(reader, step, weight)
+            stack = Stack.of(tensors, step, weight)
             wanted = torch.cat([part.reshape(-1, stack.shape[1]) for part in parts]).view(shape)
             torch.testing.assert_close(stack.rows(0, stack.shape[0]).view(shape), wanted, rtol=0, atol=0)
 
