@@ -200,6 +200,33 @@ class ImageAbsurd(ImageError):
         super().__init__(f"{name} is {width} x {height} pixels; {limits}: resize or crop it first")
 
 
+class FolderEmpty(ImageError):
+    """A folder was given, but it holds no image."""
+
+    def __init__(self, folder: Path, suffixes: Sequence[str]) -> None:
+        super().__init__(
+            f"{format_path(folder)} holds no image: put pictures into it (files that end in {', '.join(suffixes)}); "
+            "folders inside it are not looked into"
+        )
+
+
+class StrengthInvalid(I2LError, ValueError):
+    """A strength or a weight is not a finite number."""
+
+    def __init__(self, name: str, value: float) -> None:
+        super().__init__(f"{name} is {value}, but it must be a finite number: give one such as 0.7")
+
+
+class WeightsMismatch(I2LError, ValueError):
+    """There is not one weight for each thing that is joined."""
+
+    def __init__(self, weights: int, things: int, noun: str) -> None:
+        super().__init__(
+            f"{weights} weight{'s' * (weights != 1)} for {things} {noun}{'s' * (things != 1)}: give one weight for "
+            "each, in the same order, or none for equal ones"
+        )
+
+
 class OutputUnwritable(I2LError, OSError):
     """The output file or directory cannot be written."""
 

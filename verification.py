@@ -18,6 +18,7 @@ from .errors import EnginesOfOtherCheckpoints
 from .files import Report, silent
 from .runtime.images import ImageSource
 from .runtime.lora import Lora, factors_by_module, lora_from_factors
+from .runtime.lowrank import product_error
 from .runtime.pipeline import Pipeline
 from .specs import Family
 
@@ -113,19 +114,6 @@ def step_error(step: str, found: Array, wanted: Array) -> StepError:
 def lora_errors(found: Lora, wanted: Lora) -> dict[str, float]:
     """Relative error of ``B @ A`` per module, without forming the products."""
     return {module: product_error(found.factors[module], wanted.factors[module]) for module in wanted.factors}
-
-
-def product_error(found: tuple[Array, Array], wanted: tuple[Array, Array]) -> float:
-    """``|B A - B' A'| / |B' A'|`` (Frobenius) from small Gram matrices: ``|U V|^2 = sum((U^T U) * (V V^T))``."""
-    a, b = (factor.astype(np.float64) for factor in found)
-    a_ref, b_ref = (factor.astype(np.float64) for factor in wanted)
-    difference = product_norm(np.concatenate([b, -b_ref], axis=1), np.concatenate([a, a_ref]))
-    return float(difference / product_norm(b_ref, a_ref))
-
-
-def product_norm(u: np.ndarray[Any, Any], v: np.ndarray[Any, Any]) -> float:
-    """The Frobenius norm of ``u @ v``."""
-    return float(np.sqrt(max(((u.T @ u) * (v @ v.T)).sum(), 0.0)))
 
 
 def summary(verification: Verification) -> Iterator[str]:

@@ -1,15 +1,16 @@
 """Options that several commands share, and what they need around them."""
 
 import errno
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..errors import PackageMissing, format_path
+from ..errors import PackageMissing, WeightsMismatch, format_path
 
 
 class UserPath(click.Path):
@@ -60,3 +61,40 @@ def json_option(command: Callable[..., None]) -> Callable[..., None]:
 backend_option = click.option(
     "--backend", type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]), default="auto", show_default=True
 )
+
+
+class Finite(click.ParamType):
+    """A number that is neither infinite nor NaN: those make every value of a LoRA useless."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = click.FLOAT.convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
+
+
+strength_option = click.option(
+    "--strength", type=Finite(), default=1.0, show_default=True, help="Multiplies the LoRA's effect; linear."
+)
+
+
+reduce_rank_option = click.option(
+    "--reduce-rank", type=click.IntRange(min=1), metavar="R",
+    help="Give the LoRA at most this rank: the best approximation of B @ A; its error is printed.",
+)  # fmt: skip
+
+
+def weight_option(noun: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add ``--weight``, once per ``noun``."""
+    text = (
+        f"How much one {noun} counts; once per {noun}, in their order. Taken as it is: weights need not add up to 1. "
+    )
+    return click.option("--weight", "weights", type=Finite(), multiple=True, help=f"{text}[default: 1/N each]")
+
+
+def require_weights(weights: Sequence[float], things: int, noun: str) -> None:
+    """Refuse another number of weights than of things; none at all means equal ones."""
+    if weights and len(weights) != things:
+        raise click.UsageError(str(WeightsMismatch(len(weights), things, noun)))

@@ -9,7 +9,16 @@ import click
 
 from ..errors import NoImages, format_bytes, format_path
 from ..progress import show_progress
-from .options import PATH, backend_option, debug_option, json_option
+from .options import (
+    PATH,
+    backend_option,
+    debug_option,
+    json_option,
+    reduce_rank_option,
+    require_weights,
+    strength_option,
+    weight_option,
+)
 
 
 @click.command()
@@ -19,7 +28,9 @@ from .options import PATH, backend_option, debug_option, json_option
 @backend_option
 @click.option("--threads", type=click.IntRange(min=1),
               help="Threads of the CPU backend. Default: physical cores, within a container's quota.")  # fmt: skip
-@click.option("--strength", type=float, default=1.0, show_default=True, help="Multiplies the LoRA's effect; linear.")
+@strength_option
+@weight_option("image")
+@reduce_rank_option
 @click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True)
 @click.option("--key-format", type=click.Choice(["comfyui", "diffsynth"]), default="comfyui", show_default=True,
               help="comfyui loads everywhere; diffsynth is what the original node saved.")  # fmt: skip
@@ -32,18 +43,29 @@ def run(
     backend: str,
     threads: int | None,
     strength: float,
+    weights: Sequence[float],
+    reduce_rank: int | None,
     dtype: Literal["bf16", "fp16", "fp32"],
     key_format: Literal["comfyui", "diffsynth"],
     *,
     as_json: bool,
 ) -> None:
-    """Turn one or more IMAGEs into one LoRA of rank four per image."""
+    """Turn one or more IMAGEs into one LoRA of rank four per image.
+
+    A folder stands for the images in it, in natural order of their names.
+    """
     if not images:
         raise click.UsageError(str(NoImages()))
     from ..files import require_writable  # noqa: PLC0415
     from ..memory import peak_resident_bytes  # noqa: PLC0415
+    from ..runtime.folders import list_images, skipped_line  # noqa: PLC0415
     from ..runtime.pipeline import Pipeline  # noqa: PLC0415
 
+    chosen = list_images(images)
+    if chosen.skipped:
+        click.echo(skipped_line(chosen.skipped), err=True)
+    require_weights(weights, len(chosen.images), "image")
+    images = chosen.images
     if output.exists() and any(image.exists() and image.samefile(output) for image in images):
         raise click.UsageError(f"{format_path(output)} is an input: give another --output")
     require_writable(output)
@@ -51,7 +73,13 @@ def run(
         show_progress("steps", quiet=as_json) as report,
         Pipeline(engines, backend=backend, threads=threads, report=report) as pipeline,
     ):
-        lora = pipeline.lora_from_images(images, strength=strength)
+        lora = pipeline.lora_from_images(images, strength=strength, weights=weights or None)
+        reduction = None
+        if reduce_rank:
+            from ..runtime.lowrank import reduce_lora  # noqa: PLC0415
+
+            with pipeline.timings.stage("reduce rank"):
+                lora, reduction = reduce_lora(lora, reduce_rank)
         with pipeline.timings.stage("save"):
             lora.save(output, dtype=dtype, key_format=key_format)
     seconds = pipeline.timings.seconds
@@ -59,6 +87,7 @@ def run(
         "output": str(output),
         "tensors": 2 * len(lora.factors),
         "rank": lora.rank,
+        "images": [str(image) for image in images],
         "seconds": {
             **{stage: round(value, 4) for stage, value in seconds.items()},
             "total": round(sum(seconds.values()), 4),
@@ -68,9 +97,13 @@ def run(
         "backend_reason": pipeline.backend_reason,
         "precision": pipeline.manifest.precision,
     }
+    if reduction:
+        facts["rank_reduction"] = reduction.to_dict()
     if as_json:
         click.echo(json.dumps(facts))
         return
+    if reduction:
+        click.echo(reduction)
     stages = ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items())
     click.echo(
         f"{format_path(output)}: {2 * len(lora.factors)} tensors, rank {lora.rank}, "

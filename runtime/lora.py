@@ -5,8 +5,9 @@ diffusers and DiffSynth all load. ``diffsynth`` is what the original node saved:
 nothing. There is no alpha key, which means scale 1.0 everywhere; DiffSynth warns about one, and diffusers refuses some.
 """
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 
 from ..engines.base import Array
 from ..engines.tensorfile import LayoutWriter, TensorInfo, plan_layout, read_header
-from ..errors import LoraNotFinite, LoraUnreadable
+from ..errors import LoraNotFinite, LoraUnreadable, StrengthInvalid, WeightsMismatch
 from ..files import atomic_path
 
 KeyFormat: TypeAlias = Literal["comfyui", "diffsynth"]
@@ -73,20 +74,50 @@ def factors_by_module(step: str, outputs: Mapping[str, Array]) -> dict[str, tupl
     return {f"{component}.{int(index)}.{t}": (outputs[f"{t}.A"], outputs[f"{t}.B"]) for t in targets}
 
 
-def lora_from_factors(factors: Mapping[str, tuple[Array, Array]], strength: float = 1.0) -> Lora:
-    """Join the factors of several images into one LoRA: the mean of their ``B @ A``, times ``strength``.
+def lora_from_factors(
+    factors: Mapping[str, tuple[Array, Array]], strength: float = 1.0, weights: Sequence[float] | None = None
+) -> Lora:
+    """Join the factors of several images into one LoRA: the weighted sum of their ``B @ A``, times ``strength``.
+
+    Strength and weights multiply A alone, before the ranks are joined: multiplying both factors, as the original does,
+    squares them, and averaging A and B each by itself is not the average of ``B @ A``.
 
     Args:
         factors: ``module -> (A [images, rank, in], B [images, out, rank])``.
-        strength: linear, as it multiplies A alone (multiplying both, as the original does, squares it).
+        strength: linear.
+        weights: one per image, taken as they are; by default ``1 / images`` each, which gives the mean.
+
+    Raises:
+        StrengthInvalid, WeightsMismatch: a number is not finite, or there is not one weight per image.
     """
+    images = len(next(iter(factors.values()))[0])
+    gains = joining_weights(weights, images, "image") * require_finite("strength", strength)
     joined = {}
     for module, (a, b) in factors.items():
-        images, rank, in_features = a.shape
-        gain = np.float32(strength / images)
-        flat_a = (a * gain).reshape(images * rank, in_features)
+        _, rank, in_features = a.shape
+        flat_a = (a * gains.astype(np.float32)[:, None, None]).reshape(images * rank, in_features)
         joined[module] = (flat_a, np.ascontiguousarray(b.transpose(1, 0, 2)).reshape(b.shape[1], images * rank))
     return Lora(joined)
+
+
+def joining_weights(weights: Sequence[float] | None, count: int, noun: str) -> NDArray[np.float64]:
+    """The weights of ``count`` things that are joined, ``1 / count`` each if none are given.
+
+    Raises:
+        StrengthInvalid, WeightsMismatch: a number is not finite, or there is not one for each.
+    """
+    if weights is None:
+        return np.full(count, 1 / count)
+    if len(weights) != count:
+        raise WeightsMismatch(len(weights), count, noun)
+    return np.array([require_finite(f"weight {index}", value) for index, value in enumerate(weights, 1)])
+
+
+def require_finite(name: str, value: float) -> float:
+    """``value``; raises :class:`StrengthInvalid` if it is infinite or not a number."""
+    if not math.isfinite(value):
+        raise StrengthInvalid(name, value)
+    return float(value)
 
 
 def file_metadata(title: str, rank: int) -> dict[str, str]:

@@ -26,7 +26,7 @@ from ..errors import NoImages
 from ..files import Report, silent
 from ..specs import EncoderSpec, Family
 from .images import ImageSource, content_sha256, load_image, pixels_dinov3, pixels_siglip2, square_image
-from .lora import Lora, factors_by_module, lora_from_factors
+from .lora import Lora, factors_by_module, joining_weights, lora_from_factors, require_finite
 from .streamer import stream
 
 Observer: TypeAlias = Callable[[str, dict[str, Array]], None]
@@ -76,20 +76,31 @@ class Pipeline:
         self._report = report
         self.timings = Timings()
 
-    def lora_from_images(self, images: Sequence[ImageSource] | ImageSource, *, strength: float = 1.0) -> Lora:
+    def lora_from_images(
+        self,
+        images: Sequence[ImageSource] | ImageSource,
+        *,
+        strength: float = 1.0,
+        weights: Sequence[float] | None = None,
+    ) -> Lora:
         """One LoRA from one or more images; its rank is four per image.
 
         Args:
             images: paths, PIL images or uint8/float arrays ``[height, width, channels]``.
             strength: multiplies the LoRA's effect; linear, as it scales one factor only.
+            weights: how much each image counts, one number each, taken as they are; by default ``1 / images`` each.
 
         Raises:
             NoImages, ImageError: nothing to read, or an image that cannot be used.
+            StrengthInvalid, WeightsMismatch: a number is not finite, or there is not one weight per image; found before
+                any computing.
         """
         self.timings = Timings()
+        require_finite("strength", strength)
         with self.timings.stage("images"):
             pictures = load_images(images)
-        lora = self.lora_from_embeddings(self.embed(pictures), strength=strength)
+        joining_weights(weights, len(pictures), "image")
+        lora = self.lora_from_embeddings(self.embed(pictures), strength=strength, weights=weights)
         lora.metadata["i2l.images"] = ",".join(content_sha256(picture) for picture in pictures)
         return lora
 
@@ -110,20 +121,23 @@ class Pipeline:
         """:meth:`embed` from what :meth:`pixels` gave; ``observe`` is told every step's outputs."""
         return np.concatenate([self._encode(family, pixels[family], observe) for family in ENCODERS], axis=1)
 
-    def lora_from_embeddings(self, embeddings: Array, *, strength: float = 1.0) -> Lora:
-        """One LoRA from embeddings ``[images, 5632]``."""
+    def lora_from_embeddings(
+        self, embeddings: Array, *, strength: float = 1.0, weights: Sequence[float] | None = None
+    ) -> Lora:
+        """One LoRA from embeddings ``[images, 5632]``; strength and weights as in :meth:`lora_from_images`."""
         factors: dict[str, tuple[Array, Array]] = {}
         with self.timings.stage("adapter"):
             value = self._backend.value(np.ascontiguousarray(embeddings, np.float32))
-            for step, engine, weights in self._stream("adapter"):
-                outputs = {name: self._backend.array(y) for name, y in engine.run(value, weights).items()}
+            for step, engine, values in self._stream("adapter"):
+                outputs = {name: self._backend.array(y) for name, y in engine.run(value, values).items()}
                 factors |= factors_by_module(step.name, outputs)
-        lora = lora_from_factors(factors, strength)
+        lora = lora_from_factors(factors, strength, weights)
         build = hashlib.sha256(self.manifest.build_key.encode()).hexdigest()[:16]
         lora.metadata |= {
             "i2l.precision": self.manifest.precision,
             "i2l.engines": build,
             "i2l.strength": f"{strength:g}",
+            "i2l.weights": ",".join(f"{w:g}" for w in joining_weights(weights, len(embeddings), "image")),
         }
         return lora
 

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from conftest import MakeEngines, MakeModels, picture
-from i2l.errors import LoraNotFinite, LoraUnreadable
+from i2l.errors import LoraNotFinite, LoraUnreadable, StrengthInvalid, WeightsMismatch
 from i2l.runtime.lora import (
     Dtype,
     KeyFormat,
@@ -84,6 +84,27 @@ def test_several_images_give_the_mean_of_their_products(images: int, seed: int) 
     for module, (a, b) in together.items():
         mean = sum(b[i].astype(np.float64) @ a[i].astype(np.float64) for i in range(images)) / images
         np.testing.assert_allclose(product(joined, module), mean, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(-4, 4), min_size=1, max_size=5), st.floats(-3, 3), st.integers(0, 99))
+def test_weights_are_taken_as_they_are(weights: list[float], strength: float, seed: int) -> None:
+    together = factors(len(weights), seed)
+    joined = lora_from_factors(together, strength, weights)
+    for module, (a, b) in together.items():
+        terms = [w * b[i].astype(np.float64) @ a[i].astype(np.float64) for i, w in enumerate(weights)]
+        # float32 rounds A, and weights may cancel: bounded by the terms, not by their sum
+        bound = 1e-5 * max(1.0, abs(strength) * sum(float(np.abs(term).max()) for term in terms))
+        np.testing.assert_allclose(product(joined, module), strength * sum(terms), rtol=0, atol=bound)
+
+
+def test_wrong_weights_and_strengths_are_refused() -> None:
+    with pytest.raises(WeightsMismatch, match="1 weight for 2 images"):
+        lora_from_factors(factors(2), weights=[1.0])
+    with pytest.raises(StrengthInvalid, match="weight 2 is inf"):
+        lora_from_factors(factors(2), weights=[1.0, math.inf])
+    with pytest.raises(StrengthInvalid, match="strength is nan"):
+        lora_from_factors(factors(2), math.nan)
 
 
 def test_a_step_gives_the_factors_of_its_modules() -> None:

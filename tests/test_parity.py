@@ -11,9 +11,9 @@ from conftest import picture
 from i2l.engines.manifest import read_manifest
 from i2l.export.checkpoints import find_checkpoints
 from i2l.runtime.lora import Lora
+from i2l.runtime.lowrank import product_error
 from i2l.runtime.pipeline import ENCODERS, Pipeline
 from i2l.specs import Family
-from i2l.verification import product_error
 from oracles import adapter_oracle, encoder_oracle
 
 SIZES = [(320, 240), (240, 700), (1500, 400), (64, 64)]
