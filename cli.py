@@ -10,11 +10,15 @@ from typing import Any
 import click
 
 from . import __version__
+from .commands.batch import batch
 from .commands.build_engines import build_engines
 from .commands.doctor import doctor
+from .commands.embed import embed
 from .commands.inspect import inspect
 from .commands.make_checkpoints import make_checkpoints
+from .commands.merge import merge
 from .commands.options import DEBUG
+from .commands.plot import plot
 from .commands.run import run
 from .commands.verify import verify
 from .errors import I2LError
@@ -48,7 +52,7 @@ def main() -> None:
     log.setLevel(logging.INFO)
 
 
-for command in (build_engines, run, inspect, verify, doctor, make_checkpoints):
+for command in (build_engines, run, batch, embed, merge, plot, inspect, verify, doctor, make_checkpoints):
     main.add_command(command)
 
 

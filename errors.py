@@ -201,12 +201,14 @@ class ImageAbsurd(ImageError):
 
 
 class FolderEmpty(ImageError):
-    """A folder was given, but it holds no image."""
+    """A folder was given, but it holds no image, or no folder with images."""
 
-    def __init__(self, folder: Path, suffixes: Sequence[str]) -> None:
+    def __init__(self, folder: Path, suffixes: Sequence[str], *, per_folder: bool = False) -> None:
+        lacks = "no folder with images" if per_folder else "no image"
+        deeper = "give --per image for its own images" if per_folder else "folders inside it are not looked into"
         super().__init__(
-            f"{format_path(folder)} holds no image: put pictures into it (files that end in {', '.join(suffixes)}); "
-            "folders inside it are not looked into"
+            f"{format_path(folder)} holds {lacks}: put pictures there (files that end in {', '.join(suffixes)}); "
+            f"{deeper}"
         )
 
 
@@ -260,6 +262,31 @@ class LoraUnreadable(I2LError, ValueError):
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{format_path(path)} is not a LoRA that i2l understands ({reason})")
+
+
+class LorasDiffer(I2LError, ValueError):
+    """LoRAs do not change the same modules, or not of the same shape."""
+
+    def __init__(
+        self,
+        first: Path,
+        second: Path,
+        only_first: Sequence[str],
+        only_second: Sequence[str],
+        misshapen: Mapping[str, tuple[tuple[int, int], tuple[int, int]]],
+    ) -> None:
+        parts = [
+            f"{len(modules)} module{'s' * (len(modules) != 1)} only in {path.name}, such as {modules[0]}"
+            for path, modules in ((first, only_first), (second, only_second))
+            if modules
+        ]
+        if misshapen:
+            name, (left, right) = next(iter(misshapen.items()))
+            parts.append(f"{name} changes a weight of {list(left)} in one and of {list(right)} in the other")
+        super().__init__(
+            f"{format_path(first)} and {format_path(second)} do not change the same modules ({'; '.join(parts)}): "
+            "give LoRAs of one diffusion model, made with all its modules"
+        )
 
 
 class NothingToInspect(I2LError, ValueError):

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
@@ -63,21 +63,40 @@ backend_option = click.option(
 )
 
 
-class Finite(click.ParamType):
-    """A number that is neither infinite nor NaN: those make every value of a LoRA useless."""
+Numbers = TypeVar("Numbers", float, tuple[float, ...])
 
-    name = "number"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        number: float = click.FLOAT.convert(value, param, ctx)
+def require_finite(_: click.Context, __: click.Parameter, value: Numbers) -> Numbers:
+    """Refuse infinite numbers and NaN: they make every value of a LoRA useless."""
+    for number in value if isinstance(value, tuple) else (value,):
         if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number", param, ctx)
-        return number
+            raise click.BadParameter(f"{number} is not a finite number")
+    return value
+
+
+no_cache_option = click.option(
+    "--no-cache", is_flag=True, help="Neither use nor keep embeddings. They lie in $I2L_CACHE_DIR, by default ~/.cache."
+)
+
+
+def cache_folder(*, no_cache: bool) -> Path | None:
+    """Where embeddings are kept, or None if the user wants none kept."""
+    from ..runtime.cache import default_cache_folder  # noqa: PLC0415
+
+    return None if no_cache else default_cache_folder()
 
 
 strength_option = click.option(
-    "--strength", type=Finite(), default=1.0, show_default=True, help="Multiplies the LoRA's effect; linear."
-)
+    "--strength", type=float, callback=require_finite, default=1.0, show_default=True,
+    help="Multiplies the LoRA's effect; linear.",
+)  # fmt: skip
+
+
+dtype_option = click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True)
+key_format_option = click.option(
+    "--key-format", type=click.Choice(["comfyui", "diffsynth"]), default="comfyui", show_default=True,
+    help="comfyui loads everywhere; diffsynth is what the original node saved.",
+)  # fmt: skip
 
 
 reduce_rank_option = click.option(
@@ -91,7 +110,9 @@ def weight_option(noun: str) -> Callable[[Callable[..., None]], Callable[..., No
     text = (
         f"How much one {noun} counts; once per {noun}, in their order. Taken as it is: weights need not add up to 1. "
     )
-    return click.option("--weight", "weights", type=Finite(), multiple=True, help=f"{text}[default: 1/N each]")
+    return click.option(
+        "--weight", "weights", type=float, callback=require_finite, multiple=True, help=f"{text}[default: 1/N each]"
+    )
 
 
 def require_weights(weights: Sequence[float], things: int, noun: str) -> None:

@@ -12,8 +12,12 @@ from ..progress import show_progress
 from .options import (
     PATH,
     backend_option,
+    cache_folder,
     debug_option,
+    dtype_option,
     json_option,
+    key_format_option,
+    no_cache_option,
     reduce_rank_option,
     require_weights,
     strength_option,
@@ -31,9 +35,9 @@ from .options import (
 @strength_option
 @weight_option("image")
 @reduce_rank_option
-@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True)
-@click.option("--key-format", type=click.Choice(["comfyui", "diffsynth"]), default="comfyui", show_default=True,
-              help="comfyui loads everywhere; diffsynth is what the original node saved.")  # fmt: skip
+@no_cache_option
+@dtype_option
+@key_format_option
 @json_option
 @debug_option
 def run(
@@ -48,6 +52,7 @@ def run(
     dtype: Literal["bf16", "fp16", "fp32"],
     key_format: Literal["comfyui", "diffsynth"],
     *,
+    no_cache: bool,
     as_json: bool,
 ) -> None:
     """Turn one or more IMAGEs into one LoRA of rank four per image.
@@ -69,9 +74,10 @@ def run(
     if output.exists() and any(image.exists() and image.samefile(output) for image in images):
         raise click.UsageError(f"{format_path(output)} is an input: give another --output")
     require_writable(output)
+    cache = cache_folder(no_cache=no_cache)
     with (
         show_progress("steps", quiet=as_json) as report,
-        Pipeline(engines, backend=backend, threads=threads, report=report) as pipeline,
+        Pipeline(engines, backend=backend, threads=threads, report=report, cache=cache) as pipeline,
     ):
         lora = pipeline.lora_from_images(images, strength=strength, weights=weights or None)
         reduction = None
@@ -87,6 +93,7 @@ def run(
         "output": str(output),
         "tensors": 2 * len(lora.factors),
         "rank": lora.rank,
+        "from_cache": sum(pipeline.from_cache),
         "images": [str(image) for image in images],
         "seconds": {
             **{stage: round(value, 4) for stage, value in seconds.items()},
@@ -104,6 +111,8 @@ def run(
         return
     if reduction:
         click.echo(reduction)
+    if cache and any(pipeline.from_cache):
+        click.echo(f"{sum(pipeline.from_cache)} of {len(images)} embeddings came from {format_path(cache)}")
     stages = ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items())
     click.echo(
         f"{format_path(output)}: {2 * len(lora.factors)} tensors, rank {lora.rank}, "

@@ -11,8 +11,9 @@ A new build makes its own folder, replaces the manifest in one move and only the
 dies leaves the previous engines usable.
 """
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,18 @@ def read_manifest(directory: Path) -> Manifest:
         if isinstance(error, ManifestInvalid):
             raise
         raise ManifestInvalid(path, f"it does not parse: {error}") from error
+
+
+def content_id(manifest: Manifest, families: Sequence[Family]) -> str:
+    """Identifies what the given models compute: a hash of their packs' and graphs' contents and the precision.
+
+    Unlike the build key it does not change when the same checkpoints are built again, or elsewhere.
+    """
+    models = [manifest.models[family] for family in families]
+    graphs = {step.graph for model in models for chunk in model.chunks for step in chunk.steps}
+    paths = [*(model.pack for model in models), *(manifest.graphs[graph] for graph in sorted(graphs))]
+    facts = [manifest.precision, *((path, manifest.files[path].sha256) for path in paths)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def manifest_to_json(manifest: Manifest) -> str:

@@ -1,5 +1,6 @@
 """Shared fixtures: synthetic checkpoints, engines built from them once per session, and pictures."""
 
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,12 @@ from i2l.export.synthetic import make_checkpoints
 
 MakeModels = Callable[..., Path]
 MakeEngines = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test has an embedding cache of its own: a hit would hide what the encoders do."""
+    monkeypatch.setenv("I2L_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "caches" / uuid.uuid4().hex))
 
 
 def pytest_report_header() -> str:

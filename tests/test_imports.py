@@ -27,6 +27,7 @@ ONLY_IN = {
     "onnx": {"export"},
     "onnxscript": {"export"},
     "onnx_ir": {"export"},
+    "matplotlib": {"plotting"},
     "tensorrt": {"engines"},
     "tensorrt_rtx": {"engines"},
 }
@@ -124,12 +125,15 @@ def loaded_after(code: str, *arguments: str) -> set[str]:
     return set(json.loads(run.stdout.splitlines()[-1]))
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["build-engines"], ["inspect"], ["verify"], ["doctor"]])
+COMMANDS = ("run", "batch", "embed", "merge", "plot", "build-engines", "inspect", "verify", "doctor")
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_answers_at_once(command: Sequence[str]) -> None:
     code = f"from i2l.cli import main\nmain({[*command, '--help']!r}, standalone_mode=False)"
     loaded = loaded_after(code)
     assert "i2l.cli" in loaded
-    assert not loaded & {"numpy", "onnxruntime", "torch", "rich", "PIL", "safetensors", "onnx"}
+    assert not loaded & {"numpy", "onnxruntime", "torch", "rich", "PIL", "safetensors", "onnx", "matplotlib"}
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

@@ -36,7 +36,7 @@ def test_the_error_is_the_optimum(rank: int, wide: int, tall: int, kept: int, se
     a, b = factors(rank, wide, tall, seed, spread)
     reduced_a, reduced_b = reduce_rank(a, b, kept)
     assert (reduced_a.shape, reduced_b.shape) == ((kept, wide), (tall, kept))
-    assert (reduced_a.dtype, reduced_b.dtype) == (np.float32, np.float32)
+    assert {str(reduced_a.dtype), str(reduced_b.dtype)} == {"float32"}
     whole = product(a, b)
     optimum = np.linalg.norm(np.linalg.svd(whole, compute_uv=False)[kept:])
     error = np.linalg.norm(whole - product(reduced_a, reduced_b))

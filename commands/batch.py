@@ -1,0 +1,86 @@
+"""``i2l batch``."""
+
+import json
+import time
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from ..errors import format_path
+from ..progress import show_progress
+from .options import (
+    PATH,
+    backend_option,
+    cache_folder,
+    debug_option,
+    dtype_option,
+    json_option,
+    key_format_option,
+    no_cache_option,
+    strength_option,
+)
+
+
+@click.command()
+@click.argument("folder", type=PATH)
+@click.option("--engines", type=PATH, required=True, help="The engines directory.")
+@click.option("--output-dir", type=PATH, required=True, help="Where the LoRA files go; made if it is not there.")
+@click.option("--per", type=click.Choice(["image", "folder"]), default="image", show_default=True,
+              help="One LoRA for each image in FOLDER, or for each folder in it.")  # fmt: skip
+@backend_option
+@strength_option
+@dtype_option
+@key_format_option
+@no_cache_option
+@json_option
+@debug_option
+def batch(
+    folder: Path,
+    engines: Path,
+    output_dir: Path,
+    per: Literal["image", "folder"],
+    backend: str,
+    strength: float,
+    dtype: Literal["bf16", "fp16", "fp32"],
+    key_format: Literal["comfyui", "diffsynth"],
+    *,
+    no_cache: bool,
+    as_json: bool,
+) -> None:
+    """Make many LoRAs: one for each image in FOLDER, or for each folder in it.
+
+    It can be stopped and started again: what is finished is skipped, a changed image is done anew. What cannot be made
+    is listed at the end, with exit code 1.
+    """
+    from ..files import explained_os_errors  # noqa: PLC0415
+    from ..runtime.batch import BatchProgress, plan_jobs, run_jobs  # noqa: PLC0415
+    from ..runtime.folders import skipped_line  # noqa: PLC0415
+    from ..runtime.pipeline import Pipeline  # noqa: PLC0415
+
+    start = time.perf_counter()
+    plan = plan_jobs(folder, output_dir, per)
+    if plan.skipped:
+        click.echo(skipped_line(plan.skipped), err=True)
+    with explained_os_errors(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+    with show_progress("steps", quiet=as_json) as report:
+        progress = BatchProgress(report)
+        cache = cache_folder(no_cache=no_cache)
+        with Pipeline(engines, backend=backend, report=progress, cache=cache) as pipeline:
+            result = run_jobs(
+                pipeline, plan.jobs, strength=strength, dtype=dtype, key_format=key_format, progress=progress
+            )
+    seconds = time.perf_counter() - start
+    if as_json:
+        click.echo(json.dumps(result.to_dict() | {"seconds": round(seconds, 3)}))
+    else:
+        click.echo(
+            f"{len(result.written)} LoRAs written to {format_path(output_dir)} in {seconds:.1f} s, "
+            f"{len(result.finished_before)} were finished before, {result.from_cache} embeddings came from the cache"
+        )
+    for output, error in result.failed:
+        click.echo(f"failed: {output.name}: {error}", err=True)
+    if result.failed:
+        click.echo(f"error: {len(result.failed)} of {len(plan.jobs)} LoRAs were not made", err=True)
+        raise click.exceptions.Exit(1)

@@ -1,0 +1,54 @@
+"""``i2l embed``."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from ..errors import NoImages, format_path
+from ..progress import show_progress
+from .options import PATH, backend_option, debug_option, json_option
+
+
+@click.command()
+@click.argument("images", nargs=-1, type=PATH, metavar="IMAGE...")
+@click.option("--engines", type=PATH, required=True, help="The engines directory.")
+@backend_option
+@json_option
+@debug_option
+def embed(images: Sequence[Path], engines: Path, backend: str, *, as_json: bool) -> None:
+    """Compute the embeddings of IMAGEs into the cache, so that `i2l run` needs only the adapter for them.
+
+    A folder stands for the images in it. The cache is $I2L_CACHE_DIR, by default i2l in the system's cache folder.
+    """
+    if not images:
+        raise click.UsageError(str(NoImages()))
+    from ..runtime.cache import default_cache_folder  # noqa: PLC0415
+    from ..runtime.folders import list_images, skipped_line  # noqa: PLC0415
+    from ..runtime.images import load_image, square_image  # noqa: PLC0415
+    from ..runtime.pipeline import Pipeline  # noqa: PLC0415
+
+    chosen = list_images(images)
+    if chosen.skipped:
+        click.echo(skipped_line(chosen.skipped), err=True)
+    folder = default_cache_folder()
+    with (
+        show_progress("steps", quiet=as_json) as report,
+        Pipeline(engines, backend=backend, report=report, cache=folder) as pipeline,
+    ):
+        squares = [square_image(load_image(image)) for image in chosen.images]
+        pipeline.embed(squares)
+        assert pipeline.cache is not None
+        paths = [pipeline.cache.path(square) for square in squares]
+        pipeline.cache.require_kept(paths)
+    facts = [
+        {"image": str(image), "embedding": str(path), "from_cache": known}
+        for image, path, known in zip(chosen.images, paths, pipeline.from_cache, strict=True)
+    ]
+    if as_json:
+        click.echo(json.dumps({"cache": str(folder), "embeddings": facts}))
+        return
+    for image, known in zip(chosen.images, pipeline.from_cache, strict=True):
+        click.echo(f"{format_path(image)}: {'was there' if known else 'computed'}")
+    click.echo(f"{len(facts)} embeddings in {format_path(folder)}")

@@ -1,0 +1,65 @@
+"""``i2l merge``."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from ..errors import format_bytes, format_path
+from .options import (
+    PATH,
+    debug_option,
+    json_option,
+    key_format_option,
+    reduce_rank_option,
+    require_weights,
+    weight_option,
+)
+
+
+@click.command()
+@click.argument("loras", nargs=-1, type=PATH, metavar="LORA LORA...")
+@click.option("--output", type=PATH, required=True, help="The LoRA file to write.")
+@weight_option("LoRA")
+@reduce_rank_option
+@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]),
+              help="Default: the inputs' own, or fp32 if they differ.")  # fmt: skip
+@key_format_option
+@json_option
+@debug_option
+def merge(
+    loras: Sequence[Path],
+    output: Path,
+    weights: Sequence[float],
+    reduce_rank: int | None,
+    dtype: Literal["bf16", "fp16", "fp32"] | None,
+    key_format: Literal["comfyui", "diffsynth"],
+    *,
+    as_json: bool,
+) -> None:
+    """Join two or more LORAs of one diffusion model exactly: the rank of the result is the sum of theirs."""
+    if len(loras) < 2:
+        raise click.UsageError("merging takes two LoRA files or more")
+    require_weights(weights, len(loras), "LoRA")
+    from ..files import require_writable  # noqa: PLC0415
+    from ..runtime.lorafiles import common_dtype, merge_loras, read_lora  # noqa: PLC0415
+    from ..runtime.lowrank import reduce_lora  # noqa: PLC0415
+
+    require_writable(output)
+    files = [read_lora(path) for path in loras]
+    merged = merge_loras(files, weights or None)
+    reduction = None
+    if reduce_rank:
+        merged, reduction = reduce_lora(merged, reduce_rank)
+    dtype = dtype or common_dtype(files)
+    merged.save(output, dtype=dtype, key_format=key_format)
+    facts = {"output": str(output), "rank": merged.rank, "modules": len(merged.factors), "dtype": dtype}
+    if as_json:
+        click.echo(json.dumps(facts | ({"rank_reduction": reduction.to_dict()} if reduction else {})))
+        return
+    if reduction:
+        click.echo(reduction)
+    size = format_bytes(output.stat().st_size)
+    click.echo(f"{format_path(output)}: {len(merged.factors)} modules, rank {merged.rank}, {dtype}, {size}")
