@@ -103,6 +103,17 @@ class CheckpointAmbiguous(CheckpointError, ValueError):
         )
 
 
+class AdapterAmbiguous(CheckpointError, ValueError):
+    """The adapters of several diffusion models lie under the models directory."""
+
+    def __init__(self, paths: Mapping[str, Path]) -> None:
+        listed = ", ".join(f"{format_path(path)} (for {model})" for model, path in paths.items())
+        super().__init__(
+            f"there are adapters for several diffusion models: {listed}: choose one with --adapter {next(iter(paths))}; "
+            "each needs an engines directory of its own"
+        )
+
+
 # --- engines ----------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,11 @@ from typing import Any, Literal, TypeAlias
 
 Family: TypeAlias = Literal["siglip2", "dinov3", "adapter"]
 FAMILIES: tuple[Family, ...] = ("siglip2", "dinov3", "adapter")
+DiffusionModel: TypeAlias = Literal["z-image", "qwen-image"]
+"""What a LoRA is for; each has its own adapter."""
+DIFFUSION_MODELS: tuple[DiffusionModel, ...] = ("z-image", "qwen-image")
+Target: TypeAlias = tuple[str, int, int]
+"""``(module, in_features, out_features)`` of a linear that a LoRA changes."""
 
 
 @dataclass(frozen=True)
@@ -71,21 +76,50 @@ class AdapterSpec:
     """Width inside the diffusion model's feed-forward."""
     layers: int
     refiners: int
-    """Blocks in each of ``context_refiner`` and ``noise_refiner``."""
+    """Blocks in each of ``context_refiner`` and ``noise_refiner`` (z-image only)."""
+    diffusion_model: DiffusionModel = "z-image"
 
     @property
     def components(self) -> tuple[tuple[str, int], ...]:
         """``(prefix of the LoRA keys, number of blocks)`` in the checkpoint's order."""
+        if self.diffusion_model == "qwen-image":
+            return (("transformer_blocks", self.layers),)
         return (("layers", self.layers), ("context_refiner", self.refiners), ("noise_refiner", self.refiners))
 
+    def checkpoint_blocks(self, component: str) -> str:
+        """What the checkpoint calls the adapter blocks of a component: all of one kind, then all of the next."""
+        return "blocks" if self.diffusion_model == "qwen-image" else f"{component}_lora.blocks"
+
     @property
-    def attention_targets(self) -> tuple[tuple[str, int, int], ...]:
-        """``(module, in_features, out_features)`` of the linears in an attention block."""
+    def kinds(self) -> tuple[tuple[str, tuple[Target, ...]], ...]:
+        """``(kind of adapter block, its targets)`` in the checkpoint's order; one graph serves each kind."""
+        if self.diffusion_model == "qwen-image":
+            return (
+                ("image_attention", self._attention("to_q", "to_k", "to_v", "to_out.0")),
+                ("image_feed_forward", self._stream_targets("img")),
+                ("text_attention", self._attention("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+                ("text_feed_forward", self._stream_targets("txt")),
+            )
+        return (("attention", self.attention_targets), ("feed_forward", self.feed_forward_targets))
+
+    def _attention(self, *names: str) -> tuple[Target, ...]:
+        return tuple((f"attn.{name}", self.hidden, self.hidden) for name in names)
+
+    def _stream_targets(self, stream: str) -> tuple[Target, ...]:
+        """Qwen-Image's second linear of the MLP, and the modulation that gives six vectors per block."""
+        return (
+            (f"{stream}_mlp.net.2", self.feed_forward, self.hidden),
+            (f"{stream}_mod.1", self.hidden, 6 * self.hidden),
+        )
+
+    @property
+    def attention_targets(self) -> tuple[Target, ...]:
+        """The linears in an attention block of Z-Image."""
         return tuple((f"attention.{name}", self.hidden, self.hidden) for name in ("to_q", "to_k", "to_v", "to_out.0"))
 
     @property
-    def feed_forward_targets(self) -> tuple[tuple[str, int, int], ...]:
-        """``(module, in_features, out_features)`` of the linears in a feed-forward block."""
+    def feed_forward_targets(self) -> tuple[Target, ...]:
+        """The linears in a feed-forward block of Z-Image."""
         wide, narrow = self.feed_forward, self.hidden
         return (
             ("feed_forward.w1", narrow, wide),
@@ -140,6 +174,20 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 
+def _qwen_image_adapter(embedding: int, compress: int, hidden: int, layers: int) -> AdapterSpec:
+    sizes = {"embedding": embedding, "compress": compress, "hidden": hidden, "layers": layers}
+    return AdapterSpec("adapter", rank=4, feed_forward=4 * hidden, refiners=0, diffusion_model="qwen-image", **sizes)
+
+
+QWEN_IMAGE_ADAPTERS: Mapping[str, AdapterSpec] = {
+    "tiny": _qwen_image_adapter(embedding=192, compress=16, hidden=48, layers=2),
+    "small": _qwen_image_adapter(embedding=896, compress=32, hidden=384, layers=6),
+    "full": _qwen_image_adapter(embedding=5632, compress=64, hidden=3072, layers=60),
+}
+"""Qwen-Image-i2L Style, the ancestor of Z-Image-i2L: the same encoders, another adapter. Presets as in PRESETS."""
+PUBLISHED: tuple[Spec, ...] = (*PRESETS["full"], QWEN_IMAGE_ADAPTERS["full"])
+
+
 def spec_to_dict(spec: Spec) -> dict[str, Any]:
     """The spec as plain JSON values."""
     return asdict(spec)
@@ -155,6 +203,10 @@ def spec_from_dict(values: Mapping[str, Any]) -> Spec:
     kind = AdapterSpec if values.get("family") == "adapter" else EncoderSpec
     if values.get("family") not in FAMILIES:
         raise ValueError(f"unknown family {values.get('family')!r}")
+    if kind is AdapterSpec:  # files from before there was another one do not say
+        values = {"diffusion_model": "z-image", **values}
+        if values["diffusion_model"] not in DIFFUSION_MODELS:
+            raise ValueError(f"diffusion_model is {values['diffusion_model']!r}, not one of {DIFFUSION_MODELS}")
     wanted = {field.name for field in fields(kind)}
     if wanted != set(values):
         raise ValueError(f"fields differ from {kind.__name__}: {sorted(wanted ^ set(values))}")

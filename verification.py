@@ -14,13 +14,14 @@ import numpy as np
 from PIL import Image
 
 from .engines.base import Array
+from .engines.manifest import read_manifest
 from .errors import EnginesOfOtherCheckpoints
 from .files import Report, silent
 from .runtime.images import ImageSource
 from .runtime.lora import Lora, factors_by_module, lora_from_factors
 from .runtime.lowrank import product_error
 from .runtime.pipeline import Pipeline
-from .specs import Family
+from .specs import AdapterSpec, Family
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,9 @@ def verify_engines(
     from .export.checkpoints import find_checkpoints  # noqa: PLC0415 - torch is needed only here
     from .export.reference import reference_steps  # noqa: PLC0415
 
-    checkpoints = find_checkpoints(models)
+    adapter = read_manifest(engines).models["adapter"].spec
+    assert isinstance(adapter, AdapterSpec)
+    checkpoints = find_checkpoints(models, adapter=adapter.diffusion_model)
     recorded: dict[str, dict[str, Array]] = {}
     with Pipeline(engines, backend=backend) as pipeline:
         for family, checkpoint in checkpoints.items():

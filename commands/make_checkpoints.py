@@ -6,6 +6,7 @@ import click
 
 from ..errors import format_bytes, format_path
 from ..progress import show_progress
+from ..specs import DIFFUSION_MODELS, DiffusionModel
 from .options import PATH, debug_option, needs_extra
 
 
@@ -17,15 +18,18 @@ from .options import PATH, debug_option, needs_extra
 @click.option(
     "--dtype", type=click.Choice(["bf16", "f16", "f32"]), help="Default: as published (SigLIP2 f32, others bf16)."
 )
+@click.option("--adapter", type=click.Choice(DIFFUSION_MODELS), default="z-image", show_default=True)
 @click.option("--outliers", is_flag=True, help="Plant massive activations, as real vision transformers have.")
 @debug_option
-def make_checkpoints(directory: Path, preset: str, seed: int, dtype: str | None, *, outliers: bool) -> None:
+def make_checkpoints(
+    directory: Path, preset: str, seed: int, dtype: str | None, adapter: DiffusionModel, *, outliers: bool
+) -> None:
     """Write synthetic checkpoints into DIRECTORY, for tests and benchmarks."""
     with needs_extra("export", "i2l make-checkpoints"):
         from ..export.synthetic import make_checkpoints as make  # noqa: PLC0415
 
     with show_progress("bytes") as report:
         kind = dtype.upper() if dtype else None
-        paths = make(directory, preset, seed=seed, dtype=kind, outliers=outliers, report=report)
+        paths = make(directory, preset, seed=seed, dtype=kind, outliers=outliers, adapter=adapter, report=report)
     for path in paths:
         click.echo(f"{format_path(path)}  {format_bytes(path.stat().st_size)}")

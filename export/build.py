@@ -15,7 +15,7 @@ from ..engines.integrity import file_facts, record_checked
 from ..engines.manifest import FORMAT, MANIFEST, FileFacts, Manifest, Model, manifest_to_json, read_manifest
 from ..errors import EnginesError
 from ..files import Report, atomic_path, explained_os_errors, require_free, silent
-from ..specs import FAMILIES, Family
+from ..specs import FAMILIES, DiffusionModel, Family
 from .checkpoints import Checkpoint, find_checkpoints
 from .graphs import export_graphs, standalone_model
 from .packs import PackPlan, plan_pack, write_pack
@@ -42,6 +42,7 @@ def build_engines(
     *,
     precision: str = "auto",
     blocks_per_chunk: int = 1,
+    adapter: DiffusionModel | None = None,
     force: bool = False,
     report: Report = silent,
 ) -> BuildResult:
@@ -52,6 +53,7 @@ def build_engines(
         engines: the engines directory; made if absent, replaced as a whole if present.
         precision: ``auto``, ``fp8``, ``int8``, ``bf16`` or ``fp32``.
         blocks_per_chunk: transformer blocks that move as one copy.
+        adapter: the diffusion model that LoRAs are made for; by default that of the one adapter under ``models``.
         force: build even if nothing changed.
         report: told the bytes of packs written.
 
@@ -60,7 +62,7 @@ def build_engines(
         OutputUnwritable, DiskFull: the directory cannot be written; what was there still works.
     """
     precision, reason = choose_precision(precision)
-    checkpoints = find_checkpoints(models)
+    checkpoints = find_checkpoints(models, adapter=adapter)
     key = build_key(checkpoints, precision, blocks_per_chunk)
     current = None if force else current_manifest(engines)
     if current and current.build_key == key:

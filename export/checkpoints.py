@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from ..engines.tensorfile import TensorInfo, read_header
 from ..errors import (
+    AdapterAmbiguous,
     CheckpointAmbiguous,
     CheckpointError,
     CheckpointForeign,
@@ -23,7 +24,17 @@ from ..errors import (
     CheckpointMissing,
     CheckpointUnreadable,
 )
-from ..specs import FAMILIES, PRESETS, AdapterSpec, EncoderSpec, Family, Spec, spec_from_dict, spec_to_dict
+from ..specs import (
+    FAMILIES,
+    PUBLISHED,
+    AdapterSpec,
+    DiffusionModel,
+    EncoderSpec,
+    Family,
+    Spec,
+    spec_from_dict,
+    spec_to_dict,
+)
 
 SPEC_KEY = "i2l_spec"
 """Header entry of a synthetic checkpoint that holds its spec as JSON."""
@@ -56,14 +67,22 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
 
-def find_checkpoints(models: Path, families: Sequence[Family] = FAMILIES) -> dict[Family, Checkpoint]:
+def find_checkpoints(
+    models: Path, families: Sequence[Family] = FAMILIES, *, adapter: DiffusionModel | None = None
+) -> dict[Family, Checkpoint]:
     """The checkpoint of each family anywhere under ``models``.
+
+    Args:
+        models: a folder, or a file.
+        families: what is wanted.
+        adapter: the diffusion model that the adapter must be for; by default whichever is there.
 
     Raises:
         CheckpointMissing: a family has no file, and every other file could be read.
         CheckpointMismatch: a family has no file, and a nearly good file lies there.
         CheckpointUnreadable: the same, with a truncated file.
         CheckpointAmbiguous: a family has several files.
+        AdapterAmbiguous: the adapters of several diffusion models are there, and none was chosen.
     """
     found: dict[Family, list[Checkpoint]] = {family: [] for family in families}
     errors: list[CheckpointError] = []
@@ -75,13 +94,17 @@ def find_checkpoints(models: Path, families: Sequence[Family] = FAMILIES) -> dic
         except CheckpointError as error:
             errors.append(error)
         else:
-            found.setdefault(checkpoint.spec.family, []).append(checkpoint)
+            if adapter in (None, getattr(checkpoint.spec, "diffusion_model", adapter)):
+                found.setdefault(checkpoint.spec.family, []).append(checkpoint)
     missing = [family for family in families if not found[family]]
     if missing:
         if errors:
             raise errors[0]
         raise CheckpointMissing(missing, models)
     for family in families:
+        for_models = {c.spec.diffusion_model: c.path for c in found[family] if isinstance(c.spec, AdapterSpec)}
+        if len(for_models) > 1:
+            raise AdapterAmbiguous(for_models)
         if len(found[family]) > 1:
             raise CheckpointAmbiguous(family, [checkpoint.path for checkpoint in found[family]])
     return {family: found[family][0] for family in families}
@@ -155,7 +178,7 @@ def _carried_spec(path: Path, metadata: Mapping[str, str]) -> Spec | None:
 
 def _published_spec(shapes: Shapes) -> Spec | None:
     digest = shape_hash(shapes)
-    return next((spec for spec in PRESETS["full"] if shape_hash(tensor_shapes(spec)) == digest), None)
+    return next((spec for spec in PUBLISHED if shape_hash(tensor_shapes(spec)) == digest), None)
 
 
 def _nearest_spec(shapes: Shapes) -> Spec | None:
@@ -165,7 +188,7 @@ def _nearest_spec(shapes: Shapes) -> Spec | None:
         wanted = tensor_shapes(spec).keys()
         return len(wanted & shapes.keys()) / max(min(len(wanted), len(shapes)), 1)
 
-    best: Spec = max(PRESETS["full"], key=likeness)
+    best: Spec = max(PUBLISHED, key=likeness)
     return best if likeness(best) >= 0.5 else None
 
 
@@ -223,9 +246,9 @@ def _dinov3_shapes(spec: EncoderSpec) -> dict[str, tuple[int, ...]]:
 def _adapter_shapes(spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for component, blocks in spec.components:
-        for kind, targets in enumerate((spec.attention_targets, spec.feed_forward_targets)):
+        for order, (_, targets) in enumerate(spec.kinds):
             for index in range(blocks):
-                block = f"{component}_lora.blocks.{kind * blocks + index}"
+                block = f"{spec.checkpoint_blocks(component)}.{order * blocks + index}"
                 for target, (_, in_features, out_features) in enumerate(targets):
                     for factor, width in (("a", in_features), ("b", out_features)):
                         name = f"{block}.layers.{target}.proj_{factor}"

@@ -118,7 +118,7 @@ def _activation(name: str, spec: Spec) -> tuple[str, tuple[int, ...]]:
 def _outputs(name: str, spec: Spec) -> list[str]:
     if isinstance(spec, EncoderSpec):
         return ["embedding" if name.endswith(".head") else "hidden_out"]
-    targets = spec.attention_targets if name.endswith(".attention") else spec.feed_forward_targets
+    targets = dict(spec.kinds)[name.removeprefix("adapter.")]
     return [f"{target}.{factor}" for target, _, _ in targets for factor in "AB"]
 
 

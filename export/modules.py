@@ -13,17 +13,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor, nn
 
-from ..specs import AdapterSpec, EncoderSpec, Spec
+from ..specs import AdapterSpec, EncoderSpec, Spec, Target
 from .precision import Precision, Weights
 
 
 def graph_modules(spec: Spec, precision: Precision) -> dict[str, nn.Module]:
     """``graph name -> module`` of a model."""
     if isinstance(spec, AdapterSpec):
-        return {
-            "adapter.attention": AdapterBlock(spec, spec.attention_targets, precision),
-            "adapter.feed_forward": AdapterBlock(spec, spec.feed_forward_targets, precision),
-        }
+        return {f"adapter.{kind}": AdapterBlock(spec, targets, precision) for kind, targets in spec.kinds}
     if spec.family == "siglip2":
         return {
             "siglip2.embed": Siglip2Embed(spec),
@@ -172,12 +169,12 @@ class Dinov3Head(nn.Module):
 
 
 class AdapterBlock(nn.Module):
-    """The factors A and B of all target linears of one attention or feed-forward block.
+    """The factors A and B of all target linears of one kind of adapter block.
 
     Outputs, per target: A ``[B, rank, in_features]`` and B ``[B, out_features, rank]``.
     """
 
-    def __init__(self, spec: AdapterSpec, targets: tuple[tuple[str, int, int], ...], precision: Precision) -> None:
+    def __init__(self, spec: AdapterSpec, targets: tuple[Target, ...], precision: Precision) -> None:
         super().__init__()
         self.spec = spec
         self.targets = targets

@@ -20,7 +20,7 @@ import torch
 
 from ..engines.tensorfile import LayoutWriter, plan_layout
 from ..files import Report, atomic_path, explained_os_errors, require_free, silent
-from ..specs import PRESETS, Family, Spec, spec_to_dict
+from ..specs import PRESETS, QWEN_IMAGE_ADAPTERS, DiffusionModel, Family, Spec, spec_to_dict
 from .checkpoints import SPEC_KEY, tensor_shapes
 
 FILES: dict[Family, str] = {
@@ -29,6 +29,7 @@ FILES: dict[Family, str] = {
     "adapter": "Z-Image/Z-Image-i2L.safetensors",
 }
 """The folder layout that users of the ComfyUI node have."""
+QWEN_IMAGE_FILE = "Qwen-Image/Qwen-Image-i2L-Style.safetensors"
 PUBLISHED_DTYPE: dict[Family, str] = {"siglip2": "F32", "dinov3": "BF16", "adapter": "BF16"}
 TORCH_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE_VALUES = 1 << 24
@@ -54,16 +55,18 @@ def make_checkpoints(
     seed: int = 0,
     dtype: str | None = None,
     outliers: bool = False,
+    adapter: DiffusionModel = "z-image",
     report: Report = silent,
 ) -> list[Path]:
     """Write the three checkpoints of a preset under ``directory``.
 
     Args:
-        directory: gets ``CLIPS/`` and ``Z-Image/``.
+        directory: gets ``CLIPS/`` and ``Z-Image/`` or ``Qwen-Image/``.
         preset: ``tiny``, ``small`` or ``full``.
         seed: changes every value.
         dtype: ``F32``, ``F16`` or ``BF16``; by default the dtype of each published file.
         outliers: plant massive activations.
+        adapter: which of the adapters to write.
         report: told the bytes written.
 
     Returns:
@@ -72,7 +75,12 @@ def make_checkpoints(
     Raises:
         OutputUnwritable, DiskFull: nothing is left half written.
     """
-    jobs = [(directory / FILES[spec.family], spec, dtype or PUBLISHED_DTYPE[spec.family]) for spec in PRESETS[preset]]
+    specs: list[Spec] = list(PRESETS[preset])
+    files = dict(FILES)
+    if adapter == "qwen-image":
+        specs[-1] = QWEN_IMAGE_ADAPTERS[preset]
+        files["adapter"] = QWEN_IMAGE_FILE
+    jobs = [(directory / files[spec.family], spec, dtype or PUBLISHED_DTYPE[spec.family]) for spec in specs]
     layouts = [plan_layout(_entries(spec, kind), _metadata(spec, preset, seed)) for _, spec, kind in jobs]
     total = sum(layout.nbytes for layout in layouts)
     with explained_os_errors(directory):

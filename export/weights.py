@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ..specs import AdapterSpec, EncoderSpec, Spec
+from ..specs import AdapterSpec, EncoderSpec, Spec, Target
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,7 @@ def plan_steps(spec: Spec) -> list[list[Step]]:
 def graph_weights(spec: Spec) -> dict[str, list[Weight]]:
     """``graph name -> weights`` of a model, in the order of the graph's inputs and of the pack."""
     if isinstance(spec, AdapterSpec):
-        return {
-            "adapter.attention": list(_adapter_weights(spec, spec.attention_targets)),
-            "adapter.feed_forward": list(_adapter_weights(spec, spec.feed_forward_targets)),
-        }
+        return {f"adapter.{kind}": list(_adapter_weights(spec, targets)) for kind, targets in spec.kinds}
     if spec.family == "siglip2":
         return {
             "siglip2.embed": _siglip2_embed(spec),
@@ -172,17 +169,17 @@ def _adapter_steps(spec: AdapterSpec) -> list[list[Step]]:
     steps = []
     for component, blocks in spec.components:
         for index in range(blocks):
-            name = f"adapter.{component}.{index:02}"
+            name, source = f"adapter.{component}.{index:02}", spec.checkpoint_blocks(component)
             steps.append(
                 [
-                    Step(f"{name}.attention", "adapter.attention", f"{component}_lora.blocks.{index}"),
-                    Step(f"{name}.feed_forward", "adapter.feed_forward", f"{component}_lora.blocks.{blocks + index}"),
+                    Step(f"{name}.{kind}", f"adapter.{kind}", f"{source}.{order * blocks + index}")
+                    for order, (kind, _) in enumerate(spec.kinds)
                 ]
             )
     return steps
 
 
-def _adapter_weights(spec: AdapterSpec, targets: tuple[tuple[str, int, int], ...]) -> Iterator[Weight]:
+def _adapter_weights(spec: AdapterSpec, targets: tuple[Target, ...]) -> Iterator[Weight]:
     factors = [(index, *target, factor) for index, target in enumerate(targets) for factor in "ab"]
     compressed = tuple(
         Source(f"{{}}.layers.{index}.proj_{factor}.proj_in.weight") for index, _, _, _, factor in factors

@@ -21,6 +21,7 @@ from ..engines.base import Array
 from ..engines.tensorfile import LayoutWriter, TensorInfo, plan_layout, read_header
 from ..errors import LoraNotFinite, LoraUnreadable, StrengthInvalid, WeightsMismatch
 from ..files import atomic_path
+from ..specs import DiffusionModel
 
 KeyFormat: TypeAlias = Literal["comfyui", "diffsynth"]
 Dtype: TypeAlias = Literal["bf16", "fp16", "fp32"]
@@ -28,6 +29,19 @@ KEYS: Mapping[KeyFormat, tuple[str, str]] = {
     "comfyui": ("diffusion_model.{}.lora_A.weight", "diffusion_model.{}.lora_B.weight"),
     "diffsynth": ("{}.lora_A.default.weight", "{}.lora_B.default.weight"),
 }
+MODEL_METADATA: Mapping[DiffusionModel, dict[str, str]] = {
+    "z-image": {
+        "modelspec.architecture": "Z-Image/lora",
+        "modelspec.implementation": "https://github.com/Tongyi-MAI/Z-Image",
+        "ss_base_model_version": "zimage",
+    },
+    "qwen-image": {
+        "modelspec.architecture": "Qwen-Image/lora",
+        "modelspec.implementation": "https://github.com/QwenLM/Qwen-Image",
+        "ss_base_model_version": "qwen_image",
+    },
+}
+"""How LoRA managers tell which diffusion model a LoRA is for."""
 DTYPES: Mapping[Dtype, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 
@@ -126,17 +140,14 @@ def file_metadata(title: str, rank: int) -> dict[str, str]:
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "Z-Image/lora",
-        "modelspec.implementation": "https://github.com/Tongyi-MAI/Z-Image",
         "modelspec.title": title,
         "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "modelspec.resolution": "1024x1024",
-        "ss_base_model_version": "zimage",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(rank),
         "ss_output_name": title,
-    }
+    } | MODEL_METADATA["z-image"]
 
 
 def converted(name: str, values: Array, dtype: Dtype) -> NDArray[Any]:

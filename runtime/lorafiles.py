@@ -15,10 +15,8 @@ from numpy.typing import NDArray
 from ..engines.base import Array
 from ..engines.tensorfile import TensorInfo, read_header
 from ..errors import LorasDiffer, LoraUnreadable
-from .lora import DTYPES, KEYS, Dtype, KeyFormat, Lora, describe_lora, joining_weights
+from .lora import DTYPES, KEYS, MODEL_METADATA, Dtype, KeyFormat, Lora, describe_lora, joining_weights
 
-MODEL_METADATA = ("modelspec.architecture", "modelspec.implementation", "ss_base_model_version")
-"""What says which diffusion model a LoRA is for."""
 NUMPY_DTYPES: Mapping[str, type[np.generic]] = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 
 
@@ -79,7 +77,7 @@ def merge_loras(files: Sequence[LoraFile], weights: Sequence[float] | None = Non
         pairs = [file.lora.factors[module] for file in files]
         a = np.concatenate([np.float32(gain) * a for gain, (a, _) in zip(gains, pairs, strict=True)])
         factors[module] = (a, np.concatenate([b for _, b in pairs], axis=1))
-    kept = {name: first.lora.metadata[name] for name in MODEL_METADATA if name in first.lora.metadata}
+    kept = {name: first.lora.metadata[name] for name in MODEL_METADATA["z-image"] if name in first.lora.metadata}
     return Lora(factors, kept | {"i2l.merge_weights": ",".join(f"{gain:.9g}" for gain in gains)})
 
 

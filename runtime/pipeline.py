@@ -26,7 +26,7 @@ from ..files import Report, silent
 from ..specs import FAMILIES, AdapterSpec, EncoderSpec, Family
 from .cache import EmbeddingCache, encoders_id
 from .images import ImageSource, content_sha256, load_image, pixels_dinov3, pixels_siglip2, square_image
-from .lora import Lora, factors_by_module, joining_weights, lora_from_factors, require_finite
+from .lora import MODEL_METADATA, Lora, factors_by_module, joining_weights, lora_from_factors, require_finite
 from .streamer import stream
 
 Observer: TypeAlias = Callable[[str, dict[str, Array]], None]
@@ -175,7 +175,9 @@ class Pipeline:
     ) -> Lora:
         """Join what :meth:`factors` gave; the metadata says what of."""
         lora = lora_from_factors(factors, strength, weights)
-        lora.metadata |= self.origin(lora.rank // self._rank, strength, weights)
+        adapter = self._adapter
+        lora.metadata |= MODEL_METADATA[adapter.diffusion_model]
+        lora.metadata |= self.origin(lora.rank // adapter.rank, strength, weights)
         return lora
 
     def origin(self, images: int, strength: float, weights: Sequence[float] | None) -> dict[str, str]:
@@ -219,11 +221,10 @@ class Pipeline:
         self._report(family, total, total)
 
     @property
-    def _rank(self) -> int:
-        """Rank per image."""
+    def _adapter(self) -> AdapterSpec:
         spec = self.manifest.models["adapter"].spec
         assert isinstance(spec, AdapterSpec)
-        return spec.rank
+        return spec
 
     def _image_size(self, family: Family) -> int:
         spec = self.manifest.models[family].spec

@@ -108,7 +108,9 @@ def adapter_oracle(
     The published model has its sizes written into its constructor; other sizes go through the class that it is made of.
     """
     assert isinstance(spec, AdapterSpec)
-    adapter = _diffsynth_module("z_image_image2lora")
+    if spec.diffusion_model == "qwen-image":
+        return _qwen_image_oracle(spec, checkpoint, dtype)
+    adapter = diffsynth_module("models.z_image_image2lora")
     model = torch.nn.Module()
     patterns = [list(spec.attention_targets), list(spec.feed_forward_targets)]
     for prefix, blocks in spec.components:
@@ -147,6 +149,36 @@ def adapter_oracle(
     return run
 
 
+def _qwen_image_oracle(
+    spec: AdapterSpec, checkpoint: Path, dtype: torch.dtype
+) -> Callable[[torch.Tensor], dict[str, torch.Tensor]]:
+    """The ancestor's class, its blocks made at the spec's sizes; the targets are read from the published class."""
+    adapter = diffsynth_module("models.qwen_image_image2lora")
+    with torch.device("meta"):
+        model = adapter.QwenImageImage2LoRAModel(num_blocks=1, use_residual=False, compress_dim=64)
+    sizes = {3072: spec.hidden, 3072 * 4: spec.feed_forward, 3072 * 6: 6 * spec.hidden}
+    model.blocks = torch.nn.ModuleList(
+        adapter.LoRATrainerBlock(
+            [(name, sizes[wide], sizes[tall]) for name, wide, tall in pattern],
+            in_dim=spec.embedding,
+            compress_dim=spec.compress,
+            rank=spec.rank,
+            block_id=block,
+            use_residual=False,
+        )
+        for pattern in model.lora_patterns
+        for block in range(spec.layers)
+    )
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in load_file(checkpoint).items()}, assign=True)
+
+    @torch.inference_mode()
+    def run(embedding: torch.Tensor) -> dict[str, torch.Tensor]:
+        lora: dict[str, torch.Tensor] = model(embedding[None])
+        return lora
+
+    return run
+
+
 def _load_published(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> None:
     """Load the published keys, which lack the prefixes that transformers 5 puts before them."""
     renamed = {}
@@ -161,14 +193,15 @@ def _load_published(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> 
     model.load_state_dict(renamed, assign=True)
 
 
-def _diffsynth_module(name: str) -> ModuleType:
-    """One file of DiffSynth's models folder; importing the package would want far more than that file does."""
+def diffsynth_module(name: str) -> ModuleType:
+    """One file of DiffSynth; importing the package would want far more than that file does."""
     if "diffsynth" not in sys.modules:
         spec = importlib.util.find_spec("diffsynth")
         assert spec is not None
         assert spec.origin is not None
-        for package, folder in (("diffsynth", "."), ("diffsynth.models", "models")):
+        for folder in (".", "models", "utils", "utils/lora"):
+            package = f"diffsynth.{folder.replace('/', '.')}".rstrip(".")
             module = ModuleType(package)
             module.__path__ = [str(Path(spec.origin).parent / folder)]
             sys.modules[package] = module
-    return importlib.import_module(f"diffsynth.models.{name}")
+    return importlib.import_module(f"diffsynth.{name}")

@@ -82,7 +82,8 @@ def test_files_of_both_key_forms_merge_and_reduce(tmp_path: Path) -> None:
 
 
 def test_dtypes_that_differ_become_float32(tmp_path: Path) -> None:
-    paths = [lora(seed=i).save(tmp_path / f"{kind}.safetensors", dtype=kind) for i, kind in enumerate(("bf16", "fp16"))]
+    kinds: tuple[Dtype, ...] = ("bf16", "fp16")
+    paths = [lora().save(tmp_path / f"{kind}.safetensors", dtype=kind) for kind in kinds]
     for given_paths, wanted in ((paths, "F32"), ([paths[0]] * 2, "BF16")):
         assert i2l_merge(*given_paths, "--output", tmp_path / "x.safetensors").exit_code == 0
         assert describe_lora(tmp_path / "x.safetensors")["dtype"] == wanted
@@ -110,20 +111,18 @@ def test_wrong_usage(tmp_path: Path) -> None:
 def test_what_would_be_misread_is_refused(tmp_path: Path, name: str) -> None:
     down, up = (key.format("m") for key in KEYS["comfyui"])
     tensors = {down: np.ones((2, 3), np.float32), up: np.ones((4, 2), np.float32)}
-    extra = {
-        "alpha": {"diffusion_model.m.alpha": np.float32([1])},
-        "lonely": {KEYS["comfyui"][0].format("n"): tensors[down]},
-    }
-    tensors |= extra.get(name, {})
-    if name == "dtype":
-        tensors = {key: value.astype(np.float64) for key, value in tensors.items()}
-    save_file(tensors, tmp_path / "x.safetensors")
+    if name == "alpha":
+        tensors["diffusion_model.m.alpha"] = np.ones(1, np.float32)
+    if name == "lonely":
+        tensors[KEYS["comfyui"][0].format("n")] = tensors[down]
+    kind = np.float64 if name == "dtype" else np.float32
+    save_file({key: value.astype(kind) for key, value in tensors.items()}, tmp_path / "x.safetensors")
     with pytest.raises(LoraUnreadable):
         read_lora(tmp_path / "x.safetensors")
 
 
 def test_uneven_ranks_become_one(tmp_path: Path) -> None:
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for module, rank in (("m.0", 2), ("m.1", 3)):
         pair = (np.ones((rank, 3), np.float32), np.ones((4, rank), np.float32))
         tensors |= {key.format(module): factor for key, factor in zip(KEYS["comfyui"], pair, strict=True)}

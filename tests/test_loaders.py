@@ -1,0 +1,272 @@
+"""The written file in the loaders that users have: diffusers with peft, DiffSynth, and ComfyUI's key map.
+
+What must arrive is, for every module, ``strength * mean(B @ A)`` of the adapter's factors: computed here from the
+factors of single images, not from the file. ComfyUI cannot be installed for a test, so its key map is written down from
+its published rules (shared/facts/lora-formats.md): Z-Image's q, k and v are one fused weight there.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import MakeEngines, picture
+from i2l.export.build import build_engines
+from i2l.export.synthetic import make_checkpoints
+from i2l.runtime.lora import KeyFormat
+from i2l.runtime.pipeline import Pipeline, open_engines
+from i2l.specs import PRESETS, QWEN_IMAGE_ADAPTERS, AdapterSpec
+from oracles import diffsynth_module, import_torchvision
+
+STRENGTH = 0.7
+TINY = PRESETS["tiny"].adapter
+QWEN = QWEN_IMAGE_ADAPTERS["tiny"]
+MODULES = 28
+"""Of the tiny Z-Image: 4 blocks times 7 targets."""
+FULL_MODULES = 238
+
+
+class Written(NamedTuple):
+    """A LoRA of two images, in both key forms, and the changes that it stands for."""
+
+    files: Mapping[KeyFormat, Path]
+    changes: Mapping[str, torch.Tensor]
+    """``module -> strength * mean(B @ A)``."""
+
+
+def written(pipeline: Pipeline, folder: Path) -> Written:
+    embeddings = pipeline.embed([picture(90, 60, 1), picture(60, 90, 2)])
+    lora = pipeline.lora_from_embeddings(embeddings, strength=STRENGTH)
+    key_formats: tuple[KeyFormat, ...] = ("comfyui", "diffsynth")
+    files = {name: lora.save(folder / f"{name}.safetensors", dtype="fp32", key_format=name) for name in key_formats}
+    changes = {
+        module: torch.from_numpy(STRENGTH * np.mean([b[i] @ a[i] for i in range(len(a))], axis=0))
+        for module, (a, b) in pipeline.factors(embeddings).items()
+    }
+    return Written(files, changes)
+
+
+@pytest.fixture(scope="module")
+def z_image(engines: MakeEngines, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    with open_engines(engines("tiny", "fp32")) as pipeline:
+        return written(pipeline, tmp_path_factory.mktemp("z-image"))
+
+
+@pytest.fixture(scope="module")
+def qwen_image(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    folder = tmp_path_factory.mktemp("qwen-image")
+    make_checkpoints(folder / "models", "tiny", adapter="qwen-image")
+    build_engines(folder / "models", folder / "engines", precision="fp32")
+    with open_engines(folder / "engines") as pipeline:
+        return written(pipeline, folder)
+
+
+def z_image_transformer() -> Any:
+    import_torchvision()  # transformers, which peft wants, imports it
+    from diffusers import ZImageTransformer2DModel
+
+    torch.manual_seed(0)
+    return ZImageTransformer2DModel(
+        dim=TINY.hidden, n_layers=TINY.layers, n_refiner_layers=TINY.refiners, n_heads=3, n_kv_heads=3,
+        cap_feat_dim=16, axes_dims=[8, 12, 12], axes_lens=[16, 16, 16],
+    )  # fmt: skip
+
+
+def qwen_image_transformer() -> Any:
+    import_torchvision()
+    from diffusers import QwenImageTransformer2DModel
+
+    torch.manual_seed(0)
+    return QwenImageTransformer2DModel(
+        num_layers=QWEN.layers, num_attention_heads=2, attention_head_dim=QWEN.hidden // 2, joint_attention_dim=16,
+        axes_dims_rope=(8, 8, 8), in_channels=16, out_channels=4,
+    )  # fmt: skip
+
+
+def near(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+    """Equal up to float32: sums of 8 products in another order."""
+    return bool((found - wanted).abs().max() <= 1e-5 * wanted.abs().max())
+
+
+def peft_changes(transformer: Any) -> dict[str, torch.Tensor]:
+    """What peft adds to each weight."""
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        name: module.get_delta_weight("i2l").detach()
+        for name, module in transformer.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+
+
+def assert_all_arrived(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    assert [module for module in wanted if not near(found[module], wanted[module])] == []
+
+
+# --- diffusers and peft ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key_format", ["comfyui", "diffsynth"])
+def test_diffusers_loads_every_module_of_z_image(z_image: Written, key_format: KeyFormat) -> None:
+    transformer = z_image_transformer()
+    from diffusers.loaders.lora_pipeline import ZImageLoraLoaderMixin
+
+    path = z_image.files[key_format]
+    state = ZImageLoraLoaderMixin.lora_state_dict(path.parent, weight_name=path.name)
+    ZImageLoraLoaderMixin.load_lora_into_transformer(state, transformer, adapter_name="i2l")
+    assert_all_arrived(peft_changes(transformer), z_image.changes)
+    assert len(z_image.changes) == MODULES
+
+
+def test_diffusers_loads_every_module_of_qwen_image(qwen_image: Written) -> None:
+    transformer = qwen_image_transformer()
+    from diffusers.loaders.lora_pipeline import QwenImageLoraLoaderMixin
+
+    path = qwen_image.files["comfyui"]
+    state = QwenImageLoraLoaderMixin.lora_state_dict(path.parent, weight_name=path.name)
+    QwenImageLoraLoaderMixin.load_lora_into_transformer(state, transformer, adapter_name="i2l")
+    assert_all_arrived(peft_changes(transformer), qwen_image.changes)
+    assert len(qwen_image.changes) == 24
+
+
+def module_shapes(spec: AdapterSpec) -> Iterator[tuple[str, tuple[int, int]]]:
+    """``(module, shape of its weight)`` of everything that a LoRA of this adapter changes."""
+    per_component = len(spec.kinds)
+    assert per_component in (2, 4)
+    for component, blocks in spec.components:
+        for index in range(blocks):
+            for _, targets in spec.kinds:
+                for target, in_features, out_features in targets:
+                    yield f"{component}.{index}.{target}", (out_features, in_features)
+
+
+@pytest.mark.parametrize(
+    ("spec", "name", "modules"),
+    [
+        (PRESETS["full"].adapter, "ZImageTransformer2DModel", FULL_MODULES),
+        (QWEN_IMAGE_ADAPTERS["full"], "QwenImageTransformer2DModel", 720),
+    ],
+)
+def test_the_published_models_have_every_module(spec: AdapterSpec, name: str, modules: int) -> None:
+    """diffusers' default configurations are the published models; on the meta device they take no memory."""
+    import_torchvision()
+    import diffusers
+
+    with torch.device("meta"):
+        model = getattr(diffusers, name)()
+    weights = {key.removesuffix(".weight"): tuple(p.shape) for key, p in model.named_parameters()}
+    wanted = dict(module_shapes(spec))
+    assert len(wanted) == modules
+    assert {module: weights.get(module) for module in wanted} == wanted
+
+
+# --- DiffSynth ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key_format", ["comfyui", "diffsynth"])
+@pytest.mark.parametrize("model", ["z_image", "qwen_image"])
+def test_diffsynth_fuses_every_module(
+    model: str, key_format: KeyFormat, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora: Written = request.getfixturevalue(model)
+    transformer = z_image_transformer() if model == "z_image" else qwen_image_transformer()
+    before = {name: value.clone() for name, value in transformer.state_dict().items()}
+    loader = diffsynth_module("utils.lora.general").GeneralLoRALoader()
+    loader.fuse_lora_to_base_model(transformer, load_file(lora.files[key_format]))
+    assert f"{len(lora.changes)} tensors are fused" in capsys.readouterr().out
+    after = transformer.state_dict()
+    for name, old in before.items():
+        module = name.removesuffix(".weight")
+        change = after[name] - old
+        # the sum with the base weight is rounded at the base weight's size
+        wanted = lora.changes[module] if module in lora.changes and name != module else torch.zeros_like(old)
+        assert (change - wanted).abs().max() <= 1e-5 * max(1e-3, float(wanted.abs().max())) + 2e-7 * old.abs().max()
+
+
+# --- ComfyUI's key map -------------------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """Rows of a weight of ComfyUI's model."""
+
+    weight: str
+    start: int
+    rows: int
+
+
+def fused_shapes(spec: AdapterSpec) -> dict[str, tuple[int, int]]:
+    """Z-Image's weights as ComfyUI has them: q, k and v in one."""
+    shapes = {}
+    for component, blocks in spec.components:
+        for index in range(blocks):
+            block = f"{component}.{index}"
+            shapes[f"{block}.attention.qkv"] = (3 * spec.hidden, spec.hidden)
+            shapes[f"{block}.attention.out"] = (spec.hidden, spec.hidden)
+            for target, in_features, out_features in spec.feed_forward_targets:
+                shapes[f"{block}.{target}"] = (out_features, in_features)
+    return shapes
+
+
+def comfyui_key_map(shapes: Mapping[str, tuple[int, int]], *, since_2026: bool = True) -> dict[str, Place]:
+    """``LoRA key without its ending -> place``: every weight under its own name with ``diffusion_model.`` before it, and
+    the diffusers names of the fused ones; since January 2026 the latter also bare."""
+    places = {}
+    for weight, (rows, columns) in shapes.items():
+        names = {weight: Place(weight, 0, rows)}
+        block = weight.removesuffix(".qkv").removesuffix(".out")
+        if weight.endswith("attention.qkv"):
+            names |= {f"{block}.to_{part}": Place(weight, i * columns, columns) for i, part in enumerate("qkv")}
+        if weight.endswith("attention.out"):
+            names[f"{block}.to_out.0"] = Place(weight, 0, rows)
+        for name, place in names.items():
+            places[f"diffusion_model.{name}"] = places[f"transformer.{name}"] = place
+            if since_2026:
+                places[name] = place
+    return places
+
+
+def comfyui_changes(
+    path: Path, places: Mapping[str, Place], shapes: Mapping[str, tuple[int, int]]
+) -> tuple[dict[str, torch.Tensor], int]:
+    """The change of every fused weight, and how many modules of the file found their place; no alpha means 1."""
+    tensors = load_file(path)
+    changes = {weight: torch.zeros(shape) for weight, shape in shapes.items()}
+    loaded = 0
+    for prefix, place in places.items():
+        for ending in (".weight", ".default.weight"):
+            if f"{prefix}.lora_B{ending}" in tensors:
+                rows = slice(place.start, place.start + place.rows)
+                changes[place.weight][rows] += tensors[f"{prefix}.lora_B{ending}"] @ tensors[f"{prefix}.lora_A{ending}"]
+                loaded += 1
+    return changes, loaded
+
+
+@pytest.mark.parametrize(
+    ("key_format", "since_2026", "arrive"),
+    [("comfyui", True, 28), ("comfyui", False, 28), ("diffsynth", True, 28), ("diffsynth", False, 0)],
+)
+def test_comfyui_places_every_module(z_image: Written, key_format: KeyFormat, since_2026: bool, arrive: int) -> None:
+    shapes = fused_shapes(TINY)
+    found, loaded = comfyui_changes(z_image.files[key_format], comfyui_key_map(shapes, since_2026=since_2026), shapes)
+    assert loaded == arrive
+    if not arrive:
+        return
+    for weight, change in found.items():
+        block = weight.rpartition(".")[0]
+        if weight.endswith(".qkv"):
+            wanted = torch.cat([z_image.changes[f"{block}.to_{part}"] for part in "qkv"])
+        else:
+            wanted = z_image.changes[f"{block}.to_out.0" if weight.endswith(".out") else weight]
+        assert near(change, wanted)
+
+
+def test_comfyui_places_all_238_modules_of_the_published_model() -> None:
+    spec = PRESETS["full"].adapter
+    places = comfyui_key_map(fused_shapes(spec))
+    assert all(f"diffusion_model.{module}" in places for module, _ in module_shapes(spec))
+    assert len(dict(module_shapes(spec))) == FULL_MODULES
