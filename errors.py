@@ -8,6 +8,8 @@ inherits the built-in exception that a Python programmer would catch.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from .specs import DiffusionModel
+
 GIB = 1 << 30
 
 
@@ -106,11 +108,11 @@ class CheckpointAmbiguous(CheckpointError, ValueError):
 class AdapterAmbiguous(CheckpointError, ValueError):
     """The adapters of several diffusion models lie under the models directory."""
 
-    def __init__(self, paths: Mapping[str, Path]) -> None:
+    def __init__(self, paths: Mapping[DiffusionModel, Path]) -> None:
         listed = ", ".join(f"{format_path(path)} (for {model})" for model, path in paths.items())
         super().__init__(
-            f"there are adapters for several diffusion models: {listed}: choose one with --adapter {next(iter(paths))}; "
-            "each needs an engines directory of its own"
+            f"there are adapters for several diffusion models: {listed}: choose one with --adapter "
+            f"{next(iter(paths))}; each needs an engines directory of its own"
         )
 
 

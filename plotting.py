@@ -16,7 +16,7 @@ from .runtime.lora import Lora
 from .runtime.lorafiles import LoraFile, require_alike
 from .runtime.lowrank import cosine, product_norm
 
-TITLE_LETTERS = 48
+TITLE_LETTERS = 32
 """Longer file names are cut in the middle."""
 
 
@@ -116,8 +116,8 @@ def _heat_map(axis: Any, table: NormTable, highest: float) -> Any:
     axis.set_xticks(range(len(table.blocks)), [str(max(_index(block), 0)) for block in table.blocks], fontsize=7)
     axis.tick_params(length=0)
     for name, first, last in components(table.blocks):
-        centre = ((first + last + 1) / 2 / len(table.blocks), -0.1)
-        axis.annotate(name, centre, (0, -12), "axes fraction", "offset points", ha="center", va="top", fontsize=8)
+        centre = ((first + last + 1) / 2 / len(table.blocks), 0)
+        axis.annotate(name, centre, (0, -16), "axes fraction", "offset points", ha="center", va="top", fontsize=8)
         if first:
             axis.axvline(first - 0.5, color="white", linewidth=2)
     return image
@@ -126,8 +126,8 @@ def _heat_map(axis: Any, table: NormTable, highest: float) -> Any:
 def _similarity_map(axis: Any, values: NDArray[np.float64], names: Sequence[str]) -> None:
     image = axis.imshow(values, cmap="RdBu_r", vmin=-1, vmax=1)
     axis.set_title("cosine similarity of B @ A", loc="left")
-    axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    axis.set_yticks(range(len(names)), names)
+    axis.set_xticks(range(len(names)), [str(number) for number in range(1, len(names) + 1)])
+    axis.set_yticks(range(len(names)), [f"{name}  {number}" for number, name in enumerate(names, 1)])
     axis.tick_params(length=0)
     for (row, column), value in np.ndenumerate(values):
         colour = "white" if abs(value) > 0.6 else "black"

@@ -26,8 +26,7 @@ def embed(images: Sequence[Path], engines: Path, backend: str, *, as_json: bool)
         raise click.UsageError(str(NoImages()))
     from ..runtime.cache import default_cache_folder  # noqa: PLC0415
     from ..runtime.folders import list_images, skipped_line  # noqa: PLC0415
-    from ..runtime.images import load_image, square_image  # noqa: PLC0415
-    from ..runtime.pipeline import Pipeline  # noqa: PLC0415
+    from ..runtime.pipeline import Pipeline, load_squares  # noqa: PLC0415
 
     chosen = list_images(images)
     if chosen.skipped:
@@ -37,7 +36,7 @@ def embed(images: Sequence[Path], engines: Path, backend: str, *, as_json: bool)
         show_progress("steps", quiet=as_json) as report,
         Pipeline(engines, backend=backend, report=report, cache=folder) as pipeline,
     ):
-        squares = [square_image(load_image(image)) for image in chosen.images]
+        squares, _ = load_squares(chosen.images)
         pipeline.embed(squares)
         assert pipeline.cache is not None
         paths = [pipeline.cache.path(square) for square in squares]

@@ -17,9 +17,8 @@ from ..engines.base import Array
 from ..errors import FolderEmpty, ImageError, LoraNotFinite, LoraUnreadable, OutputUnwritable
 from ..files import Report, silent
 from .folders import SUFFIXES, images_in
-from .images import content_sha256, load_image, square_image
 from .lora import DTYPES, Dtype, KeyFormat, describe_lora
-from .pipeline import ENCODERS, IMAGES_PER_PASS, Pipeline, images_mark
+from .pipeline import ENCODERS, IMAGES_PER_PASS, Pipeline, images_mark, load_squares
 
 Per: TypeAlias = Literal["image", "folder"]
 UNITS = 100
@@ -174,11 +173,7 @@ def _output(output_dir: Path, name: str) -> Path:
 
 
 def _load(pipeline: Pipeline, job: Job, strength: float) -> _Loaded:
-    squares, hashes = [], []
-    for path in job.images:
-        picture = load_image(path)
-        hashes.append(content_sha256(picture))
-        squares.append(square_image(picture))
+    squares, hashes = load_squares(job.images)
     return _Loaded(job, squares, pipeline.origin(len(squares), strength, None) | images_mark(hashes))
 
 

@@ -419,6 +419,7 @@ def test_what_is_missing_and_the_next_command_are_named(tmp_path: Path) -> None:
                 "feed_forward": 10240,
                 "layers": 30,
                 "refiners": 2,
+                "diffusion_model": "z-image",
                 "dtype": "F32",
                 "shape_hash": PUBLISHED_HASHES["adapter"],
                 "tensors": 952,

@@ -213,8 +213,8 @@ def fused_shapes(spec: AdapterSpec) -> dict[str, tuple[int, int]]:
 
 
 def comfyui_key_map(shapes: Mapping[str, tuple[int, int]], *, since_2026: bool = True) -> dict[str, Place]:
-    """``LoRA key without its ending -> place``: every weight under its own name with ``diffusion_model.`` before it, and
-    the diffusers names of the fused ones; since January 2026 the latter also bare."""
+    """``LoRA key without its ending -> place``: the model's own names and those that diffusers has for the fused ones,
+    with ``diffusion_model.`` or ``transformer.`` before them; since January 2026 also bare."""
     places = {}
     for weight, (rows, columns) in shapes.items():
         names = {weight: Place(weight, 0, rows)}
@@ -248,7 +248,7 @@ def comfyui_changes(
 
 @pytest.mark.parametrize(
     ("key_format", "since_2026", "arrive"),
-    [("comfyui", True, 28), ("comfyui", False, 28), ("diffsynth", True, 28), ("diffsynth", False, 0)],
+    [("comfyui", True, MODULES), ("comfyui", False, MODULES), ("diffsynth", True, MODULES), ("diffsynth", False, 0)],
 )
 def test_comfyui_places_every_module(z_image: Written, key_format: KeyFormat, since_2026: bool, arrive: int) -> None:
     shapes = fused_shapes(TINY)

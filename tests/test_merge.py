@@ -110,7 +110,7 @@ def test_wrong_usage(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["alpha", "lonely", "dtype"])
 def test_what_would_be_misread_is_refused(tmp_path: Path, name: str) -> None:
     down, up = (key.format("m") for key in KEYS["comfyui"])
-    tensors = {down: np.ones((2, 3), np.float32), up: np.ones((4, 2), np.float32)}
+    tensors: dict[str, np.ndarray] = {down: np.ones((2, 3), np.float32), up: np.ones((4, 2), np.float32)}
     if name == "alpha":
         tensors["diffusion_model.m.alpha"] = np.ones(1, np.float32)
     if name == "lonely":

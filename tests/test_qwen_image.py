@@ -79,16 +79,22 @@ def test_the_lora_is_what_diffsynth_makes(qwen_models: Path, qwen_engines: Path)
         assert product_error(lora.factors[module], (a.numpy(), b.numpy())) < 1e-4
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "limit"),
+    [
+        ("int8", 0.05),
+        ("fp8", 0.15),  # 3 bits of mantissa in two matrices of each factor
+    ],
+)
 def test_the_other_precisions_build_and_stay_near(
-    qwen_models: Path, qwen_engines: Path, tmp_path: Path, precision: str
+    qwen_models: Path, qwen_engines: Path, tmp_path: Path, precision: str, limit: float
 ) -> None:
     build_engines(qwen_models, tmp_path, precision=precision)
     with open_engines(qwen_engines) as exact, open_engines(tmp_path) as near:
         embeddings = exact.embed([picture(90, 60, 1)])
         wanted, found = exact.lora_from_embeddings(embeddings), near.lora_from_embeddings(embeddings)
     worst = max(product_error(found.factors[m], wanted.factors[m]) for m in wanted.factors)
-    assert 0 < worst < 0.15  # fp8 has 3 bits of mantissa in each of two matrices of each factor
+    assert 0 < worst < limit
 
 
 def test_the_file_says_what_it_is_for(qwen_engines: Path, photo: Path, tmp_path: Path) -> None:
