@@ -61,7 +61,8 @@ def batch(
     start = time.perf_counter()
     plan = plan_jobs(folder, output_dir, per)
     if plan.skipped:
-        click.echo(skipped_line(plan.skipped), err=True)
+        wanted = "an image by its name" if per == "image" else "a folder with images"
+        click.echo(skipped_line(plan.skipped, wanted), err=True)
     with explained_os_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
     with show_progress("steps", quiet=as_json) as report:

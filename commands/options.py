@@ -75,7 +75,9 @@ def require_finite(_: click.Context, __: click.Parameter, value: Numbers) -> Num
 
 
 no_cache_option = click.option(
-    "--no-cache", is_flag=True, help="Neither use nor keep embeddings. They lie in $I2L_CACHE_DIR, by default ~/.cache."
+    "--no-cache",
+    is_flag=True,
+    help="Neither use nor keep embeddings ($I2L_CACHE_DIR).",
 )
 
 

@@ -59,8 +59,8 @@ def natural_key(path: Path) -> tuple[tuple[tuple[int, str], ...], str]:
     return tuple((int(part), "") if index % 2 else (0, part) for index, part in enumerate(parts)), path.name
 
 
-def skipped_line(skipped: Sequence[Path], shown: int = 3) -> str:
+def skipped_line(skipped: Sequence[Path], wanted: str = "an image by its name", shown: int = 3) -> str:
     """One sentence about what was passed over."""
     names = ", ".join(path.name for path in skipped[:shown])
     more = f" and {len(skipped) - shown} more" if len(skipped) > shown else ""
-    return f"skipped what is not an image by its name: {names}{more}"
+    return f"skipped what is not {wanted}: {names}{more}"

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engines.base import Array
+from ..errors import LoraNotFinite
 from .lora import Lora
 
 Matrix = NDArray[np.floating[Any]]
@@ -58,6 +59,9 @@ def reduce_lora(lora: Lora, rank: int) -> tuple[Lora, RankReduction]:
     """The best LoRA of at most ``rank``, and what that costs.
 
     A LoRA that has no higher rank comes back as it is. Every module gets the same rank, as loaders expect it.
+
+    Raises:
+        LoraNotFinite: a factor has a value that is not finite.
     """
     before = lora.rank
     if before <= rank:
@@ -65,6 +69,8 @@ def reduce_lora(lora: Lora, rank: int) -> tuple[Lora, RankReduction]:
     factors: dict[str, tuple[Array, Array]] = {}
     squares: dict[str, tuple[float, float]] = {}
     for module, (a, b) in lora.factors.items():
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise LoraNotFinite(module, "fp32")
         factors[module], squares[module] = _reduced(a, b, rank)
     reduction = _judged(before, rank, squares)
     marks = {"i2l.rank_before": str(before), "i2l.rank_error": f"{reduction.relative_error:.6g}"}

@@ -1,5 +1,6 @@
 """The embedding cache: what hits, what misses, what is damaged, and that a hit leaves the encoders shut."""
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -13,12 +14,11 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from conftest import MakeEngines, MakeModels, picture
+from conftest import MakeEngines, picture
 from i2l.cli import main
 from i2l.engines.base import Array
-from i2l.engines.manifest import content_id, read_manifest
+from i2l.engines.manifest import FileFacts, content_id, read_manifest
 from i2l.engines.ort import CpuBackend
-from i2l.export.build import build_engines
 from i2l.runtime.cache import FOLDER_VARIABLE, EmbeddingCache, default_cache_folder, encoders_id
 from i2l.runtime.images import square_image
 from i2l.runtime.pipeline import ENCODERS, IMAGES_PER_PASS, Pipeline, open_engines
@@ -139,13 +139,14 @@ def test_the_key_is_the_content_of_image_and_encoders(engines: MakeEngines, tmp_
     assert cache.path(square) != cache.path(square.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
 
 
-def test_a_rebuild_of_the_same_checkpoints_keeps_the_content_id(
-    engines: MakeEngines, models: MakeModels, tmp_path: Path
-) -> None:
-    build_engines(models("tiny"), tmp_path / "other", precision="int8")
-    first, second = read_manifest(engines("tiny", "int8")), read_manifest(tmp_path / "other")
-    assert first.build != second.build
-    assert content_id(first, ENCODERS) == content_id(second, ENCODERS)
+def test_only_contents_and_precision_make_the_content_id(engines: MakeEngines) -> None:
+    manifest = read_manifest(engines("tiny", "int8"))
+    again = dataclasses.replace(manifest, build="build-2", build_key="2", created="later", versions={})
+    assert content_id(again, ENCODERS) == content_id(manifest, ENCODERS)
+    pack = manifest.models["dinov3"].pack
+    files = {**manifest.files, pack: FileFacts(1, "0" * 64)}
+    assert content_id(dataclasses.replace(manifest, files=files), ENCODERS) != content_id(manifest, ENCODERS)
+    assert content_id(manifest, ["adapter"]) == content_id(dataclasses.replace(manifest, files=files), ["adapter"])
 
 
 def test_no_pass_has_more_images_than_fit(cached: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,6 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import MakeEngines, picture
-from i2l.export.build import build_engines
-from i2l.export.synthetic import make_checkpoints
 from i2l.runtime.lora import KeyFormat
 from i2l.runtime.pipeline import Pipeline, open_engines
 from i2l.specs import PRESETS, QWEN_IMAGE_ADAPTERS, AdapterSpec
@@ -57,12 +55,9 @@ def z_image(engines: MakeEngines, tmp_path_factory: pytest.TempPathFactory) -> W
 
 
 @pytest.fixture(scope="module")
-def qwen_image(tmp_path_factory: pytest.TempPathFactory) -> Written:
-    folder = tmp_path_factory.mktemp("qwen-image")
-    make_checkpoints(folder / "models", "tiny", adapter="qwen-image")
-    build_engines(folder / "models", folder / "engines", precision="fp32")
-    with open_engines(folder / "engines") as pipeline:
-        return written(pipeline, folder)
+def qwen_image(engines: MakeEngines, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    with open_engines(engines("tiny", "fp32", adapter="qwen-image")) as pipeline:
+        return written(pipeline, tmp_path_factory.mktemp("qwen-image"))
 
 
 def z_image_transformer() -> Any:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from conftest import MakeEngines, picture
 from i2l.cli import main
+from i2l.errors import LoraNotFinite
 from i2l.runtime.lora import Lora
 from i2l.runtime.lowrank import cosine, product_dot, product_error, product_norm, reduce_lora, reduce_rank
 
@@ -88,6 +89,13 @@ def test_a_lora_that_does_nothing_stays_so() -> None:
     assert told.relative_error == 0.0
     assert not product(*reduced.factors["m"]).any()
     assert cosine(silent, silent) == 0.0
+
+
+def test_values_that_are_not_finite_are_named() -> None:
+    whole = lora()
+    whole.factors["layers.1"][0][0, 0] = np.inf
+    with pytest.raises(LoraNotFinite, match=r"layers\.1"):
+        reduce_lora(whole, 3)
 
 
 def test_cosine_of_known_directions() -> None:
