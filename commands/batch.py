@@ -19,6 +19,7 @@ from .options import (
     key_format_option,
     no_cache_option,
     strength_option,
+    threads_option,
 )
 
 
@@ -29,6 +30,7 @@ from .options import (
 @click.option("--per", type=click.Choice(["image", "folder"]), default="image", show_default=True,
               help="One LoRA for each image in FOLDER, or for each folder in it.")  # fmt: skip
 @backend_option
+@threads_option
 @strength_option
 @dtype_option
 @key_format_option
@@ -41,6 +43,7 @@ def batch(
     output_dir: Path,
     per: Literal["image", "folder"],
     backend: str,
+    threads: int | None,
     strength: float,
     dtype: Literal["bf16", "fp16", "fp32"],
     key_format: Literal["comfyui", "diffsynth"],
@@ -68,7 +71,7 @@ def batch(
     with show_progress("steps", quiet=as_json) as report:
         progress = BatchProgress(report)
         cache = cache_folder(no_cache=no_cache)
-        with Pipeline(engines, backend=backend, report=progress, cache=cache) as pipeline:
+        with Pipeline(engines, backend=backend, threads=threads, report=progress, cache=cache) as pipeline:
             result = run_jobs(
                 pipeline, plan.jobs, strength=strength, dtype=dtype, key_format=key_format, progress=progress
             )

@@ -8,16 +8,17 @@ import click
 
 from ..errors import NoImages, format_path
 from ..progress import show_progress
-from .options import PATH, backend_option, debug_option, json_option
+from .options import PATH, backend_option, debug_option, json_option, threads_option
 
 
 @click.command()
 @click.argument("images", nargs=-1, type=PATH, metavar="IMAGE...")
 @click.option("--engines", type=PATH, required=True, help="The engines directory.")
 @backend_option
+@threads_option
 @json_option
 @debug_option
-def embed(images: Sequence[Path], engines: Path, backend: str, *, as_json: bool) -> None:
+def embed(images: Sequence[Path], engines: Path, backend: str, threads: int | None, *, as_json: bool) -> None:
     """Compute the embeddings of IMAGEs into the cache, so that `i2l run` needs only the adapter for them.
 
     A folder stands for the images in it. The cache is $I2L_CACHE_DIR, by default i2l in the system's cache folder.
@@ -34,7 +35,7 @@ def embed(images: Sequence[Path], engines: Path, backend: str, *, as_json: bool)
     folder = default_cache_folder()
     with (
         show_progress("steps", quiet=as_json) as report,
-        Pipeline(engines, backend=backend, report=report, cache=folder) as pipeline,
+        Pipeline(engines, backend=backend, threads=threads, report=report, cache=folder) as pipeline,
     ):
         squares, _ = load_squares(chosen.images)
         pipeline.embed(squares)

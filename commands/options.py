@@ -74,6 +74,10 @@ def require_finite(_: click.Context, __: click.Parameter, value: Numbers) -> Num
     return value
 
 
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1),
+    help="Threads of the CPU backend. Default: physical cores, within a container's quota.",
+)  # fmt: skip
 no_cache_option = click.option(
     "--no-cache",
     is_flag=True,

@@ -21,6 +21,7 @@ from .options import (
     reduce_rank_option,
     require_weights,
     strength_option,
+    threads_option,
     weight_option,
 )
 
@@ -30,8 +31,7 @@ from .options import (
 @click.option("--engines", type=PATH, required=True, help="The engines directory.")
 @click.option("--output", type=PATH, required=True, help="The LoRA file to write.")
 @backend_option
-@click.option("--threads", type=click.IntRange(min=1),
-              help="Threads of the CPU backend. Default: physical cores, within a container's quota.")  # fmt: skip
+@threads_option
 @strength_option
 @weight_option("image")
 @reduce_rank_option
