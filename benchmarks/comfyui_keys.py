@@ -44,7 +44,7 @@ def modules(spec: AdapterSpec) -> list[str]:
 def nominal_model(kind: type, names: list[str]) -> Any:
     """A model of ComfyUI's class that has the names of its weights and nothing else."""
     weights = {f"diffusion_model.{name}.weight": torch.zeros(1) for name in names}
-    model = object.__new__(kind)
+    model: Any = object.__new__(kind)
     torch.nn.Module.__init__(model)
     object.__setattr__(model, "state_dict", lambda: weights)
     model.model_config = SimpleNamespace(unet_config={"n_layers": 30, "dim": 3840, "n_refiner_layers": 2})
