@@ -23,7 +23,9 @@ def build_engines(models: Path, engines: Path, precision: str, blocks_per_chunk:
     """Build an engines directory from the checkpoints: once per machine."""
     with needs_extra("export", "i2l build-engines"):
         from ..export.build import build_engines as build  # noqa: PLC0415
+        from ..export.parallel import keep_freed_memory  # noqa: PLC0415
 
+    keep_freed_memory()
     with show_progress("bytes") as report:
         result = build(
             models, engines, precision=precision, blocks_per_chunk=blocks_per_chunk, force=force, report=report
