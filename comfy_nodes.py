@@ -10,14 +10,15 @@ ComfyUI imports this module; nothing else does. It is the one place outside ``ex
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import comfy.sd
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .comfy_host.engines import pack_requirements, prepare_engines
+import comfy.sd
+
+from .comfy_host.engines import prepare_engines
 from .comfy_host.folders import (
     DEFAULT_ADAPTER,
     adapter_names,
@@ -30,6 +31,7 @@ from .comfy_host.folders import (
 from .comfy_host.pipelines import OpenPipelines
 from .comfy_host.progress import comfy_report, step_totals
 from .errors import LoraDataForeign, LoraNotApplied, format_path
+from .runtime.lora import KEYS, KeyFormat, Lora, converted
 
 log = logging.getLogger(__name__)
 register_folders()
@@ -37,7 +39,7 @@ open_pipelines = OpenPipelines()
 
 
 class LoraData(dict[str, torch.Tensor]):
-    """What travels through a ``lora_weights`` socket: bfloat16 tensors under DiffSynth's keys, and the file's metadata."""
+    """What goes through a ``lora_weights`` socket: bfloat16 tensors under DiffSynth's keys, and the file's metadata."""
 
     metadata: Mapping[str, str]
 
@@ -86,12 +88,15 @@ class Apply:
             },
             "optional": {
                 "model": ("MODEL", {"tooltip": "A Z-Image model that patched_model gives back with the LoRA on it."}),
-                "use_cpu_for_vision": ("BOOLEAN", {"default": False, "tooltip": "Compute on the CPU, whatever is there."}),
+                "use_cpu_for_vision": (
+                    "BOOLEAN",
+                    {"default": False, "tooltip": "Compute on the CPU, whatever is there."},
+                ),
                 "vram_optimization": (
                     "BOOLEAN",
                     {
                         "default": True,
-                        "tooltip": "No effect: the weights always stream, whichever it is. Saved workflows need the slot.",
+                        "tooltip": "No effect: weights always stream. It is here as saved workflows have it.",
                     },
                 ),
                 "vram_budget_gib": (
@@ -101,12 +106,15 @@ class Apply:
                         "min": 0.0,
                         "max": 256.0,
                         "step": 0.5,
-                        "tooltip": "For GPU backends only, 0 lets i2l choose. This version computes on the CPU: no effect.",
+                        "tooltip": "For GPU backends only. No effect on the CPU, where this version computes.",
                     },
                 ),
                 "precision": (
                     ["auto", "int8", "fp8", "bf16", "fp32"],
-                    {"default": "auto", "tooltip": "Of the engines. Each precision used is built once and kept on disk."},
+                    {
+                        "default": "auto",
+                        "tooltip": "Of the engines. Each precision used is built once and kept on disk.",
+                    },
                 ),
             },
         }
@@ -167,19 +175,17 @@ class Save:
 
 
 def arrays_from_images(images: torch.Tensor) -> list[NDArray[np.uint8]]:
-    """``IMAGE`` float [images, height, width, channels] in [0, 1] to 8 bits, cut off as ComfyUI's Save Image does it."""
+    """``IMAGE`` float [images, height, width, channels] in [0, 1] to 8 bits, cut off as Save Image does it."""
     values = 255.0 * images.cpu().numpy()
     return list(np.clip(values, 0, 255).astype(np.uint8))
 
 
-def tensors_from_lora(lora: Any, key_format: str) -> LoraData:
+def tensors_from_lora(lora: Lora, key_format: KeyFormat) -> LoraData:
     """A LoRA as bfloat16 tensors, with the very values that its file has.
 
     Raises:
         LoraNotFinite: a value is not finite.
     """
-    from .runtime.lora import KEYS, converted
-
     tensors = LoraData()
     tensors.metadata = lora.metadata
     for module, pair in lora.factors.items():
@@ -189,19 +195,20 @@ def tensors_from_lora(lora: Any, key_format: str) -> LoraData:
     return tensors
 
 
-def lora_from_tensors(tensors: Mapping[str, torch.Tensor]) -> Any:
+def lora_from_tensors(tensors: Mapping[str, torch.Tensor]) -> Lora:
     """The LoRA in a ``lora_weights`` dictionary, ours or another pack's, under any keys that i2l writes.
 
     Raises:
         LoraDataForeign: there is none in it.
     """
-    from .runtime.lora import KEYS, Lora
-
     for down, up in KEYS.values():
         before, after = down.split("{}")
         modules = [key[len(before) : -len(after)] for key in tensors if key.startswith(before) and key.endswith(after)]
         factors = {
-            module: (tensors[down.format(module)].float().cpu().numpy(), tensors[up.format(module)].float().cpu().numpy())
+            module: (
+                tensors[down.format(module)].float().cpu().numpy(),
+                tensors[up.format(module)].float().cpu().numpy(),
+            )
             for module in modules
             if up.format(module) in tensors
         }

@@ -269,8 +269,8 @@ class LoraNotApplied(I2LError, RuntimeError):
 
     def __init__(self, applied: int, modules: int) -> None:
         super().__init__(
-            f"only {applied} of the LoRA's {modules} modules fit the model: connect a Z-Image model, and update ComfyUI "
-            "if it is older than November 2025"
+            f"only {applied} of the LoRA's {modules} modules fit the model: connect a Z-Image model, and update "
+            "ComfyUI if it is older than 0.3.76 (December 2025)"
         )
 
 

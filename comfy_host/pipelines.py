@@ -2,7 +2,8 @@
 
 ComfyUI knows nothing of memory that onnxruntime or TensorRT hold: its memory management counts and unloads only what
 stands in its list of loaded models. So an open pipeline enters that list as a model without weights, and whatever
-unloads models (the button, ``/free``, another model that does not fit) closes the pipeline. The next run opens it again.
+unloads models (the button, ``/free``, another model that does not fit) closes the pipeline. The next run opens it
+again.
 """
 
 import logging

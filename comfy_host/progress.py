@@ -13,6 +13,7 @@ from comfy.utils import ProgressBar
 
 from ..engines.manifest import Manifest
 from ..files import Report
+from ..specs import FAMILIES
 
 
 def comfy_report(stage_totals: Mapping[str, int] | None = None) -> Report:
@@ -37,5 +38,4 @@ def comfy_report(stage_totals: Mapping[str, int] | None = None) -> Report:
 
 def step_totals(manifest: Manifest) -> dict[str, int]:
     """The steps of each model in the order in which a pipeline runs them."""
-    families = ("siglip2", "dinov3", "adapter")
-    return {family: sum(len(chunk.steps) for chunk in manifest.models[family].chunks) for family in families}
+    return {family: sum(len(chunk.steps) for chunk in manifest.models[family].chunks) for family in FAMILIES}

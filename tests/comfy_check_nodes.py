@@ -4,10 +4,13 @@ No Z-Image weights are at hand, so one node makes ComfyUI's own Z-Image model wi
 tiny preset; the other computes what a LoRA does to every weight, as ComfyUI does it when it loads the model.
 """
 
+from typing import Any
+
+import torch
+
 import comfy.lora
 import comfy.model_patcher
 import comfy.supported_models
-import torch
 
 CONFIG = {
     "image_model": "lumina2",
@@ -33,10 +36,10 @@ class TinyZImage:
     CATEGORY, FUNCTION, RETURN_TYPES = "check", "make", ("MODEL",)
 
     @classmethod
-    def INPUT_TYPES(cls):
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
         return {"required": {}}
 
-    def make(self):
+    def make(self) -> tuple[Any]:
         config = comfy.supported_models.ZImage(dict(CONFIG))
         config.set_inference_dtype(torch.float32, None)
         torch.manual_seed(0)
@@ -53,10 +56,10 @@ class WeightChanges:
     CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "check", "compare", (), True
 
     @classmethod
-    def INPUT_TYPES(cls):
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
         return {"required": {"model": ("MODEL",), "patched": ("MODEL",), "lora_data": ("lora_weights",)}}
 
-    def compare(self, model, patched, lora_data):
+    def compare(self, model: Any, patched: Any, lora_data: dict[str, torch.Tensor]) -> dict[str, Any]:
         weights = model.model.state_dict()
         changes = {}
         for key, patches in patched.patches.items():
@@ -73,7 +76,7 @@ class WeightChanges:
         return {"ui": {"text": [str(modules), str(worst), str(untouched)]}}
 
     @staticmethod
-    def change_of(module, changes, rows):
+    def change_of(module: str, changes: dict[str, torch.Tensor], rows: int) -> torch.Tensor:
         """The part of a weight's change that belongs to a module: q, k and v are thirds of one weight."""
         block, name = module.rsplit(".attention.", 1) if ".attention." in module else (module, "")
         if name in {"to_q", "to_k", "to_v"}:
@@ -84,4 +87,5 @@ class WeightChanges:
         return changes[f"diffusion_model.{module}.weight"]
 
 
-NODE_CLASS_MAPPINGS = {"Check_TinyZImage": TinyZImage, "Check_WeightChanges": WeightChanges}
+NODES = {"Check_TinyZImage": TinyZImage, "Check_WeightChanges": WeightChanges}
+NODE_CLASS_MAPPINGS = NODES if hasattr(comfy.supported_models, "ZImage") else {}
