@@ -44,6 +44,10 @@ class LoraData(dict[str, torch.Tensor]):
     metadata: Mapping[str, str]
 
 
+class I2LPipeline(torch.nn.Module):
+    """Stands for the open pipeline in ComfyUI's list of loaded models, and in its log."""
+
+
 class PipelineLoader:
     """Names the adapter that Apply runs."""
 
@@ -138,7 +142,7 @@ class Apply:
             engines, manifest = prepare_engines(adapter, roots, precision, comfy_report())
         backend = "cpu" if use_cpu_for_vision else "auto"
         report = comfy_report(step_totals(manifest))
-        with open_pipelines.use(engines, manifest, backend, report, torch.nn.Module()) as pipeline:
+        with open_pipelines.use(engines, manifest, backend, report, I2LPipeline()) as pipeline:
             lora = pipeline.lora_from_images(arrays_from_images(images), strength=strength)
         log.info(
             "i2l: rank %d from %d images in %.1f s, backend %s (%s)",

@@ -66,6 +66,8 @@ def free_lora_path(filename: str) -> Path:
         OutputOutside: the name leads out of the folder, or names no file.
     """
     folder = Path(folder_paths.get_output_directory()).resolve() / "loras"
+    if "\0" in filename:  # no system takes it, and pathlib's error says nothing
+        raise OutputOutside(filename, folder)
     wanted = Path(os.path.normpath(folder / filename.strip().removesuffix(EXTENSION)))
     if not filename.strip() or wanted == folder or not wanted.resolve().is_relative_to(folder.resolve()):
         raise OutputOutside(filename, folder)

@@ -6,6 +6,7 @@ output. The ComfyUI folder is not changed. docs/comfyui.md says what that ComfyU
 
 import argparse
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -206,7 +207,11 @@ def check_saved_widgets(session: Session) -> None:
         workflow = example("factory")
         next(n for n in workflow["nodes"] if n["type"] == "ZImageI2L_Apply")["widgets_values"] = values
         finished(session.server.run(prompt_from_workflow(workflow, session.info)))
-    say("saved widget values of one, two and three entries run")
+    bare = prompt_from_workflow(example("factory"), session.info)
+    apply = bare[session.id_of("Apply")]["inputs"]
+    bare[session.id_of("Apply")]["inputs"] = {name: apply[name] for name in ("z_image_file_path", "images", "strength")}
+    finished(session.server.run(bare))
+    say("saved widget values of one, two and three entries run, and so does a prompt with the required inputs only")
 
 
 def check_memory(session: Session) -> None:
@@ -285,10 +290,13 @@ def main() -> None:
     parser.add_argument("comfyui", type=Path, help="folder of ComfyUI's main.py")
     parser.add_argument("--python", default=sys.executable, help="the Python that ComfyUI runs in")
     arguments = parser.parse_args()
+    python = shutil.which(arguments.python)  # absolute, as ComfyUI starts in its own folder
+    if python is None:
+        parser.error(f"{arguments.python} is no program")
     with tempfile.TemporaryDirectory(prefix="i2l-comfyui-") as folder:
         base = Path(folder).resolve()
         prepare(base)
-        with comfyui(arguments.comfyui, arguments.python, base) as server:
+        with comfyui(arguments.comfyui, str(Path(python).absolute()), base) as server:
             version = server.get("/system_stats")["system"]["comfyui_version"]
             say(f"ComfyUI {version} started with the pack")
             info = server.get("/object_info")

@@ -453,7 +453,19 @@ def test_names_that_are_taken_get_numbers(apply: Callable[..., Any], save: Calla
 
 @pytest.mark.parametrize(
     "name",
-    ["../style", "../../style", "a/../../style", "/tmp/style", "../loras2/style", "", "  ", ".", "..", ".safetensors"],
+    [
+        "../style",
+        "../../style",
+        "a/../../style",
+        "/tmp/style",
+        "../loras2/style",
+        "",
+        "  ",
+        ".",
+        "..",
+        ".safetensors",
+        "a\0b",
+    ],
 )
 def test_names_that_lead_out_are_refused(nodes: ModuleType, home: Path, name: str) -> None:
     data = {"m.lora_A.default.weight": torch.ones(1, 1), "m.lora_B.default.weight": torch.ones(1, 1)}
