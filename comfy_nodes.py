@@ -29,7 +29,7 @@ from .comfy_host.folders import (
     root_of,
 )
 from .comfy_host.pipelines import OpenPipelines
-from .comfy_host.progress import comfy_report, step_totals
+from .comfy_host.progress import comfy_report, total_steps
 from .errors import LoraDataForeign, LoraNotApplied, format_path
 from .runtime.lora import KEYS, KeyFormat, Lora, converted
 
@@ -141,7 +141,7 @@ class Apply:
         with torch.inference_mode(mode=False):  # ComfyUI runs nodes in it, torch.export refuses it
             engines, manifest = prepare_engines(adapter, roots, precision, comfy_report())
         backend = "cpu" if use_cpu_for_vision else "auto"
-        report = comfy_report(step_totals(manifest))
+        report = comfy_report(total_steps(manifest))
         with open_pipelines.use(engines, manifest, backend, report, I2LPipeline()) as pipeline:
             lora = pipeline.lora_from_images(arrays_from_images(images), strength=strength)
         log.info(

@@ -5,7 +5,6 @@ here or in the pipeline catches it. While engines are built, reports come from t
 finds its node through context variables, so the caller's context goes along.
 """
 
-from collections.abc import Mapping
 from contextvars import copy_context
 
 from comfy.model_management import throw_exception_if_processing_interrupted
@@ -13,29 +12,30 @@ from comfy.utils import ProgressBar
 
 from ..engines.manifest import Manifest
 from ..files import Report
-from ..specs import FAMILIES
 
 
-def comfy_report(stage_totals: Mapping[str, int] | None = None) -> Report:
+def comfy_report(total: int | None = None) -> Report:
     """A :class:`Report` that moves the running node's bar and raises ComfyUI's interrupt.
 
     Args:
-        stage_totals: the units of each stage in order, if the stages count one after the other towards one bar; without
-            it every report's ``done`` and ``total`` are of the whole.
+        total: units of all stages together, which then count one after the other towards one bar; without it every
+            report's ``done`` and ``total`` are of the whole.
     """
     context = copy_context()
-    bar = ProgressBar(sum(stage_totals.values()) if stage_totals else 1)
-    starts, before = {}, 0
-    for stage, count in (stage_totals or {}).items():
-        starts[stage], before = before, before + count
+    bar = ProgressBar(total or 1)
+    position, stage_before, done_before = 0, "", 0
 
-    def move(stage: str, done: int, total: int) -> None:
+    def move(stage: str, done: int, stage_total: int) -> None:
+        nonlocal position, stage_before, done_before
         throw_exception_if_processing_interrupted()
-        bar.update_absolute(starts.get(stage, 0) + done, before or total)
+        goes_on = stage == stage_before and done >= done_before
+        position += done - done_before if goes_on else done
+        stage_before, done_before = stage, done
+        bar.update_absolute(*((done, stage_total) if total is None else (position, total)))
 
-    return lambda stage, done, total: context.run(move, stage, done, total)
+    return lambda stage, done, stage_total: context.run(move, stage, done, stage_total)
 
 
-def step_totals(manifest: Manifest) -> dict[str, int]:
-    """The steps of each model in the order in which a pipeline runs them."""
-    return {family: sum(len(chunk.steps) for chunk in manifest.models[family].chunks) for family in FAMILIES}
+def total_steps(manifest: Manifest) -> int:
+    """The steps of all models."""
+    return sum(len(chunk.steps) for model in manifest.models.values() for chunk in model.chunks)
