@@ -4,9 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 PRESET ?= small
+COMFYUI ?= ../ComfyUI
+COMFYUI_PYTHON ?= $(COMFYUI)/venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit format bench-cpu clean
+.PHONY: help setup demo test lint types unit test-comfyui format bench-cpu clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -39,6 +41,9 @@ types: setup  ## mypy, strict
 
 unit: setup  ## pytest
 	$(BIN)/python -m pytest
+
+test-comfyui: setup  ## The nodes in a real ComfyUI (COMFYUI=folder COMFYUI_PYTHON=its Python)
+	$(BIN)/python tests/real_comfyui.py $(COMFYUI) --python $(COMFYUI_PYTHON)
 
 format: setup  ## Let ruff mend and format
 	$(BIN)/ruff check --fix .

@@ -5,7 +5,8 @@
     with i2l.open_engines("engines") as pipeline:
         pipeline.lora_from_images(["photo.jpg"]).save("photo.safetensors")
 
-Importing this package imports nothing heavy: the names below are resolved at their first use.
+Importing this package imports nothing heavy: the names below are resolved at their first use. So does ComfyUI, for
+which this folder is a node pack: it asks for ``NODE_CLASS_MAPPINGS``, and nobody else does.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "I2LError": "errors",
+    "NODE_CLASS_MAPPINGS": "comfy_nodes",
+    "NODE_DISPLAY_NAME_MAPPINGS": "comfy_nodes",
     "Lora": "runtime.lora",
     "Pipeline": "runtime.pipeline",
     "open_engines": "runtime.pipeline",

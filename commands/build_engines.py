@@ -28,7 +28,9 @@ def build_engines(
     """Build an engines directory from the checkpoints: once per machine."""
     with needs_extra("export", "i2l build-engines"):
         from ..export.build import build_engines as build  # noqa: PLC0415
+        from ..export.parallel import keep_freed_memory  # noqa: PLC0415
 
+    keep_freed_memory()
     with show_progress("bytes") as report:
         result = build(
             models,

@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
+from .. import __version__
 from ..engines.integrity import file_facts, record_checked
 from ..engines.manifest import FORMAT, MANIFEST, FileFacts, Manifest, Model, manifest_to_json, read_manifest
 from ..errors import EnginesError
@@ -19,7 +20,7 @@ from ..specs import FAMILIES, DiffusionModel, Family
 from .checkpoints import Checkpoint, find_checkpoints
 from .graphs import export_graphs, standalone_model
 from .packs import PackPlan, plan_pack, write_pack
-from .parallel import keep_freed_memory, quantising_threads
+from .parallel import quantising_threads
 from .precision import precision_for
 
 BUILD_PREFIX = "build-"
@@ -37,7 +38,7 @@ class BuildResult:
 
 
 def build_engines(
-    models: Path,
+    models: Path | Mapping[Family, Checkpoint],
     engines: Path,
     *,
     precision: str = "auto",
@@ -49,7 +50,7 @@ def build_engines(
     """Make ``engines`` from the checkpoints under ``models``.
 
     Args:
-        models: folder with the three checkpoints, under any names.
+        models: folder with the three checkpoints, under any names; or the checkpoints, if they are found already.
         engines: the engines directory; made if absent, replaced as a whole if present.
         precision: ``auto``, ``fp8``, ``int8``, ``bf16`` or ``fp32``.
         blocks_per_chunk: transformer blocks that move as one copy.
@@ -62,7 +63,7 @@ def build_engines(
         OutputUnwritable, DiskFull: the directory cannot be written; what was there still works.
     """
     precision, reason = choose_precision(precision)
-    checkpoints = find_checkpoints(models, adapter=adapter)
+    checkpoints = find_checkpoints(models, adapter=adapter) if isinstance(models, Path) else models
     key = build_key(checkpoints, precision, blocks_per_chunk)
     current = None if force else current_manifest(engines)
     if current and current.build_key == key:
@@ -72,7 +73,6 @@ def build_engines(
         for family, checkpoint in checkpoints.items()
     }
     total = sum(plan.layout.nbytes for plan in plans.values())
-    keep_freed_memory()
     with quantising_threads(), new_build_folder(engines, total) as folder:
         progress = _Progress(report, total)
         graphs = write_graphs(folder, checkpoints, plans, precision)
@@ -83,7 +83,7 @@ def build_engines(
             precision=precision,
             precision_reason=reason,
             blocks_per_chunk=blocks_per_chunk,
-            versions={name: version(name) for name in ("i2l-engines", "torch", "onnx", "onnxscript")},
+            versions={"i2l-engines": __version__, **{name: version(name) for name in ("torch", "onnx", "onnxscript")}},
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             models={family: _model(checkpoints[family], plans[family]) for family in checkpoints},
             graphs=graphs,
@@ -106,7 +106,7 @@ def build_key(checkpoints: Mapping[Family, Checkpoint], precision: str, blocks_p
     Checkpoints count by header, size and modification time, as ``make`` does it: hashing 21 GB would cost more than
     many a build step.
     """
-    facts: list[object] = [BUILD_VERSION, FORMAT, version("i2l-engines"), precision, blocks_per_chunk]
+    facts: list[object] = [BUILD_VERSION, FORMAT, __version__, precision, blocks_per_chunk]
     for family, checkpoint in sorted(checkpoints.items()):
         stat = checkpoint.path.stat()
         tensors = {name: [info.dtype, info.shape, info.offset] for name, info in checkpoint.tensors.items()}

@@ -28,6 +28,8 @@ ONLY_IN = {
     "onnxscript": {"export"},
     "onnx_ir": {"export"},
     "matplotlib": {"plotting"},
+    "comfy": {"comfy_nodes", "comfy_host"},
+    "folder_paths": {"comfy_host"},
     "tensorrt": {"engines"},
     "tensorrt_rtx": {"engines"},
 }
@@ -37,7 +39,7 @@ CORE_DEPENDENCIES = {"numpy", "onnxruntime", "safetensors", "PIL", "click", "ric
 
 def sources() -> list[str]:
     """Every module of the package as a path from the root."""
-    folders = (".", "commands", "engines", "export", "runtime")
+    folders = (".", "comfy_host", "commands", "engines", "export", "runtime")
     return sorted(path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).glob("*.py"))
 
 
@@ -100,6 +102,9 @@ def test_imports_go_one_way(path: str) -> None:
         ("export/__init__.py", "from ..runtime import lora"),
         ("export/build.py", "import tensorrt_rtx"),
         ("cli.py", "def run():\n    import torch"),
+        ("comfy_host/folders.py", "import torch"),
+        ("runtime/pipeline.py", "import comfy.utils"),
+        ("export/build.py", "from ..comfy_host.progress import comfy_report"),
         ("cli.py", "import i2l"),
         ("cli.py", "from i2l.errors import I2LError"),
     ],

@@ -1,0 +1,107 @@
+"""The engines of an adapter: found beside the models, or built there once.
+
+``models/I2L/engines`` itself may be an engines directory (somebody ran ``i2l build-engines``). What the nodes build
+goes to ``engines/<adapter>-<precision>`` below it, so that adapters and precisions do not replace one another.
+Engines are used if their build key says that they came from these checkpoints by this version.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..engines.manifest import Manifest
+from ..errors import CheckpointMissing, NodePackIncomplete, format_path
+from ..files import Report
+from ..specs import Family
+
+if TYPE_CHECKING:
+    from ..export.checkpoints import Checkpoint
+
+log = logging.getLogger(__name__)
+FOLDER = "engines"
+ENCODERS: tuple[Family, ...] = ("siglip2", "dinov3")
+
+
+def prepare_engines(adapter: Path, roots: Sequence[Path], precision: str, report: Report) -> tuple[Path, Manifest]:
+    """The engines directory of an adapter and its manifest, built if there is none or it is out of date.
+
+    Args:
+        adapter: the adapter's checkpoint.
+        roots: folders to look for the encoders in and, in the first one, for engines.
+        precision: ``auto``, or what ``i2l build-engines --precision`` takes.
+        report: told the bytes of packs written, if any are.
+
+    Raises:
+        CheckpointError: the adapter is no adapter, or no root has the encoders and there are no engines yet.
+        OutputUnwritable, DiskFull: the engines cannot be written.
+        NodePackIncomplete: a package that building needs is not installed.
+    """
+    with pack_requirements():
+        from ..export.build import build_engines, build_key, choose_precision, current_manifest  # noqa: PLC0415
+        from ..export.checkpoints import find_checkpoints  # noqa: PLC0415
+    own = roots[0] / FOLDER / f"{adapter.stem}-{choose_precision(precision)[0]}"
+    manifests = {folder: current_manifest(folder) for folder in (roots[0] / FOLDER, own)}
+    existing = {folder: m for folder, m in manifests.items() if m and precision in {"auto", m.precision}}
+    checkpoints = find_checkpoints(adapter, ("adapter",))
+    try:
+        checkpoints |= find_encoders(roots)
+    except CheckpointMissing as error:
+        for engines, manifest in existing.items():
+            if manifest.models["adapter"].checkpoint["shape_hash"] == checkpoints["adapter"].shape_hash:
+                log.warning("i2l: %s. Meanwhile the engines in %s serve, unchecked.", error, format_path(engines))
+                return engines, manifest
+        raise
+    for engines, manifest in existing.items():
+        if manifest.build_key == build_key(checkpoints, manifest.precision, manifest.blocks_per_chunk):
+            return engines, manifest
+    log.info("i2l: no engines for %s yet: building them in %s, once", adapter.name, format_path(own))
+    start = time.perf_counter()
+    with quiet_exporters():
+        manifest = build_engines(checkpoints, own, precision=precision, report=report).manifest
+    log.info("i2l: built %s in %.0f s (%s)", format_path(own), time.perf_counter() - start, manifest.precision_reason)
+    return own, manifest
+
+
+def find_encoders(roots: Sequence[Path]) -> "Mapping[Family, Checkpoint]":
+    """Both encoders, from the first root that has them.
+
+    Raises:
+        CheckpointError: no root has them; the first root says why.
+    """
+    from ..export.checkpoints import find_checkpoints  # noqa: PLC0415
+
+    missing: list[CheckpointMissing] = []
+    for root in roots:
+        try:
+            return find_checkpoints(root, ENCODERS)
+        except CheckpointMissing as error:
+            missing.append(error)
+    raise missing[0]
+
+
+@contextmanager
+def quiet_exporters() -> Iterator[None]:
+    """Keep hundreds of lines about folded constants out of ComfyUI's log, which shows every library's INFO."""
+    loggers = [logging.getLogger(name) for name in ("onnxscript", "onnx_ir", "torch.onnx")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@contextmanager
+def pack_requirements() -> Iterator[None]:
+    """Turn the import error of a package into the command that installs the pack's requirements."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        requirements = Path(__file__).parents[1] / "requirements.txt"
+        raise NodePackIncomplete(error.name or str(error), requirements, sys.executable) from error

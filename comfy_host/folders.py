@@ -1,0 +1,83 @@
+"""Where ComfyUI keeps what the nodes read and write.
+
+``models/I2L`` and every ``I2L:`` folder of extra_model_paths.yaml are one search path, as for ComfyUI's own model
+types. LoRAs go to ``output/loras``, which ComfyUI itself searches for LoRAs, so Load LoRA lists them.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import folder_paths
+
+from ..errors import CheckpointMissing, OutputOutside
+
+KIND = "I2L"
+"""The name of the search path, and of the folder under ``models``."""
+ADAPTERS = "Z-Image"
+"""The folder of the adapters in each of them."""
+DEFAULT_ADAPTER = "Z-Image-i2L.safetensors"
+EXTENSION = ".safetensors"
+
+
+def register_folders() -> None:
+    """Tell ComfyUI of ``models/I2L``; what extra_model_paths.yaml named before stays."""
+    folder_paths.add_model_folder_path(KIND, str(Path(folder_paths.models_dir) / KIND))
+    _, extensions = folder_paths.folder_names_and_paths[KIND]
+    extensions.add(EXTENSION)  # a new kind begins with an empty set, which lets every file through
+
+
+def model_roots() -> list[Path]:
+    """Every folder of the search path, best first."""
+    return [Path(path) for path in folder_paths.get_folder_paths(KIND)]
+
+
+def adapter_names() -> list[str]:
+    """The adapter files, relative to their ``Z-Image`` folder."""
+    prefix = ADAPTERS + os.sep
+    names = folder_paths.get_filename_list(KIND)
+    return sorted(name.removeprefix(prefix) for name in names if name.startswith(prefix))
+
+
+def adapter_path(name: str) -> Path:
+    """The file behind a name of :func:`adapter_names`.
+
+    Raises:
+        CheckpointMissing: there is none.
+    """
+    path = folder_paths.get_full_path(KIND, str(Path(ADAPTERS) / name))
+    if path is None:
+        raise CheckpointMissing(["adapter"], model_roots()[0] / ADAPTERS)
+    return Path(path).absolute()
+
+
+def root_of(adapter: Path) -> Path:
+    """The folder of the search path that holds an adapter, or the adapter's own folder if it lies elsewhere."""
+    return next((root for root in model_roots() if adapter.is_relative_to(root.absolute())), adapter.parent)
+
+
+def free_lora_path(filename: str) -> Path:
+    """Where a LoRA of this name goes: below ``output/loras``, and under a name that is not taken.
+
+    Args:
+        filename: with or without ``.safetensors``; may name subfolders, and ``%year%`` and the like as in Save Image.
+
+    Raises:
+        OutputOutside: the name leads out of the folder, or names no file.
+    """
+    folder = Path(folder_paths.get_output_directory()).resolve() / "loras"
+    if "\0" in filename:  # no system takes it, and pathlib's error says nothing
+        raise OutputOutside(filename, folder)
+    wanted = Path(os.path.normpath(folder / filename.strip().removesuffix(EXTENSION)))
+    if not filename.strip() or wanted == folder or not wanted.resolve().is_relative_to(folder.resolve()):
+        raise OutputOutside(filename, folder)
+    subfolder, stem, *_ = folder_paths.get_save_image_path(str(wanted.relative_to(folder)), str(folder))
+    return next(path for path in _numbered(Path(subfolder), stem) if not path.exists())
+
+
+def _numbered(folder: Path, stem: str) -> Iterator[Path]:
+    yield folder / f"{stem}{EXTENSION}"
+    number = 2
+    while True:
+        yield folder / f"{stem}_{number:05}{EXTENSION}"
+        number += 1

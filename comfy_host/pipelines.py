@@ -1,0 +1,91 @@
+"""The one open pipeline, kept from run to run until ComfyUI wants memory.
+
+ComfyUI knows nothing of memory that onnxruntime or TensorRT hold: its memory management counts and unloads only what
+stands in its list of loaded models. So an open pipeline enters that list as a model without weights, and whatever
+unloads models (the button, ``/free``, another model that does not fit) closes the pipeline. The next run opens it
+again.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from comfy.model_management import get_torch_device, load_models_gpu, unet_offload_device
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import CallbacksMP
+
+from ..engines.manifest import Manifest
+from ..errors import format_path
+from ..files import Report, silent
+from .engines import pack_requirements
+
+if TYPE_CHECKING:
+    from ..runtime.pipeline import Pipeline
+
+log = logging.getLogger(__name__)
+
+
+class OpenPipelines:
+    """At most one pipeline, open for one build of engines on one backend."""
+
+    def __init__(self) -> None:
+        self._pipeline: Pipeline | None = None
+        self._key: tuple[Path, str, str] | None = None
+        # ComfyUI's list refers to it weakly and must not lose it while it unloads models (it then pops from a list that
+        # has become shorter, which ends its worker thread): so it stays until the next one takes its place.
+        self._patcher: Any = None
+        self._report: Report = silent
+
+    @contextmanager
+    def use(
+        self, engines: Path, manifest: Manifest, backend: str, report: Report, placeholder: Any
+    ) -> Iterator["Pipeline"]:
+        """The pipeline for these engines, opened if it is not.
+
+        Args:
+            engines: the engines directory.
+            manifest: its manifest.
+            backend: ``auto`` or a backend's name.
+            report: told the steps done while the body runs.
+            placeholder: a ``torch.nn.Module`` without weights, which stands for a newly opened pipeline in ComfyUI's
+                list of models.
+        """
+        key = (engines, manifest.build, backend)
+        if self._pipeline is None or self._key != key:
+            self.close()
+            with pack_requirements():
+                from ..runtime.pipeline import Pipeline  # noqa: PLC0415 - onnxruntime
+            self._pipeline = Pipeline(engines, backend=backend, report=self._tell)
+            self._key = key
+            log.info("i2l: opened %s on %s", format_path(engines), self._pipeline.backend_name)
+            self._enter_list(placeholder)
+        self._report = report
+        try:
+            yield self._pipeline
+        finally:
+            self._report = silent
+
+    def close(self) -> None:
+        """Give everything back; the next :meth:`use` opens again."""
+        pipeline, self._pipeline = self._pipeline, None
+        if pipeline is not None:
+            pipeline.close()
+            log.info("i2l: closed the pipeline; the next run opens it again")
+
+    def _tell(self, stage: str, done: int, total: int) -> None:
+        self._report(stage, done, total)
+
+    def _enter_list(self, placeholder: Any) -> None:
+        pipeline = self._pipeline
+        # The cpu backend holds no VRAM, but stands under the device all the same: only that one's models are unloaded
+        # when the user asks for memory, even if ComfyUI itself computes elsewhere.
+        self._patcher = ModelPatcher(placeholder, get_torch_device(), unet_offload_device())
+
+        def detached(_: Any, unpatch_all: bool) -> None:
+            if unpatch_all and self._pipeline is pipeline:  # without it ComfyUI only swaps clones or clears up
+                self.close()
+
+        self._patcher.add_callback(CallbacksMP.ON_DETACH, detached)
+        load_models_gpu([self._patcher])

@@ -1,0 +1,246 @@
+"""The ComfyUI nodes: ComfyUI's types in, i2l's calls, ComfyUI's types out.
+
+Saved workflows hold a node's widget values by position, and two booleans stood behind ``strength`` in earlier packs:
+the values may be ``[strength]``, ``[strength, bool]`` or ``[strength, bool, bool]``. So these two stay where they were,
+every new widget comes after them, and all are optional, so that prompts sent through the API need none.
+
+ComfyUI imports this module; nothing else does. It is the one place outside ``export`` that sees torch.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import comfy.sd
+
+from .comfy_host.engines import prepare_engines
+from .comfy_host.folders import (
+    DEFAULT_ADAPTER,
+    adapter_names,
+    adapter_path,
+    free_lora_path,
+    model_roots,
+    register_folders,
+    root_of,
+)
+from .comfy_host.pipelines import OpenPipelines
+from .comfy_host.progress import comfy_report, total_steps
+from .errors import LoraDataForeign, LoraNotApplied, format_path
+from .runtime.lora import KEYS, KeyFormat, Lora, converted
+
+log = logging.getLogger(__name__)
+register_folders()
+open_pipelines = OpenPipelines()
+
+
+class LoraData(dict[str, torch.Tensor]):
+    """What goes through a ``lora_weights`` socket: bfloat16 tensors under DiffSynth's keys, and the file's metadata."""
+
+    metadata: Mapping[str, str]
+
+
+class I2LPipeline(torch.nn.Module):
+    """Stands for the open pipeline in ComfyUI's list of loaded models, and in its log."""
+
+
+class PipelineLoader:
+    """Names the adapter that Apply runs."""
+
+    CATEGORY = "Z-Image-i2L"
+    DESCRIPTION = "Chooses the Z-Image-i2L adapter, a file in models/I2L/Z-Image."
+    RETURN_TYPES = ("ZI2L_FILE",)
+    RETURN_NAMES = ("z_image_file_path",)
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
+        names = adapter_names() or [DEFAULT_ADAPTER]
+        default = DEFAULT_ADAPTER if DEFAULT_ADAPTER in names else names[0]
+        return {"required": {"model_filename": (names, {"default": default})}}
+
+    def load(self, model_filename: str) -> tuple[str]:
+        return (str(adapter_path(model_filename)),)
+
+
+class Apply:
+    """Images to a LoRA, as data and on a model."""
+
+    CATEGORY = "Z-Image-i2L"
+    DESCRIPTION = (
+        "Turns images into one LoRA of rank four per image. The first run builds the engines in models/I2L/engines, "
+        "which takes minutes; they are used from then on."
+    )
+    RETURN_TYPES = ("MODEL", "lora_weights")
+    RETURN_NAMES = ("patched_model", "lora_data")
+    FUNCTION = "apply"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
+        return {
+            "required": {
+                "z_image_file_path": ("ZI2L_FILE",),
+                "images": ("IMAGE", {"tooltip": "One to eight pictures of one style; four are a good number."}),
+                "strength": (
+                    "FLOAT",
+                    {"default": 1.0, "min": 0.0, "max": 10.0, "step": 0.1, "tooltip": "The LoRA's effect; linear."},
+                ),
+            },
+            "optional": {
+                "model": ("MODEL", {"tooltip": "A Z-Image model that patched_model gives back with the LoRA on it."}),
+                "use_cpu_for_vision": (
+                    "BOOLEAN",
+                    {"default": False, "tooltip": "Compute on the CPU, whatever is there."},
+                ),
+                "vram_optimization": (
+                    "BOOLEAN",
+                    {
+                        "default": True,
+                        "tooltip": "No effect: weights always stream. It is here as saved workflows have it.",
+                    },
+                ),
+                "vram_budget_gib": (
+                    "FLOAT",
+                    {
+                        "default": 0.0,
+                        "min": 0.0,
+                        "max": 256.0,
+                        "step": 0.5,
+                        "tooltip": "For GPU backends only. No effect on the CPU, where this version computes.",
+                    },
+                ),
+                "precision": (
+                    ["auto", "int8", "fp8", "bf16", "fp32"],
+                    {
+                        "default": "auto",
+                        "tooltip": "Of the engines. Each precision used is built once and kept on disk.",
+                    },
+                ),
+            },
+        }
+
+    def apply(
+        self,
+        z_image_file_path: str,
+        images: torch.Tensor,
+        strength: float,
+        *,
+        model: Any = None,
+        use_cpu_for_vision: bool = False,
+        vram_optimization: bool = True,  # noqa: ARG002 - a slot of saved workflows
+        vram_budget_gib: float = 0.0,
+        precision: str = "auto",
+    ) -> tuple[Any, LoraData]:
+        adapter = Path(z_image_file_path)
+        home = root_of(adapter)
+        roots = [home, *(root for root in model_roots() if root != home)]
+        with torch.inference_mode(mode=False):  # ComfyUI runs nodes in it, torch.export refuses it
+            engines, manifest = prepare_engines(adapter, roots, precision, comfy_report())
+        backend = "cpu" if use_cpu_for_vision else "auto"
+        report = comfy_report(total_steps(manifest))
+        with open_pipelines.use(engines, manifest, backend, report, I2LPipeline()) as pipeline:
+            lora = pipeline.lora_from_images(arrays_from_images(images), strength=strength)
+        log.info(
+            "i2l: rank %d from %d images in %.1f s, backend %s (%s)",
+            *(lora.rank, len(images), sum(pipeline.timings.seconds.values())),
+            *(pipeline.backend_name, pipeline.backend_reason),
+        )
+        if vram_budget_gib and pipeline.backend_name == "cpu":
+            log.info("i2l: vram_budget_gib=%g had no effect, as the backend is cpu", vram_budget_gib)
+        return (
+            None if model is None else patched_model(model, tensors_from_lora(lora, "comfyui")),
+            tensors_from_lora(lora, "diffsynth"),
+        )
+
+
+class Save:
+    """A LoRA to a file that Load LoRA and other programs read."""
+
+    CATEGORY = "Z-Image-i2L"
+    DESCRIPTION = "Saves to output/loras, where Load LoRA finds the file. A name that is taken gets a number."
+    RETURN_TYPES = ()
+    FUNCTION = "save"
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802 - ComfyUI's name
+        filename = {"default": "z_image_style_lora", "tooltip": "May name subfolders: portraits/style."}
+        return {"required": {"lora_data": ("lora_weights",), "filename": ("STRING", filename)}}
+
+    def save(self, lora_data: Mapping[str, torch.Tensor], filename: str) -> dict[str, Any]:
+        lora = lora_from_tensors(lora_data)
+        path = lora.save(free_lora_path(filename))
+        log.info("i2l: saved %s, rank %d", format_path(path), lora.rank)
+        return {"ui": {"text": [str(path)]}}
+
+
+def arrays_from_images(images: torch.Tensor) -> list[NDArray[np.uint8]]:
+    """``IMAGE`` float [images, height, width, channels] in [0, 1] to 8 bits, cut off as Save Image does it."""
+    values = 255.0 * images.cpu().numpy()
+    return list(np.clip(values, 0, 255).astype(np.uint8))
+
+
+def tensors_from_lora(lora: Lora, key_format: KeyFormat) -> LoraData:
+    """A LoRA as bfloat16 tensors, with the very values that its file has.
+
+    Raises:
+        LoraNotFinite: a value is not finite.
+    """
+    tensors = LoraData()
+    tensors.metadata = lora.metadata
+    for module, pair in lora.factors.items():
+        for key, factor in zip(KEYS[key_format], pair, strict=True):
+            bits = converted(key.format(module), factor, "bf16")
+            tensors[key.format(module)] = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+    return tensors
+
+
+def lora_from_tensors(tensors: Mapping[str, torch.Tensor]) -> Lora:
+    """The LoRA in a ``lora_weights`` dictionary, ours or another pack's, under any keys that i2l writes.
+
+    Raises:
+        LoraDataForeign: there is none in it.
+    """
+    for down, up in KEYS.values():
+        before, after = down.split("{}")
+        modules = [key[len(before) : -len(after)] for key in tensors if key.startswith(before) and key.endswith(after)]
+        factors = {
+            module: (
+                tensors[down.format(module)].float().cpu().numpy(),
+                tensors[up.format(module)].float().cpu().numpy(),
+            )
+            for module in modules
+            if up.format(module) in tensors
+        }
+        if factors:
+            return Lora(factors, dict(getattr(tensors, "metadata", {})))
+    raise LoraDataForeign(len(tensors))
+
+
+def patched_model(model: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """A clone of a ``MODEL`` with the LoRA on it, through ComfyUI's own loading; the strength is in the LoRA already.
+
+    Raises:
+        LoraNotApplied: some of the modules are not the model's.
+    """
+    patched, _ = comfy.sd.load_lora_for_models(model, None, dict(tensors), 1.0, 0.0)
+    applied = sum(map(len, patched.patches.values())) - sum(map(len, model.patches.values()))
+    if applied != len(tensors) // 2:
+        raise LoraNotApplied(applied, len(tensors) // 2)
+    return patched
+
+
+NODE_CLASS_MAPPINGS: Mapping[str, type] = {
+    "ZImageI2L_PipelineLoader": PipelineLoader,
+    "ZImageI2L_Apply": Apply,
+    "ZImageI2L_Save": Save,
+}
+NODE_DISPLAY_NAME_MAPPINGS: Mapping[str, str] = {
+    "ZImageI2L_PipelineLoader": "\U0001f527 Z-Image i2L Loader",
+    "ZImageI2L_Apply": "\U0001f3a8 Z-Image i2L Apply",
+    "ZImageI2L_Save": "\U0001f4be Save LoRA",
+}
