@@ -32,6 +32,7 @@ from .comfy_host.pipelines import OpenPipelines
 from .comfy_host.progress import comfy_report, total_steps
 from .errors import LoraDataForeign, LoraNotApplied, format_path
 from .runtime.lora import KEYS, KeyFormat, Lora, converted
+from .runtime.lowrank import reduce_lora
 
 log = logging.getLogger(__name__)
 register_folders()
@@ -120,6 +121,15 @@ class Apply:
                         "tooltip": "Of the engines. Each precision used is built once and kept on disk.",
                     },
                 ),
+                "rank": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 256,
+                        "tooltip": "Reduce the LoRA to this rank: a smaller file. 0 keeps four per picture.",
+                    },
+                ),
             },
         }
 
@@ -134,6 +144,7 @@ class Apply:
         vram_optimization: bool = True,  # noqa: ARG002 - a slot of saved workflows
         vram_budget_gib: float = 0.0,
         precision: str = "auto",
+        rank: int = 0,
     ) -> tuple[Any, LoraData]:
         adapter = Path(z_image_file_path)
         home = root_of(adapter)
@@ -141,9 +152,12 @@ class Apply:
         with torch.inference_mode(mode=False):  # ComfyUI runs nodes in it, torch.export refuses it
             engines, manifest = prepare_engines(adapter, roots, precision, comfy_report())
         backend = "cpu" if use_cpu_for_vision else "auto"
-        report = comfy_report(total_steps(manifest))
+        report = comfy_report(total_steps(manifest, len(images)))
         with open_pipelines.use(engines, manifest, backend, report, I2LPipeline()) as pipeline:
             lora = pipeline.lora_from_images(arrays_from_images(images), strength=strength)
+        if rank:
+            lora, reduction = reduce_lora(lora, rank)
+            log.info("i2l: %s", reduction)
         log.info(
             "i2l: rank %d from %d images in %.1f s, backend %s (%s)",
             *(lora.rank, len(images), sum(pipeline.timings.seconds.values())),

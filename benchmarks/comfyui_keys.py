@@ -18,9 +18,10 @@ import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 
+import torch  # noqa: E402
+
 import comfy.lora  # noqa: E402
 import comfy.model_base  # noqa: E402
-import torch  # noqa: E402
 
 KEYS = {
     "comfyui": ("diffusion_model.{}.lora_A.weight", "diffusion_model.{}.lora_B.weight"),

@@ -5,6 +5,7 @@ here or in the pipeline catches it. While engines are built, reports come from t
 finds its node through context variables, so the caller's context goes along.
 """
 
+import math
 from contextvars import copy_context
 
 from comfy.model_management import throw_exception_if_processing_interrupted
@@ -36,6 +37,10 @@ def comfy_report(total: int | None = None) -> Report:
     return lambda stage, done, stage_total: context.run(move, stage, done, stage_total)
 
 
-def total_steps(manifest: Manifest) -> int:
-    """The steps of all models."""
-    return sum(len(chunk.steps) for model in manifest.models.values() for chunk in model.chunks)
+def total_steps(manifest: Manifest, images: int) -> int:
+    """The steps of a run: the encoders once per group of images that share a pass, the adapter once."""
+    from ..runtime.pipeline import IMAGES_PER_PASS  # noqa: PLC0415 - onnxruntime: starting ComfyUI must not pay for it
+
+    steps = {family: sum(len(chunk.steps) for chunk in model.chunks) for family, model in manifest.models.items()}
+    passes = math.ceil(images / IMAGES_PER_PASS)
+    return passes * (steps["siglip2"] + steps["dinov3"]) + steps["adapter"]

@@ -209,6 +209,19 @@ def test_strength_is_linear(apply: Callable[..., Any]) -> None:
         assert torch.equal(twice[key], once[key] * factor)
 
 
+def test_rank_reduces_what_goes_out(apply: Callable[..., Any]) -> None:
+    _, whole = apply(batch(2))
+    patched, data = apply(batch(2), rank=3, model=ModelPatcher(MODULES))
+    for module in MODULES:
+        down, up = (f"{module}.lora_{factor}.default.weight" for factor in "AB")
+        assert data[down].shape[0] == data[up].shape[1] == 3
+        assert torch.equal(patched.patches[module][0][1], data[down])
+        wanted = whole[up].float() @ whole[down].float()
+        error = torch.linalg.matrix_norm(data[up].float() @ data[down].float() - wanted)
+        best = torch.linalg.svdvals(wanted)[3:].norm()  # no product of rank 3 is nearer (Eckart and Young)
+        assert error <= best + 0.01 * torch.linalg.matrix_norm(wanted)  # bfloat16 rounds each factor by up to 0.4 %
+
+
 def test_pixels_are_cut_off_as_in_save_image(nodes: ModuleType) -> None:
     (array,) = nodes.arrays_from_images(torch.tensor([[[[-0.5, 0.0, 0.999], [1.0, 1.5, 0.5]]]]))
     assert array.tolist() == [[[0, 0, 254], [255, 255, 127]]]
@@ -220,10 +233,14 @@ def test_every_eight_bit_value_survives_load_image(nodes: ModuleType) -> None:
     assert np.array_equal(nodes.arrays_from_images(loaded)[0], levels[0])
 
 
-def test_progress_counts_every_step_once(apply: Callable[..., Any], host: Host, home: Path) -> None:
-    apply()
+@pytest.mark.parametrize(("images", "passes"), [(1, 1), (4, 1), (5, 2)])
+def test_progress_counts_every_step_once(
+    apply: Callable[..., Any], host: Host, home: Path, images: int, passes: int
+) -> None:
+    apply(batch(images))
     manifest = json.loads((home / "models" / "I2L" / "engines" / "manifest.json").read_text())
-    steps = sum(len(chunk["steps"]) for model in manifest["models"].values() for chunk in model["chunks"])
+    count = {name: sum(len(chunk["steps"]) for chunk in m["chunks"]) for name, m in manifest["models"].items()}
+    steps = passes * (count["siglip2"] + count["dinov3"]) + count["adapter"]
     values = [value for value, _ in host.progress]
     assert values == sorted(values)
     assert {total for _, total in host.progress} == {steps}
