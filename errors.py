@@ -178,6 +178,18 @@ class BackendUnavailable(I2LError, RuntimeError):
         super().__init__(f"backend {backend} cannot run here: {reason}: {remedy}")
 
 
+class BudgetTooSmall(I2LError, MemoryError):
+    """Not even the smallest plan fits the budget."""
+
+    def __init__(self, budget_bytes: int, needed_bytes: int) -> None:
+        self.needed_bytes = needed_bytes
+        mebibytes = -(-needed_bytes // (1 << 20))  # rounded up, so that what is printed works
+        super().__init__(
+            f"the VRAM budget is {format_bytes(budget_bytes)}, but these engines need at least "
+            f"{format_bytes(needed_bytes)}: give --vram-budget {mebibytes}MiB or more, or use --backend cpu"
+        )
+
+
 class PackageMissing(I2LError, ImportError):
     """An optional dependency is not installed."""
 
