@@ -190,6 +190,16 @@ class BudgetTooSmall(I2LError, MemoryError):
         )
 
 
+class OutOfDeviceMemory(I2LError, MemoryError):
+    """The device has less free memory than was asked for."""
+
+    def __init__(self, device: str, wanted_bytes: int, free_bytes: int) -> None:
+        super().__init__(
+            f"{device} has no room for {format_bytes(wanted_bytes)} ({format_bytes(free_bytes)} free): close other "
+            "programs that use it, give a smaller --vram-budget, or use --backend cpu"
+        )
+
+
 class PackageMissing(I2LError, ImportError):
     """An optional dependency is not installed."""
 

@@ -51,6 +51,8 @@ class Residency:
     """Where the bytes of a budget go; the parts add up to ``peak_bytes``, which is within the budget."""
 
     budget_bytes: int
+    least_bytes: int
+    """The smallest budget that works."""
     resident: Mapping[Family, tuple[int, ...]]
     """Indices of the chunks that stay, ascending."""
     slots: int
@@ -122,6 +124,7 @@ def plan_residency(
     passing = [size for place, size in sizes.items() if place not in resident]
     return Residency(
         budget_bytes=budget_bytes,
+        least_bytes=least,
         resident={
             family: tuple(i for i in range(len(row)) if (family, i) in resident) for family, row in chunks.items()
         },
