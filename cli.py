@@ -18,6 +18,7 @@ from .commands.inspect import inspect
 from .commands.make_checkpoints import make_checkpoints
 from .commands.merge import merge
 from .commands.options import DEBUG
+from .commands.plan import plan
 from .commands.plot import plot
 from .commands.run import run
 from .commands.verify import verify
@@ -52,7 +53,7 @@ def main() -> None:
     log.setLevel(logging.INFO)
 
 
-for command in (build_engines, run, batch, embed, merge, plot, inspect, verify, doctor, make_checkpoints):
+for command in (build_engines, run, batch, embed, merge, plan, plot, inspect, verify, doctor, make_checkpoints):
     main.add_command(command)
 
 

@@ -13,7 +13,7 @@ import i2l
 from conftest import MakeEngines
 
 ROOT = Path(i2l.__file__).parent
-BASE = {"specs", "errors", "files"}
+BASE = {"specs", "errors", "files", "sizes"}
 MAY_IMPORT = {
     "base": {"base"},
     "engines": {"base", "engines"},
