@@ -363,6 +363,15 @@ class LoraNotApplied(I2LError, RuntimeError):
         )
 
 
+class TraceUnreadable(I2LError, ValueError):
+    """A file is not a trace."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(
+            f"{format_path(path)} is not a trace ({reason}): make one with: i2l run ... --trace {format_path(path)}"
+        )
+
+
 class NothingToInspect(I2LError, ValueError):
     """The path is neither a checkpoint, nor an engines directory, nor a LoRA."""
 

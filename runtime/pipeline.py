@@ -17,7 +17,7 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 from PIL import Image
 
-from ..engines.base import Array, Backend, Engine, Value
+from ..engines.base import Array, Backend, Engine, Value, WeightStore
 from ..engines.detect import choose_backend
 from ..engines.integrity import check_files
 from ..engines.manifest import Manifest, Step, content_id, read_manifest
@@ -29,6 +29,7 @@ from .cache import EmbeddingCache, encoders_id
 from .images import ImageSource, content_sha256, load_image, pixels_dinov3, pixels_siglip2, square_image
 from .lora import MODEL_METADATA, Lora, factors_by_module, joining_weights, lora_from_factors, require_finite
 from .streamer import stream
+from .trace import Trace, TracedEngine, TracedStore
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -68,6 +69,7 @@ class Pipeline:
         threads: of the CPU backend; by default one for each physical core, within the container's quota.
         report: told the steps done of the running stage.
         cache: a folder that keeps the embeddings of images that were seen, as :mod:`.cache` says; None keeps nothing.
+        trace: told every copy and computation.
 
     Raises:
         EnginesError: the directory is missing, damaged or of another version.
@@ -82,6 +84,7 @@ class Pipeline:
         threads: int | None = None,
         report: Report = silent,
         cache: Path | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self.manifest: Manifest = read_manifest(engines)
         self.backend_name, self.backend_reason = choose_backend(backend)
@@ -95,6 +98,7 @@ class Pipeline:
             self.cache = EmbeddingCache(cache, encoders_id(content_id(self.manifest, ENCODERS), self.backend_name))
         self.from_cache: list[bool] = []
         """For each image of the last call that embedded images: did its embedding come from the cache?"""
+        self._trace = trace
         self.timings = Timings()
 
     def lora_from_images(
@@ -245,9 +249,13 @@ class Pipeline:
         """Every step of a model in order with its engine and weights, progress told on the way."""
         chunks = self.manifest.models[family].chunks
         total = sum(len(chunk.steps) for chunk in chunks)
-        for done, (step, weights) in enumerate(stream(self._backend.store(family), chunks)):
+        store: WeightStore = self._backend.store(family)
+        if self._trace:
+            store = TracedStore(store, self._trace)
+        for done, (step, weights) in enumerate(stream(store, chunks)):
             self._report(family, done, total)
-            yield step, self._backend.engine(step.graph), weights
+            engine = self._backend.engine(step.graph)
+            yield step, TracedEngine(engine, self._trace, step.name) if self._trace else engine, weights
         self._report(family, total, total)
 
     @property

@@ -27,7 +27,7 @@ ONLY_IN = {
     "onnx": {"export"},
     "onnxscript": {"export"},
     "onnx_ir": {"export"},
-    "matplotlib": {"plotting"},
+    "matplotlib": {"plotting", "trace_picture"},
     "comfy": {"comfy_nodes", "comfy_host"},
     "folder_paths": {"comfy_host"},
     "tensorrt": {"engines"},

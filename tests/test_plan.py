@@ -36,7 +36,7 @@ def test_sizes(whole: int, thousandths: int, unit: str, space: str, case: object
     text = f" {whole}.{thousandths:03}{space}{case(unit)}"  # type: ignore[operator]
     if exact > LARGEST:
         return
-    assert abs(parse_size(text) - exact) <= max(Fraction(1, 2), exact / 2**50)  # rounded once, and a float between
+    assert abs(parse_size(text) - exact) <= Fraction(1, 2) + exact / 2**50  # rounded once, through a float
 
 
 @pytest.mark.parametrize(
