@@ -54,7 +54,21 @@ def main() -> None:
     log.setLevel(logging.INFO)
 
 
-for command in (build_engines, run, batch, embed, merge, plan, plot, plot_trace, inspect, verify, doctor, make_checkpoints):
+COMMANDS = (
+    build_engines,
+    run,
+    batch,
+    embed,
+    merge,
+    plan,
+    plot,
+    plot_trace,
+    inspect,
+    verify,
+    doctor,
+    make_checkpoints,
+)
+for command in COMMANDS:
     main.add_command(command)
 
 

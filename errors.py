@@ -171,6 +171,50 @@ class ShapeMismatch(EnginesError, ValueError):
         super().__init__(f"{graph}: input {name} is {found}, but the graph takes {wanted}")
 
 
+class PlanMissing(EnginesError, FileNotFoundError):
+    """There is no TensorRT plan of a graph for this GPU."""
+
+    def __init__(self, graph: str, engines: Path, sm: int) -> None:
+        super().__init__(
+            f"{format_path(engines)} has no TensorRT plan of {graph} for sm{sm}: build it with: "
+            f"{_build_plans(engines, sm)}"
+        )
+
+
+class PlanStale(EnginesError, ValueError):
+    """A TensorRT plan is not the one that is wanted."""
+
+    def __init__(self, path: Path, parts: Sequence[str], engines: Path, sm: int) -> None:
+        super().__init__(
+            f"{format_path(path)} cannot be used ({'; '.join(parts)}): rebuild with: {_build_plans(engines, sm)}"
+        )
+
+
+class PlanBuildFailed(EnginesError, RuntimeError):
+    """TensorRT refuses a graph."""
+
+    def __init__(self, graph: str, flavour: str, sm: int, reasons: Sequence[str]) -> None:
+        said = "; ".join(reason.strip() for reason in reasons) or "it gives no reason"
+        super().__init__(
+            f"{flavour} makes no plan of {graph} for sm{sm} ({said}): try another --sm or --precision, or use "
+            "--backend cpu"
+        )
+
+
+class PrecisionUnsupported(EnginesError, ValueError):
+    """A generation of GPUs cannot compute in the precision of the packs."""
+
+    def __init__(self, sm: int, precision: str, instead: str) -> None:
+        super().__init__(
+            f"sm{sm} cannot compute with {precision} packs: build engines for it in a directory of their own with "
+            f"--backend tensorrt --sm {sm} --precision {instead}"
+        )
+
+
+def _build_plans(engines: Path, sm: int) -> str:
+    return f"i2l build-engines --models MODELS --engines {format_path(engines)} --backend tensorrt --sm {sm}"
+
+
 class BackendUnavailable(I2LError, RuntimeError):
     """The backend that was named cannot run here."""
 
