@@ -90,11 +90,10 @@ def predicted(
     models: "dict[Family, Model]", budget: int, links: Sequence[float], tflops: float, images: int
 ) -> list[dict[str, Any]]:
     """The facts of one budget, one row per link."""
-    from ..runtime.predict import LARGEST_BATCH, Card, predict  # noqa: PLC0415
-    from ..runtime.residency import estimated_memory, plan_residency  # noqa: PLC0415
+    from ..runtime.predict import LARGEST_BATCH, Card, graph_memory, predict  # noqa: PLC0415
+    from ..runtime.residency import plan_residency  # noqa: PLC0415
 
-    batch = min(images, LARGEST_BATCH)
-    graphs = {name: memory for m in models.values() for name, memory in estimated_memory(m.spec, batch).items()}
+    graphs = graph_memory(models, min(images, LARGEST_BATCH))
     residency = plan_residency({family: model.chunks for family, model in models.items()}, graphs, budget)
     rows = []
     for link in links:

@@ -9,12 +9,12 @@ begins when the one before has ended. Not in it: launches, the images, the file,
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..engines.manifest import Model
 from ..engines.tensorfile import TensorInfo
 from ..specs import EncoderSpec, Family
-from .residency import Residency
+from .residency import GraphMemory, Residency, estimated_memory
 from .slots import inputs_of
 
 VRAM_GBPS = 300.0
@@ -75,6 +75,22 @@ def predict(models: Mapping[Family, Model], residency: Residency, card: Card, im
         streamed_bytes=residency.streamed_bytes,
         peak_bytes=residency.peak_bytes,
     )
+
+
+def graph_memory(models: Mapping[Family, Model], images: int) -> dict[str, GraphMemory]:
+    """The estimated memory of every graph, with the 16-bit copies that TensorRT makes of int8 matrices."""
+    memories: dict[str, GraphMemory] = {}
+    for model in models.values():
+        memories |= estimated_memory(model.spec, images)
+        for step in {step.graph: step for chunk in model.chunks for step in chunk.steps}.values():
+            integers = (
+                math.prod(info.shape)
+                for name, info in inputs_of(step, model).items()
+                if is_matrix(name, info) and info.dtype in {"I8", "U8"}
+            )
+            memory = memories[step.graph]
+            memories[step.graph] = replace(memory, activation_bytes=memory.activation_bytes + 2 * sum(integers))
+    return memories
 
 
 def model_work(model: Model, resident: Iterable[int], card: Card, images: int) -> Iterable[tuple[float, float]]:

@@ -28,7 +28,7 @@ class FakeEngine:
     """Reads its weights when the compute lane comes to it."""
 
     def __init__(self, device: FakeDevice, graph: str, path: Path, fail: Callable[[str], None]) -> None:
-        self._engine = OrtEngine(graph, path)
+        self._engine = OrtEngine(graph, path, 1)
         self._device, self._graph, self._fail = device, graph, fail
         self.activation = self._engine.activation
 
@@ -73,7 +73,7 @@ def opened(engines: MakeEngines) -> Iterator[Opened]:
 
         with pytest.raises(BudgetTooSmall) as caught:
             backend(0)
-        pipeline = Pipeline(directory, backend="cpu")
+        pipeline = Pipeline(directory, backend="cpu", threads=1)
         pipeline._backend.close()
         made = pipeline._backend = backend(caught.value.needed_bytes + spare_bytes)
         pipeline.backend_name, pipeline._may_fall_back = "fake", auto
@@ -87,7 +87,7 @@ def opened(engines: MakeEngines) -> Iterator[Opened]:
 
 @pytest.fixture(scope="module")
 def wanted(engines: MakeEngines) -> Lora:
-    with Pipeline(engines("tiny", "fp8"), backend="cpu") as pipeline:
+    with Pipeline(engines("tiny", "fp8"), backend="cpu", threads=1) as pipeline:
         return pipeline.lora_from_images(PICTURES)
 
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from i2l.engines.manifest import Chunk
 from i2l.errors import GIB, BudgetTooSmall
-from i2l.export.packs import plan_pack
+from i2l.export.packs import plan_pack, planned_model
 from i2l.export.precision import precision_for
+from i2l.runtime.predict import graph_memory
 from i2l.runtime.residency import GraphMemory, Residency, aligned, estimated_memory, plan_residency, spread
 from i2l.specs import FAMILIES, PRESETS, Family
 
@@ -94,6 +95,15 @@ def test_the_first_chunks_stay_first_then_the_adapter() -> None:
 @pytest.fixture(scope="module", params=["fp8", "int8", "bf16"])
 def full(request: pytest.FixtureRequest) -> Chunks:
     return {spec.family: plan_pack(spec, precision_for(request.param, spec), 1).chunks for spec in PRESETS["full"]}
+
+
+def test_int8_counts_its_16_bit_copies() -> None:
+    models = {spec.family: planned_model(spec, "int8") for spec in PRESETS["full"]}
+    block = graph_memory(models, 1)["dinov3.block"].activation_bytes
+    plain = estimated_memory(PRESETS["full"].dinov3, 1)["dinov3.block"].activation_bytes
+    assert block - plain == 2 * (4 * 4096 * 4096 + 3 * 4096 * 8192)
+    plan = plan_residency({f: m.chunks for f, m in models.items()}, graph_memory(models, 8), 2 * GIB)
+    assert plan.peak_bytes <= 2 * GIB
 
 
 def full_graphs(images: int) -> dict[str, GraphMemory]:
