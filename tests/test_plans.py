@@ -21,7 +21,7 @@ from click.testing import CliRunner
 
 from conftest import MakeEngines, MakeModels
 from i2l.cli import main
-from i2l.engines.manifest import read_manifest
+from i2l.engines.manifest import Model, read_manifest
 from i2l.engines.ort import ELEMENT_TYPES
 from i2l.engines.plans import FACTS, PlanKey, checked_plan, plans_folder, read_plans
 from i2l.engines.tensorfile import read_header
@@ -124,7 +124,7 @@ def test_a_full_width_block_keeps_no_more_copies_than_known(precision: str, sm: 
     plan = build_plan(find_flavour(), "dinov3.block", model, sm)
     assert 20e6 < plan.activation_bytes < limit_bytes
     assert len(plan.data) < 4 << 20
-    models = {"dinov3": planned_model(PRESETS["full"].dinov3, precision)}
+    models: dict[Family, Model] = {"dinov3": planned_model(PRESETS["full"].dinov3, precision)}
     assert plan.activation_bytes < graph_memory(models, 8)["dinov3.block"].activation_bytes
 
 
@@ -346,8 +346,8 @@ def test_polygraphy_runs_a_standalone_step(engines: MakeEngines) -> None:
     manifest = read_manifest(engines("tiny", "fp32"))
     step = engines("tiny", "fp32") / manifest.build / "dinov3" / "dinov3.block.1.onnx"
     command = ["run", str(step), "--onnxrt", "--input-shapes", "hidden_in:[1,21,128]"]
-    program = [sys.executable, "-c", "from polygraphy.tools import main; main()"]  # the script may not be on the path
-    run = subprocess.run([*program, *command], capture_output=True, text=True, check=False)
+    program = "import sys; from polygraphy.tools import main; sys.exit(main())"  # its script may not be on the path
+    run = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     assert "PASSED" in run.stdout
 
