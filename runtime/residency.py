@@ -185,13 +185,7 @@ def estimated_memory(spec: Spec, images: int) -> dict[str, GraphMemory]:
     which are the largest: 20 of 45 MB for one of DINOv3 in FP8.
     """
     if isinstance(spec, AdapterSpec):
-        rows = {
-            graph: [spec.rank * (a + b) for _, a, b in targets]
-            for graph, targets in (
-                ("adapter.attention", spec.attention_targets),
-                ("adapter.feed_forward", spec.feed_forward_targets),
-            )
-        }
+        rows = {f"adapter.{kind}": [spec.rank * (a + b) for _, a, b in targets] for kind, targets in spec.kinds}
         return {
             graph: GraphMemory(
                 4 * images * (2 * sum(outputs) + 2 * len(outputs) * spec.compress + spec.embedding),
