@@ -243,6 +243,10 @@ class Pipeline:
         self._backend.close()
         self._backend = CpuBackend(self._engines, self.manifest, self._threads)
         self.backend_name, self.backend_reason = "cpu", f"{self.backend_name} ran out of memory"
+        if self.cache is not None:  # its entries are of one backend
+            self.cache = EmbeddingCache(
+                self.cache.folder, encoders_id(content_id(self.manifest, ENCODERS), self.backend_name)
+            )
         self._may_fall_back = False
 
     def _stream(self, family: Family) -> Iterator[tuple[Step, Engine, Mapping[str, Value]]]:
