@@ -18,7 +18,9 @@ from .commands.inspect import inspect
 from .commands.make_checkpoints import make_checkpoints
 from .commands.merge import merge
 from .commands.options import DEBUG
+from .commands.plan import plan
 from .commands.plot import plot
+from .commands.plot_trace import plot_trace
 from .commands.run import run
 from .commands.verify import verify
 from .errors import I2LError
@@ -52,7 +54,21 @@ def main() -> None:
     log.setLevel(logging.INFO)
 
 
-for command in (build_engines, run, batch, embed, merge, plot, inspect, verify, doctor, make_checkpoints):
+COMMANDS = (
+    build_engines,
+    run,
+    batch,
+    embed,
+    merge,
+    plan,
+    plot,
+    plot_trace,
+    inspect,
+    verify,
+    doctor,
+    make_checkpoints,
+)
+for command in COMMANDS:
     main.add_command(command)
 
 

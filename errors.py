@@ -171,11 +171,77 @@ class ShapeMismatch(EnginesError, ValueError):
         super().__init__(f"{graph}: input {name} is {found}, but the graph takes {wanted}")
 
 
+class PlanMissing(EnginesError, FileNotFoundError):
+    """There is no TensorRT plan of a graph for this GPU."""
+
+    def __init__(self, graph: str, engines: Path, sm: int) -> None:
+        super().__init__(
+            f"{format_path(engines)} has no TensorRT plan of {graph} for sm{sm}: build it with: "
+            f"{_build_plans(engines, sm)}"
+        )
+
+
+class PlanStale(EnginesError, ValueError):
+    """A TensorRT plan is not the one that is wanted."""
+
+    def __init__(self, path: Path, parts: Sequence[str], engines: Path, sm: int) -> None:
+        super().__init__(
+            f"{format_path(path)} cannot be used ({'; '.join(parts)}): rebuild with: {_build_plans(engines, sm)}"
+        )
+
+
+class PlanBuildFailed(EnginesError, RuntimeError):
+    """TensorRT refuses a graph."""
+
+    def __init__(self, graph: str, flavour: str, sm: int, reasons: Sequence[str]) -> None:
+        said = "; ".join(reason.strip() for reason in reasons) or "it gives no reason"
+        super().__init__(
+            f"{flavour} makes no plan of {graph} for sm{sm} ({said}): try another --sm or --precision, or use "
+            "--backend cpu"
+        )
+
+
+class PrecisionUnsupported(EnginesError, ValueError):
+    """A generation of GPUs cannot compute in the precision of the packs."""
+
+    def __init__(self, sm: int, precision: str, instead: str) -> None:
+        super().__init__(
+            f"sm{sm} cannot compute with {precision} packs: build engines for it in a directory of their own with "
+            f"--backend tensorrt --sm {sm} --precision {instead}"
+        )
+
+
+def _build_plans(engines: Path, sm: int) -> str:
+    return f"i2l build-engines --models MODELS --engines {format_path(engines)} --backend tensorrt --sm {sm}"
+
+
 class BackendUnavailable(I2LError, RuntimeError):
     """The backend that was named cannot run here."""
 
     def __init__(self, backend: str, reason: str, remedy: str) -> None:
         super().__init__(f"backend {backend} cannot run here: {reason}: {remedy}")
+
+
+class BudgetTooSmall(I2LError, MemoryError):
+    """Not even the smallest plan fits the budget."""
+
+    def __init__(self, budget_bytes: int, needed_bytes: int) -> None:
+        self.needed_bytes = needed_bytes
+        mebibytes = -(-needed_bytes // (1 << 20))  # rounded up, so that what is printed works
+        super().__init__(
+            f"the VRAM budget is {format_bytes(budget_bytes)}, but these engines need at least "
+            f"{format_bytes(needed_bytes)}: give --vram-budget {mebibytes}MiB or more, or use --backend cpu"
+        )
+
+
+class OutOfDeviceMemory(I2LError, MemoryError):
+    """The device has less free memory than was asked for."""
+
+    def __init__(self, device: str, wanted_bytes: int, free_bytes: int) -> None:
+        super().__init__(
+            f"{device} has no room for {format_bytes(wanted_bytes)} ({format_bytes(free_bytes)} free): close other "
+            "programs that use it, give a smaller --vram-budget, or use --backend cpu"
+        )
 
 
 class PackageMissing(I2LError, ImportError):
@@ -338,6 +404,15 @@ class LoraNotApplied(I2LError, RuntimeError):
         super().__init__(
             f"only {applied} of the LoRA's {modules} modules fit the model: connect a Z-Image model, and update "
             "ComfyUI if it is older than 0.3.76 (December 2025)"
+        )
+
+
+class TraceUnreadable(I2LError, ValueError):
+    """A file is not a trace."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(
+            f"{format_path(path)} is not a trace ({reason}): make one with: i2l run ... --trace {format_path(path)}"
         )
 
 

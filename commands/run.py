@@ -24,6 +24,7 @@ from .options import (
     threads_option,
     weight_option,
 )
+from .tracing import trace_option, traced
 
 
 @click.command()
@@ -38,6 +39,7 @@ from .options import (
 @no_cache_option
 @dtype_option
 @key_format_option
+@trace_option
 @json_option
 @debug_option
 def run(
@@ -53,6 +55,7 @@ def run(
     key_format: Literal["comfyui", "diffsynth"],
     *,
     no_cache: bool,
+    trace: Path | None,
     as_json: bool,
 ) -> None:
     """Turn one or more IMAGEs into one LoRA of rank four per image.
@@ -76,8 +79,9 @@ def run(
     require_writable(output)
     cache = cache_folder(no_cache=no_cache)
     with (
+        traced(trace) as tracing,
         show_progress("steps", quiet=as_json) as report,
-        Pipeline(engines, backend=backend, threads=threads, report=report, cache=cache) as pipeline,
+        Pipeline(engines, backend=backend, threads=threads, report=report, cache=cache, trace=tracing) as pipeline,
     ):
         lora = pipeline.lora_from_images(images, strength=strength, weights=weights or None)
         reduction = None

@@ -5,11 +5,13 @@ to engine without looking inside; only pixels go in and embeddings and factors c
 """
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import OutOfDeviceMemory
 from ..specs import Family
 from .manifest import Chunk, Step
 
@@ -30,6 +32,16 @@ class Engine(Protocol):
 
 class WeightStore(Protocol):
     """A pack whose chunks come and go."""
+
+    @property
+    def slots(self) -> int:
+        """How many chunks that do not stay may be held at a time: one in use, the others on their way."""
+        ...
+
+    @property
+    def resident(self) -> AbstractSet[Chunk]:
+        """Chunks that stay once they came; they take no slot."""
+        ...
 
     def prefetch(self, chunk: Chunk) -> None:
         """Begin to bring a chunk in; returns at once."""
@@ -67,6 +79,10 @@ class Backend(Protocol):
 
     def array(self, value: Value) -> Array:
         """A value as an array."""
+        ...
+
+    def shrink(self, cause: OutOfDeviceMemory) -> None:
+        """Make do with less memory; raises ``cause`` if there is no smaller way."""
         ...
 
     def close(self) -> None:

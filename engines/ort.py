@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ..errors import ShapeMismatch
+from ..errors import OutOfDeviceMemory, ShapeMismatch
 from ..specs import Family
 from .base import Array
 from .manifest import Chunk, Manifest, Step
@@ -62,6 +62,9 @@ class CpuBackend:
     def array(self, value: ort.OrtValue) -> Array:
         return np.asarray(value.numpy(), dtype=np.float32)
 
+    def shrink(self, cause: OutOfDeviceMemory) -> None:
+        raise cause
+
     def close(self) -> None:
         self._engines.clear()
         for store in self._stores.values():
@@ -93,6 +96,9 @@ class OrtEngine:
 
 class MappedPack:
     """A pack in the process's address space."""
+
+    slots = 2
+    resident: frozenset[Chunk] = frozenset()
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
         with path.open("rb") as file:

@@ -2,7 +2,8 @@
 
 A module holds no parameters. ``forward`` takes the activations and a dictionary of weights, so that the exported graph
 has the weights as inputs and one graph serves all blocks. The linears come from the precision. They see two dimensions,
-``[batch * tokens, channels]``: with three, TensorRT keeps hidden copies of the weights (measured).
+``[batch * tokens, channels]``: with three, TensorRT keeps hidden copies of the weights (measured). What a linear gives
+may have 16 bits on a GPU; norms, residual stream and outputs are float32 everywhere.
 
 Shapes: B images, T tokens, D channels of the residual stream, H heads, C compressed channels of the adapter.
 """
@@ -42,8 +43,9 @@ def patches(pixel_values: Tensor, spec: EncoderSpec) -> Tensor:
 
 
 def layer_norm(x: Tensor, weights: Weights, name: str, eps: float) -> Tensor:
-    """The norm ``name`` over the last dimension."""
-    return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps)
+    """The norm ``name`` over the last dimension, in the dtype of its weights."""
+    weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
+    return F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, eps)
 
 
 class Siglip2Embed(nn.Module):
@@ -101,7 +103,7 @@ class Siglip2Head(nn.Module):
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
         q = q.expand(k.shape[0], -1, -1, -1)
         pooled = F.scaled_dot_product_attention(q, k, v).reshape(-1, spec.hidden)  # [B, D]: the probe is one token
-        pooled = self.out(pooled, weights)
+        pooled = self.out(pooled, weights).to(hidden_in.dtype)
         x = layer_norm(pooled, weights, "norm2", spec.norm_eps)
         x = F.gelu(self.up(x, weights), approximate="tanh")
         return pooled + self.down(x, weights)
@@ -154,7 +156,8 @@ class Dinov3Block(nn.Module):
 
     def rotate(self, x: Tensor) -> Tensor:
         positions = self.positions.expand(x.shape[0], -1)
-        return torch.onnx.ops.rotary_embedding(x, self.rotary_cos, self.rotary_sin, positions)
+        exact = x.to(self.rotary_cos.dtype)
+        return torch.onnx.ops.rotary_embedding(exact, self.rotary_cos, self.rotary_sin, positions).to(x.dtype)
 
 
 class Dinov3Head(nn.Module):
@@ -184,7 +187,9 @@ class AdapterBlock(nn.Module):
 
     def forward(self, embedding: Tensor, weights: Weights) -> dict[str, Tensor]:
         compressed = torch.split(self.proj_in(embedding, weights), self.spec.compress, dim=-1)
-        outputs = iter([linear(x, weights) for linear, x in zip(self.proj_out, compressed, strict=True)])
+        outputs = iter(
+            [linear(x, weights).to(embedding.dtype) for linear, x in zip(self.proj_out, compressed, strict=True)]
+        )
         factors = {}
         for target, in_features, out_features in self.targets:
             factors[f"{target}.A"] = next(outputs).view(-1, self.spec.rank, in_features)

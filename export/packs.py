@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..engines.manifest import Chunk
+from ..engines.manifest import Chunk, Model
 from ..engines.manifest import Step as StepFacts
 from ..engines.tensorfile import TENSOR_ALIGN, Layout, LayoutWriter, plan_layout
 from ..files import explained_os_errors
@@ -21,7 +21,7 @@ from ..specs import Spec
 from .checkpoints import Checkpoint
 from .equalise import Gains, plan_gains
 from .graphs import stored_tensors
-from .precision import Precision, Rows
+from .precision import Precision, Rows, precision_for
 from .reader import stream_tensors
 from .stack import Stack
 from .weights import Matrix, Plain, Step, Weight, graph_weights, plan_steps
@@ -60,6 +60,12 @@ def plan_pack(spec: Spec, precision: Precision, blocks_per_chunk: int) -> PackPl
         start = min(info.offset for info in infos)
         chunks.append(Chunk(start, end - start, tuple(StepFacts(step.name, step.graph) for step in chunk)))
     return PackPlan(layout, tuple(chunks), tuple(step for group in groups for step in group))
+
+
+def planned_model(spec: Spec, precision: str) -> Model:
+    """The model as a build's manifest would have it, without checkpoint or pack."""
+    plan = plan_pack(spec, precision_for(precision, spec), 1)
+    return Model(spec, "", plan.chunks, plan.layout.tensors, {})
 
 
 def write_pack(

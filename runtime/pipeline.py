@@ -3,31 +3,36 @@
 The images of a call share passes over the weights, a few at a time: a pass moves all weights once, whatever the batch.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from ..engines.base import Array, Backend, Engine, Value
+from ..engines.base import Array, Backend, Engine, Value, WeightStore
 from ..engines.detect import choose_backend
 from ..engines.integrity import check_files
 from ..engines.manifest import Manifest, Step, content_id, read_manifest
 from ..engines.ort import CpuBackend
-from ..errors import NoImages
+from ..errors import NoImages, OutOfDeviceMemory
 from ..files import Report, silent
 from ..specs import FAMILIES, AdapterSpec, EncoderSpec, Family
 from .cache import EmbeddingCache, encoders_id
 from .images import ImageSource, content_sha256, load_image, pixels_dinov3, pixels_siglip2, square_image
 from .lora import MODEL_METADATA, Lora, factors_by_module, joining_weights, lora_from_factors, require_finite
 from .streamer import stream
+from .trace import Trace, TracedEngine, TracedStore
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 Observer: TypeAlias = Callable[[str, dict[str, Array]], None]
 """Told every step's name and outputs; for comparing with a reference."""
 
@@ -64,6 +69,7 @@ class Pipeline:
         threads: of the CPU backend; by default one for each physical core, within the container's quota.
         report: told the steps done of the running stage.
         cache: a folder that keeps the embeddings of images that were seen, as :mod:`.cache` says; None keeps nothing.
+        trace: told every copy and computation.
 
     Raises:
         EnginesError: the directory is missing, damaged or of another version.
@@ -78,17 +84,21 @@ class Pipeline:
         threads: int | None = None,
         report: Report = silent,
         cache: Path | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self.manifest: Manifest = read_manifest(engines)
         self.backend_name, self.backend_reason = choose_backend(backend)
         check_files(engines, self.manifest)
         self._backend: Backend = CpuBackend(engines, self.manifest, threads)
+        self._engines, self._threads = engines, threads
+        self._may_fall_back = backend == "auto" and self.backend_name != "cpu"
         self._report = report
         self.cache: EmbeddingCache | None = None
         if cache is not None:
             self.cache = EmbeddingCache(cache, encoders_id(content_id(self.manifest, ENCODERS), self.backend_name))
         self.from_cache: list[bool] = []
         """For each image of the last call that embedded images: did its embedding come from the cache?"""
+        self._trace = trace
         self.timings = Timings()
 
     def lora_from_images(
@@ -147,7 +157,8 @@ class Pipeline:
 
     def embed_pixels(self, pixels: Mapping[Family, Array], *, observe: Observer | None = None) -> Array:
         """:meth:`embed` from what :meth:`pixels` gave; ``observe`` is told every step's outputs."""
-        return np.concatenate([self._encode(family, pixels[family], observe) for family in ENCODERS], axis=1)
+        encoded = [self._in_memory(partial(self._encode, family, pixels[family], observe)) for family in ENCODERS]
+        return np.concatenate(encoded, axis=1)
 
     def lora_from_embeddings(
         self, embeddings: Array, *, strength: float = 1.0, weights: Sequence[float] | None = None
@@ -157,13 +168,7 @@ class Pipeline:
 
     def factors(self, embeddings: Array) -> dict[str, tuple[Array, Array]]:
         """``module -> (A [images, rank, in], B [images, out, rank])``: the factors of every image, not yet joined."""
-        factors: dict[str, tuple[Array, Array]] = {}
-        with self.timings.stage("adapter"):
-            value = self._backend.value(np.ascontiguousarray(embeddings, np.float32))
-            for step, engine, weights in self._stream("adapter"):
-                outputs = {name: self._backend.array(y) for name, y in engine.run(value, weights).items()}
-                factors |= factors_by_module(step.name, outputs)
-        return factors
+        return self._in_memory(partial(self._factors, embeddings))
 
     def lora_from_factors(
         self,
@@ -210,13 +215,51 @@ class Pipeline:
                     observe(step.name, {name: self._backend.array(hidden)})
             return self._backend.array(hidden)
 
+    def _factors(self, embeddings: Array) -> dict[str, tuple[Array, Array]]:
+        """The adapter's factors of all images, by module."""
+        factors: dict[str, tuple[Array, Array]] = {}
+        with self.timings.stage("adapter"):
+            value = self._backend.value(np.ascontiguousarray(embeddings, np.float32))
+            for step, engine, weights in self._stream("adapter"):
+                outputs = {name: self._backend.array(y) for name, y in engine.run(value, weights).items()}
+                factors |= factors_by_module(step.name, outputs)
+        return factors
+
+    def _in_memory(self, work: Callable[[], T]) -> T:
+        """``work``, again with a smaller plan each time memory runs out, at last on the CPU if that is allowed."""
+        while True:
+            try:
+                return work()
+            except OutOfDeviceMemory as error:
+                try:
+                    self._backend.shrink(error)
+                except OutOfDeviceMemory:
+                    if not self._may_fall_back:
+                        raise
+                    self._fall_back(error)
+
+    def _fall_back(self, cause: OutOfDeviceMemory) -> None:
+        log.warning("%s: going on with the CPU", cause)
+        self._backend.close()
+        self._backend = CpuBackend(self._engines, self.manifest, self._threads)
+        self.backend_name, self.backend_reason = "cpu", f"{self.backend_name} ran out of memory"
+        if self.cache is not None:  # its entries are of one backend
+            self.cache = EmbeddingCache(
+                self.cache.folder, encoders_id(content_id(self.manifest, ENCODERS), self.backend_name)
+            )
+        self._may_fall_back = False
+
     def _stream(self, family: Family) -> Iterator[tuple[Step, Engine, Mapping[str, Value]]]:
         """Every step of a model in order with its engine and weights, progress told on the way."""
         chunks = self.manifest.models[family].chunks
         total = sum(len(chunk.steps) for chunk in chunks)
-        for done, (step, weights) in enumerate(stream(self._backend.store(family), chunks)):
+        store: WeightStore = self._backend.store(family)
+        if self._trace:
+            store = TracedStore(store, self._trace)
+        for done, (step, weights) in enumerate(stream(store, chunks)):
             self._report(family, done, total)
-            yield step, self._backend.engine(step.graph), weights
+            engine = self._backend.engine(step.graph)
+            yield step, TracedEngine(engine, self._trace, step.name) if self._trace else engine, weights
         self._report(family, total, total)
 
     @property

@@ -13,7 +13,7 @@ import i2l
 from conftest import MakeEngines
 
 ROOT = Path(i2l.__file__).parent
-BASE = {"specs", "errors", "files"}
+BASE = {"specs", "errors", "files", "sizes"}
 MAY_IMPORT = {
     "base": {"base"},
     "engines": {"base", "engines"},
@@ -27,7 +27,7 @@ ONLY_IN = {
     "onnx": {"export"},
     "onnxscript": {"export"},
     "onnx_ir": {"export"},
-    "matplotlib": {"plotting"},
+    "matplotlib": {"plotting", "trace_picture"},
     "comfy": {"comfy_nodes", "comfy_host"},
     "folder_paths": {"comfy_host"},
     "tensorrt": {"engines"},

@@ -319,6 +319,9 @@ def test_auto_takes_the_best_that_works(monkeypatch: pytest.MonkeyPatch) -> None
 class FakeStore:
     """Writes down what it is asked, and fails at the ``fail_at``-th request."""
 
+    slots = 2
+    resident: frozenset[Chunk] = frozenset()
+
     def __init__(self, chunks: Sequence[Chunk], fail_at: int = -1) -> None:
         self.chunks = {step.name: chunk for chunk in chunks for step in chunk.steps}
         self.held: list[Chunk] = []

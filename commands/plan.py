@@ -1,0 +1,144 @@
+"""``i2l plan``."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import format_bytes
+from ..sizes import parse_budget
+from .options import PATH, debug_option, json_option, needs_extra
+
+if TYPE_CHECKING:
+    from ..engines.manifest import Model
+    from ..specs import Family
+
+
+class Budget(click.ParamType[int]):
+    """Bytes, typed like 8GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            budget = parse_budget(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if budget is None:
+            self.fail("auto asks the card, but a plan is for a card that is not here: give a size", param, ctx)
+        return budget
+
+
+@click.command()
+@click.option("--engines", type=PATH, help="The engines directory; or else:")
+@click.option("--preset", type=click.Choice(["tiny", "small", "full"]), help="Sizes alone, nothing built.")
+@click.option("--precision", type=click.Choice(["fp8", "int8", "bf16"]), default="fp8", show_default=True,
+              help="Of the preset.")  # fmt: skip
+@click.option("--vram-budget", "budgets", type=Budget(), multiple=True, required=True,
+              help="Such as 4GiB. Several give a table.")  # fmt: skip
+@click.option("--pcie-gbps", "links", type=click.FloatRange(min=0, min_open=True), multiple=True, default=[25.0],
+              show_default=True, help="GB/s from pinned memory. Several give a table.")  # fmt: skip
+@click.option("--tflops", type=click.FloatRange(min=0, min_open=True), default=100.0, show_default=True,
+              help="Rate that the products reach.")  # fmt: skip
+@click.option("--images", type=click.IntRange(min=1), default=1, show_default=True, help="In one call.")
+@json_option
+@debug_option
+def plan(
+    engines: Path | None,
+    preset: str | None,
+    precision: str,
+    budgets: Sequence[int],
+    links: Sequence[float],
+    tflops: float,
+    images: int,
+    *,
+    as_json: bool,
+) -> None:
+    """Predict, without a GPU, what stays in VRAM, what is copied, and how long an image takes."""
+    if (engines is None) == (preset is None):
+        raise click.UsageError("give either --engines or --preset")
+    models = models_of_engines(engines) if engines else models_of_preset(str(preset), precision)
+    rows = [row for budget in budgets for row in predicted(models, budget, links, tflops, images)]
+    if as_json:
+        click.echo(json.dumps(rows[0] if len(rows) == 1 else rows))
+    elif len(rows) == 1:
+        click.echo("\n".join(details(rows[0])))
+    else:
+        click.echo("\n".join(table(rows, links)))
+
+
+def models_of_engines(engines: Path) -> "dict[Family, Model]":
+    """What the manifest says."""
+    from ..engines.manifest import read_manifest  # noqa: PLC0415
+
+    return dict(read_manifest(engines).models)
+
+
+def models_of_preset(preset: str, precision: str) -> "dict[Family, Model]":
+    """What a build would make; needs no checkpoint."""
+    with needs_extra("export", "i2l plan --preset"):
+        from ..export.packs import planned_model  # noqa: PLC0415
+    from ..specs import PRESETS  # noqa: PLC0415
+
+    return {spec.family: planned_model(spec, precision) for spec in PRESETS[preset]}
+
+
+def predicted(
+    models: "dict[Family, Model]", budget: int, links: Sequence[float], tflops: float, images: int
+) -> list[dict[str, Any]]:
+    """The facts of one budget, one row per link."""
+    from ..runtime.predict import LARGEST_BATCH, Card, graph_memory, predict  # noqa: PLC0415
+    from ..runtime.residency import plan_residency  # noqa: PLC0415
+
+    graphs = graph_memory(models, min(images, LARGEST_BATCH))
+    residency = plan_residency({family: model.chunks for family, model in models.items()}, graphs, budget)
+    rows = []
+    for link in links:
+        prediction = predict(models, residency, Card(link, tflops), images)
+        rows.append(
+            {
+                "predicted": True,
+                "budget_bytes": budget,
+                "pcie_gbps": link,
+                "tflops": tflops,
+                **asdict(prediction),
+                "seconds_per_image": prediction.seconds_per_image,
+                "parts": residency.parts,
+                "resident_chunks": {family: len(indices) for family, indices in residency.resident.items()},
+                "chunks": {family: len(model.chunks) for family, model in models.items()},
+            }
+        )
+    return rows
+
+
+def details(row: dict[str, Any]) -> Iterator[str]:
+    """One prediction for people."""
+    stays = (f"{family} {row['resident_chunks'][family]} of {count}" for family, count in row["chunks"].items())
+    yield f"predicted for {row['pcie_gbps']:g} GB/s and {row['tflops']:g} TFLOP/s, not measured"
+    yield (
+        f"peak VRAM {format_bytes(row['peak_bytes'])} of {format_bytes(row['budget_bytes'])}: "
+        + ", ".join(f"{part} {format_bytes(nbytes)}" for part, nbytes in row["parts"].items())
+    )
+    yield f"chunks that stay: {', '.join(stays)}"
+    yield f"copied per pass: {format_bytes(row['streamed_bytes'])}; once before: {row['load_seconds']:.2f} s of loading"
+    yield (
+        f"images {row['images']}, passes {row['passes']}: {row['seconds']:.3f} s, "
+        f"{1000 * row['seconds_per_image']:.0f} ms per image "
+        f"(copies {row['copy_seconds']:.3f} s, computing {row['compute_seconds']:.3f} s, overlapped)"
+    )
+
+
+def table(rows: Sequence[dict[str, Any]], links: Sequence[float]) -> list[str]:
+    """A row per budget, a column per link, in Markdown."""
+    columns = ["VRAM budget", "peak", "stays", "copied per pass", *(f"ms per image at {link:g} GB/s" for link in links)]
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
+    for start in range(0, len(rows), len(links)):
+        group = rows[start : start + len(links)]
+        facts = (group[0][key] for key in ("budget_bytes", "peak_bytes"))
+        cells = [*map(format_bytes, facts), format_bytes(group[0]["parts"]["resident"])]
+        cells.append(format_bytes(group[0]["streamed_bytes"]))
+        lines.append(" | ".join([*cells, *(f"{1000 * row['seconds_per_image']:.0f}" for row in group)]))
+    return [f"| {line} |" for line in lines]

@@ -1,0 +1,65 @@
+"""What a device must offer so that weights can stream to it: memory, two lanes of work, and events between them.
+
+The host only enqueues. A lane does its work in order, and the two lanes know nothing of each other except through
+events: ``record`` marks a point in a lane, ``wait`` keeps the later work of a lane back until the marked work is done.
+(On CUDA a lane is a stream.) So all rules of streaming can be stated, and tested on a fake device, in these few calls.
+"""
+
+from typing import Any, Literal, Protocol, TypeAlias
+
+from .base import Array, Value
+from .tensorfile import TensorInfo
+
+Lane: TypeAlias = Literal["copy", "compute"]
+Event: TypeAlias = Any
+"""A marked point in a lane; only the device that made it looks inside."""
+
+
+class Device(Protocol):
+    """One accelerator, used by one thread."""
+
+    name: str
+
+    def free_bytes(self) -> int:
+        """Bytes that an allocation could get now."""
+        ...
+
+    def allocate(self, nbytes: int) -> int:
+        """Address of new memory, a multiple of 256.
+
+        Raises:
+            OutOfDeviceMemory: there is not so much.
+        """
+        ...
+
+    def free(self, address: int) -> None:
+        """Give memory back that :meth:`allocate` gave, once all enqueued work is done."""
+        ...
+
+    def copy_async(self, source: memoryview, address: int) -> None:
+        """Enqueue one copy from host to device in the copy lane; ``source`` must not change until it is done."""
+        ...
+
+    def record(self, lane: Lane) -> Event:
+        """Mark the end of what was enqueued in a lane so far."""
+        ...
+
+    def wait(self, lane: Lane, event: Event) -> None:
+        """Keep what is enqueued in a lane from now on back until ``event``."""
+        ...
+
+    def value(self, address: int, info: TensorInfo) -> Value:
+        """The tensor at an address, for the engines of this device."""
+        ...
+
+    def upload(self, array: Array) -> Value:
+        """An array as a value of this device."""
+        ...
+
+    def download(self, value: Value) -> Array:
+        """A value as an array, once it is computed."""
+        ...
+
+    def finish(self) -> None:
+        """Wait until all enqueued work is done."""
+        ...

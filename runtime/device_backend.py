@@ -1,0 +1,96 @@
+"""A backend on a device: engines of that device, weights that stream to it within a budget.
+
+Only the device and its engines differ between CUDA and TensorRT, and between those and the fake of the tests.
+"""
+
+import contextlib
+import mmap
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from ..engines.base import Array, Engine, Value
+from ..engines.device import Device
+from ..engines.manifest import Manifest
+from ..errors import OutOfDeviceMemory
+from ..specs import Family
+from .residency import GraphMemory, Residency, plan_residency
+from .slots import DeviceStore, DeviceWeights
+
+
+class DeviceBackend:
+    """An engines directory on a device.
+
+    Args:
+        name: such as ``tensorrt``.
+        device: where to compute.
+        make_engine: a graph's name to its engine.
+        directory: the engines directory.
+        manifest: its manifest.
+        graphs: memory of every graph.
+        budget_bytes: for weights, activations and all.
+
+    Raises:
+        BudgetTooSmall: these engines need more.
+        OutOfDeviceMemory: the device has less free than the smallest plan needs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        device: Device,
+        make_engine: Callable[[str], Engine],
+        directory: Path,
+        manifest: Manifest,
+        graphs: Mapping[str, GraphMemory],
+        budget_bytes: int,
+    ) -> None:
+        self.name = name
+        self._device = device
+        self._make_engine = make_engine
+        self._engines: dict[str, Engine] = {}
+        folder = directory / manifest.build
+        self._maps = {family: mapped(folder / model.pack) for family, model in manifest.models.items()}
+        chunks = {family: model.chunks for family, model in manifest.models.items()}
+        self._weights = DeviceWeights(
+            device,
+            manifest.models,
+            {family: memoryview(pack) for family, pack in self._maps.items()},
+            partial(plan_residency, chunks, graphs),
+            budget_bytes,
+        )
+
+    @property
+    def residency(self) -> Residency:
+        """The plan in force."""
+        return self._weights.residency
+
+    def engine(self, graph: str) -> Engine:
+        if graph not in self._engines:
+            self._engines[graph] = self._make_engine(graph)
+        return self._engines[graph]
+
+    def store(self, family: Family) -> DeviceStore:
+        return self._weights.stores[family]
+
+    def value(self, array: Array) -> Value:
+        return self._device.upload(array)
+
+    def array(self, value: Value) -> Array:
+        return self._device.download(value)
+
+    def shrink(self, cause: OutOfDeviceMemory) -> None:
+        self._weights.shrink(cause)
+
+    def close(self) -> None:
+        self._engines.clear()
+        self._weights.close()
+        with contextlib.suppress(BufferError):  # an error's traceback still holds weights: the maps go when they go
+            for pack in self._maps.values():
+                pack.close()
+
+
+def mapped(path: Path) -> mmap.mmap:
+    """A file in the process's address space, read-only."""
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -1,0 +1,115 @@
+"""A trace of a run: what was copied and computed when, and how much memory was held.
+
+The file is Chrome's trace format, which Perfetto (ui.perfetto.dev) and ``chrome://tracing`` open. Spans are measured on
+the host: on the CPU backend ``prefetch`` asks for a chunk, ``acquire`` waits for it, ``run`` computes. Nothing is
+wrapped and nothing costs if no trace was asked for.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..engines.base import Engine, Value, WeightStore
+from ..engines.manifest import Chunk, Step
+from ..files import atomic_path
+
+LANES = ("copy", "compute")
+
+
+class Trace:
+    """Collects events; times in microseconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter_ns()
+        self._held: dict[Chunk, None] = {}
+        self.events: list[dict[str, Any]] = [
+            {"ph": "M", "name": "thread_name", "pid": 1, "tid": lane, "args": {"name": name}}
+            for lane, name in enumerate(LANES, 1)
+        ]
+
+    @contextmanager
+    def span(self, lane: str, name: str, **facts: object) -> Iterator[None]:
+        """Time the body."""
+        begin = self._now()
+        try:
+            yield
+        finally:
+            event = {"ph": "X", "name": name, "pid": 1, "tid": LANES.index(lane) + 1, "ts": begin}
+            self.events.append({**event, "dur": self._now() - begin, "args": facts})
+
+    def hold(self, chunk: Chunk) -> None:
+        """A chunk's memory is held from now on."""
+        self._held[chunk] = None
+        self._memory()
+
+    def drop(self, chunk: Chunk) -> None:
+        """A chunk's memory was given back."""
+        self._held.pop(chunk, None)
+        self._memory()
+
+    def save(self, path: Path) -> None:
+        """Write the JSON file.
+
+        Raises:
+            OutputUnwritable, DiskFull: it cannot be written; what was there stays.
+        """
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps({"traceEvents": self.events, "displayTimeUnit": "ms"}), encoding="utf-8")
+
+    def _memory(self) -> None:
+        held = sum(chunk.nbytes for chunk in self._held)
+        self.events.append({"ph": "C", "name": "memory", "pid": 1, "ts": self._now(), "args": {"weights": held}})
+
+    def _now(self) -> float:
+        return (time.perf_counter_ns() - self._start) / 1000
+
+
+class TracedStore:
+    """A :class:`WeightStore` whose calls are traced."""
+
+    def __init__(self, store: WeightStore, trace: Trace) -> None:
+        self._store = store
+        self._trace = trace
+
+    @property
+    def slots(self) -> int:
+        return self._store.slots
+
+    @property
+    def resident(self) -> AbstractSet[Chunk]:
+        return self._store.resident
+
+    def prefetch(self, chunk: Chunk) -> None:
+        with self._trace.span("copy", f"prefetch {chunk.steps[0].name}", nbytes=chunk.nbytes):
+            self._store.prefetch(chunk)
+        self._trace.hold(chunk)
+
+    def acquire(self, chunk: Chunk) -> None:
+        with self._trace.span("copy", f"acquire {chunk.steps[0].name}", nbytes=chunk.nbytes):
+            self._store.acquire(chunk)
+
+    def weights(self, step: Step) -> Mapping[str, Value]:
+        return self._store.weights(step)
+
+    def release(self, chunk: Chunk) -> None:
+        self._store.release(chunk)
+        if chunk not in self._store.resident:
+            self._trace.drop(chunk)
+
+
+class TracedEngine:
+    """An :class:`Engine` whose runs are traced under a step's name."""
+
+    def __init__(self, engine: Engine, trace: Trace, step: str) -> None:
+        self.activation = engine.activation
+        self._engine = engine
+        self._trace = trace
+        self._step = step
+
+    def run(self, activation: Value, weights: Mapping[str, Value]) -> dict[str, Value]:
+        with self._trace.span("compute", f"run {self._step}"):
+            return self._engine.run(activation, weights)

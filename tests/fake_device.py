@@ -1,0 +1,163 @@
+"""A device that runs late and in any order that its events allow, to catch a streamer that forgot one.
+
+Memory is real bytes, work is queued in two lanes, and a seeded choice decides which lane goes on. A copy lands in two
+halves. So work that is not ordered by an event does, under some seed, see bytes of another chunk. Activations are
+onnxruntime's, on the host.
+"""
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime as ort
+
+from i2l.engines.base import Array
+from i2l.engines.device import Lane
+from i2l.engines.tensorfile import TensorInfo
+from i2l.errors import OutOfDeviceMemory
+
+Work = Callable[[], None]
+
+
+@dataclass
+class Mark:
+    """An event."""
+
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class DeviceTensor:
+    """A value of the fake device."""
+
+    device: "FakeDevice"
+    address: int
+    info: TensorInfo
+
+    def read(self) -> bytes:
+        return self.device.read(self.address, self.info.nbytes)
+
+
+class FakeDevice:
+    """Implements :class:`Device`.
+
+    Args:
+        capacity_bytes: what can be allocated in all.
+        seed: of the order of work.
+        haste: probability that the copy lane goes on rather than the compute lane, where both can.
+        failures: numbers of the allocations, counted from 0, that fail whatever is free.
+    """
+
+    name = "fake device"
+
+    def __init__(
+        self, capacity_bytes: int, *, seed: int = 0, haste: float = 0.5, failures: frozenset[int] = frozenset()
+    ) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.peak_bytes = 0
+        self.allocations = 0
+        self.copied: list[int] = []
+        """Bytes of every copy that was asked for."""
+        self._memory: dict[int, bytearray] = {}
+        self._lanes: dict[Lane, deque[Work | Mark]] = {"copy": deque(), "compute": deque()}
+        self._random = random.Random(seed)
+        self._haste = haste
+        self._failures = failures
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(len(memory) for memory in self._memory.values())
+
+    def free_bytes(self) -> int:
+        return max(self.capacity_bytes - self.used_bytes, 0)
+
+    def allocate(self, nbytes: int) -> int:
+        number, self.allocations = self.allocations, self.allocations + 1
+        if number in self._failures or nbytes > self.free_bytes():
+            raise OutOfDeviceMemory(self.name, nbytes, self.free_bytes())
+        address = (1 << 20) * (1 + number)
+        self._memory[address] = bytearray(b"\xee" * nbytes)
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+        return address
+
+    def free(self, address: int) -> None:
+        assert not any(self._lanes.values()), "memory given back under running work"
+        del self._memory[address]
+
+    def copy_async(self, source: memoryview, address: int) -> None:
+        self.copied.append(len(source))
+        half = len(source) // 2
+        self.enqueue("copy", lambda: self._write(address, source[:half]))
+        self.enqueue("copy", lambda: self._write(address + half, source[half:]))
+
+    def record(self, lane: Lane) -> Mark:
+        mark = Mark()
+
+        def done() -> None:
+            mark.done = True
+
+        self.enqueue(lane, done)
+        return mark
+
+    def wait(self, lane: Lane, event: Mark) -> None:
+        self.enqueue(lane, event)
+
+    def value(self, address: int, info: TensorInfo) -> DeviceTensor:
+        assert address % 256 == 0, "TensorRT refuses such an address"
+        return DeviceTensor(self, address, info)
+
+    def upload(self, array: Array) -> ort.OrtValue:
+        return ort.OrtValue.ortvalue_from_numpy(array)
+
+    def download(self, value: ort.OrtValue) -> Array:
+        return np.asarray(value.numpy(), np.float32)
+
+    def finish(self) -> None:
+        self.drain("compute")
+        self.drain("copy")
+
+    # --- what only the fake has -----------------------------------------------------------------------------------
+
+    def enqueue(self, lane: Lane, work: "Work | Mark") -> None:
+        self._lanes[lane].append(work)
+        for _ in range(self._random.randrange(4)):
+            self._advance()
+
+    def drain(self, lane: Lane) -> None:
+        """Let time pass until a lane has nothing left to do."""
+        while self._lanes[lane]:
+            assert self._advance(), "both lanes wait for each other"
+
+    def read(self, address: int, nbytes: int) -> bytes:
+        memory, start = self._find(address, nbytes)
+        return bytes(memory[start : start + nbytes])
+
+    def array(self, tensor: DeviceTensor, dtype: type[np.generic]) -> np.ndarray:
+        return np.frombuffer(tensor.read(), dtype).reshape(tensor.info.shape)
+
+    def _advance(self) -> bool:
+        able = list(self._able())
+        if not able:
+            return False
+        lane = able[0] if len(able) == 1 else ("copy" if self._random.random() < self._haste else "compute")
+        work = self._lanes[lane].popleft()
+        if not isinstance(work, Mark):
+            work()
+        return True
+
+    def _able(self) -> Iterator[Lane]:
+        for lane, queue in self._lanes.items():
+            if queue and not (isinstance(queue[0], Mark) and not queue[0].done):
+                yield lane
+
+    def _write(self, address: int, data: memoryview) -> None:
+        memory, start = self._find(address, len(data))
+        memory[start : start + len(data)] = data
+
+    def _find(self, address: int, nbytes: int) -> tuple[bytearray, int]:
+        for base, memory in self._memory.items():
+            if base <= address and address + nbytes <= base + len(memory):
+                return memory, address - base
+        raise AssertionError(f"{nbytes} bytes at {address:#x} are not allocated")

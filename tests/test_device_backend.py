@@ -1,0 +1,148 @@
+"""The whole pipeline over a fake device: the same LoRA at every budget, and what happens when memory runs out.
+
+Engines are onnxruntime's, fed with what the fake device's memory holds when the weights are read.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from conftest import MakeEngines, picture
+from fake_device import DeviceTensor, FakeDevice
+from i2l.engines.manifest import read_manifest
+from i2l.engines.ort import ELEMENT_TYPES, OrtEngine
+from i2l.errors import BudgetTooSmall, OutOfDeviceMemory
+from i2l.runtime.device_backend import DeviceBackend
+from i2l.runtime.lora import Lora
+from i2l.runtime.pipeline import Pipeline
+from i2l.runtime.residency import RESERVED_BYTES, GraphMemory
+
+PICTURES = [picture(90, 70, seed=1), picture(64, 64, seed=2)]
+
+
+class FakeEngine:
+    """Reads its weights when the compute lane comes to it."""
+
+    def __init__(self, device: FakeDevice, graph: str, path: Path, fail: Callable[[str], None]) -> None:
+        self._engine = OrtEngine(graph, path, 1)
+        self._device, self._graph, self._fail = device, graph, fail
+        self.activation = self._engine.activation
+
+    def run(self, activation: ort.OrtValue, weights: Mapping[str, DeviceTensor]) -> dict[str, ort.OrtValue]:
+        self._fail(self._graph)
+        outputs: dict[str, ort.OrtValue] = {}
+
+        def work() -> None:
+            values = {}
+            for name, tensor in weights.items():
+                dtype, element = ELEMENT_TYPES[tensor.info.dtype]
+                array = self._device.array(tensor, dtype)
+                values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, element)
+            outputs.update(self._engine.run(activation, values))
+
+        self._device.enqueue("compute", work)
+        self._device.drain("compute")
+        return outputs
+
+
+Opened = Callable[..., tuple[Pipeline, DeviceBackend, FakeDevice]]
+
+
+@pytest.fixture
+def opened(engines: MakeEngines) -> Iterator[Opened]:
+    """``opened(spare_bytes)``: a pipeline on a fake device with that much more than the smallest budget."""
+    directory = engines("tiny", "fp8")
+    manifest = read_manifest(directory)
+    graphs = {graph: GraphMemory(5000, 4000, 100) for graph in manifest.graphs}
+    pipelines = []
+
+    def open_(
+        spare_bytes: int, *, auto: bool = False, fail: Callable[[str], None] = lambda _: None
+    ) -> tuple[Pipeline, DeviceBackend, FakeDevice]:
+        device = FakeDevice(1 << 30, seed=spare_bytes)
+
+        def make(graph: str) -> FakeEngine:
+            return FakeEngine(device, graph, directory / manifest.build / manifest.graphs[graph], fail)
+
+        def backend(budget_bytes: int) -> DeviceBackend:
+            return DeviceBackend("fake", device, make, directory, manifest, graphs, budget_bytes)
+
+        with pytest.raises(BudgetTooSmall) as caught:
+            backend(0)
+        pipeline = Pipeline(directory, backend="cpu", threads=1)
+        pipeline._backend.close()
+        made = pipeline._backend = backend(caught.value.needed_bytes + spare_bytes)
+        pipeline.backend_name, pipeline._may_fall_back = "fake", auto
+        pipelines.append(pipeline)
+        return pipeline, made, device
+
+    yield open_
+    for pipeline in pipelines:
+        pipeline.close()
+
+
+@pytest.fixture(scope="module")
+def wanted(engines: MakeEngines) -> Lora:
+    with Pipeline(engines("tiny", "fp8"), backend="cpu", threads=1) as pipeline:
+        return pipeline.lora_from_images(PICTURES)
+
+
+def assert_same(found: Lora, wanted: Lora) -> None:
+    for module, factors in wanted.factors.items():
+        for x, y in zip(found.factors[module], factors, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("spare_bytes", [0, 60_000, 200_000, 10_000_000])
+def test_the_lora_is_the_same_at_every_budget(opened: Opened, wanted: Lora, spare_bytes: int) -> None:
+    pipeline, backend, device = opened(spare_bytes)
+    for _ in range(2):
+        assert_same(pipeline.lora_from_images(PICTURES), wanted)
+    assert device.peak_bytes + RESERVED_BYTES <= backend.residency.budget_bytes
+    assert (backend.residency.streamed_bytes == 0) == (spare_bytes == 10_000_000)
+    pipeline.close()
+    assert device.used_bytes == 0
+
+
+def failing(at: int, graph: str, times: int) -> Callable[[str], None]:
+    """From the ``at``-th run of ``graph`` on, that many runs find no memory."""
+    runs = iter(range(10_000))
+
+    def fail(name: str) -> None:
+        if name == graph and at <= next(runs) < at + times:
+            raise OutOfDeviceMemory("fake device", 1 << 20, 0)
+
+    return fail
+
+
+@pytest.mark.parametrize("graph", ["dinov3.block", "adapter.attention", "siglip2.embed"])
+def test_out_of_memory_in_the_middle_gives_the_same_lora(
+    opened: Opened, wanted: Lora, graph: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline, backend, _ = opened(10_000_000, fail=failing(1 if graph != "siglip2.embed" else 0, graph, 2))
+    before = backend.residency.peak_bytes
+    with caplog.at_level(logging.WARNING, "i2l"):
+        assert_same(pipeline.lora_from_images(PICTURES), wanted)
+    assert backend.residency.peak_bytes < before
+    assert len(caplog.records) == 2
+    assert pipeline.backend_name == "fake"
+
+
+@pytest.mark.parametrize("auto", [True, False])
+def test_the_cpu_goes_on_only_if_allowed(
+    opened: Opened, wanted: Lora, auto: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline, _, device = opened(0, auto=auto, fail=failing(1, "dinov3.block", 1000))
+    if not auto:
+        with pytest.raises(OutOfDeviceMemory, match=r"fake device has no room for 1.0 MiB .* or use --backend cpu"):
+            pipeline.lora_from_images(PICTURES)
+        return
+    with caplog.at_level(logging.WARNING, "i2l"):
+        assert_same(pipeline.lora_from_images(PICTURES), wanted)
+    assert [record.message.split(": ")[-1] for record in caplog.records] == ["going on with the CPU"]
+    assert (pipeline.backend_name, pipeline.backend_reason) == ("cpu", "fake ran out of memory")
+    assert device.used_bytes == 0
