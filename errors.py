@@ -225,12 +225,13 @@ class BackendUnavailable(I2LError, RuntimeError):
 class BudgetTooSmall(I2LError, MemoryError):
     """Not even the smallest plan fits the budget."""
 
-    def __init__(self, budget_bytes: int, needed_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, needed_bytes: int, memory: str = "VRAM") -> None:
         self.needed_bytes = needed_bytes
         mebibytes = -(-needed_bytes // (1 << 20))  # rounded up, so that what is printed works
         super().__init__(
-            f"the VRAM budget is {format_bytes(budget_bytes)}, but these engines need at least "
-            f"{format_bytes(needed_bytes)}: give --vram-budget {mebibytes}MiB or more, or use --backend cpu"
+            f"the {memory} budget is {format_bytes(budget_bytes)}, but these engines need at least "
+            f"{format_bytes(needed_bytes)}: give --{memory.lower()}-budget {mebibytes}MiB or more"
+            f"{', or use --backend cpu' if memory == 'VRAM' else ''}"
         )
 
 

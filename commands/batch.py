@@ -18,6 +18,7 @@ from .options import (
     json_option,
     key_format_option,
     no_cache_option,
+    ram_budget_option,
     strength_option,
     threads_option,
 )
@@ -31,6 +32,7 @@ from .options import (
               help="One LoRA for each image in FOLDER, or for each folder in it.")  # fmt: skip
 @backend_option
 @threads_option
+@ram_budget_option
 @strength_option
 @dtype_option
 @key_format_option
@@ -44,6 +46,7 @@ def batch(
     per: Literal["image", "folder"],
     backend: str,
     threads: int | None,
+    ram_budget_bytes: int | None,
     strength: float,
     dtype: Literal["bf16", "fp16", "fp32"],
     key_format: Literal["comfyui", "diffsynth"],
@@ -71,7 +74,9 @@ def batch(
     with show_progress("steps", quiet=as_json) as report:
         progress = BatchProgress(report)
         cache = cache_folder(no_cache=no_cache)
-        with Pipeline(engines, backend=backend, threads=threads, report=progress, cache=cache) as pipeline:
+        with Pipeline(
+            engines, backend=backend, threads=threads, ram_budget_bytes=ram_budget_bytes, report=progress, cache=cache
+        ) as pipeline:
             result = run_jobs(
                 pipeline, plan.jobs, strength=strength, dtype=dtype, key_format=key_format, progress=progress
             )

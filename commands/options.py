@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from ..errors import PackageMissing, WeightsMismatch, format_path
+from ..sizes import parse_budget
 
 
 class UserPath(click.Path):
@@ -28,7 +29,23 @@ class UserPath(click.Path):
         return path
 
 
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.5
+    """Bytes, typed like 8GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            budget = parse_budget(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        if budget is None:
+            self.fail("nothing is here to ask for its free memory: give a size, such as 4GiB", param, ctx)
+        return budget
+
+
 PATH = UserPath()
+SIZE = Size()
 DEBUG = "i2l.debug"
 """Where a command's context keeps ``--debug``."""
 
@@ -77,6 +94,10 @@ def require_finite(_: click.Context, __: click.Parameter, value: Numbers) -> Num
 threads_option = click.option(
     "--threads", type=click.IntRange(min=1),
     help="Threads of the CPU backend. Default: physical cores, within a container's quota.",
+)  # fmt: skip
+ram_budget_option = click.option(
+    "--ram-budget", "ram_budget_bytes", type=SIZE,
+    help="Memory for weights that stay between passes, CPU backend, such as 4GiB. Default: none stay.",
 )  # fmt: skip
 no_cache_option = click.option(
     "--no-cache",

@@ -9,27 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import format_bytes
-from ..sizes import parse_budget
-from .options import PATH, debug_option, json_option, needs_extra
+from .options import PATH, SIZE, debug_option, json_option, needs_extra
 
 if TYPE_CHECKING:
     from ..engines.manifest import Model
     from ..specs import Family
-
-
-class Budget(click.ParamType[int]):
-    """Bytes, typed like 8GiB."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            budget = parse_budget(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-        if budget is None:
-            self.fail("auto asks the card, but a plan is for a card that is not here: give a size", param, ctx)
-        return budget
 
 
 @click.command()
@@ -37,7 +21,7 @@ class Budget(click.ParamType[int]):
 @click.option("--preset", type=click.Choice(["tiny", "small", "full"]), help="Sizes alone, nothing built.")
 @click.option("--precision", type=click.Choice(["fp8", "int8", "bf16"]), default="fp8", show_default=True,
               help="Of the preset.")  # fmt: skip
-@click.option("--vram-budget", "budgets", type=Budget(), multiple=True, required=True,
+@click.option("--vram-budget", "budgets", type=SIZE, multiple=True, required=True,
               help="Such as 4GiB. Several give a table.")  # fmt: skip
 @click.option("--pcie-gbps", "links", type=click.FloatRange(min=0, min_open=True), multiple=True, default=[25.0],
               show_default=True, help="GB/s from pinned memory. Several give a table.")  # fmt: skip

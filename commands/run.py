@@ -18,6 +18,7 @@ from .options import (
     json_option,
     key_format_option,
     no_cache_option,
+    ram_budget_option,
     reduce_rank_option,
     require_weights,
     strength_option,
@@ -33,6 +34,7 @@ from .tracing import trace_option, traced
 @click.option("--output", type=PATH, required=True, help="The LoRA file to write.")
 @backend_option
 @threads_option
+@ram_budget_option
 @strength_option
 @weight_option("image")
 @reduce_rank_option
@@ -48,6 +50,7 @@ def run(
     output: Path,
     backend: str,
     threads: int | None,
+    ram_budget_bytes: int | None,
     strength: float,
     weights: Sequence[float],
     reduce_rank: int | None,
@@ -81,7 +84,15 @@ def run(
     with (
         traced(trace) as tracing,
         show_progress("steps", quiet=as_json) as report,
-        Pipeline(engines, backend=backend, threads=threads, report=report, cache=cache, trace=tracing) as pipeline,
+        Pipeline(
+            engines,
+            backend=backend,
+            threads=threads,
+            ram_budget_bytes=ram_budget_bytes,
+            report=report,
+            cache=cache,
+            trace=tracing,
+        ) as pipeline,
     ):
         lora = pipeline.lora_from_images(images, strength=strength, weights=weights or None)
         reduction = None

@@ -1,13 +1,13 @@
 """The cpu backend: onnxruntime, weights fed from a memory-mapped pack.
 
 One session per graph, however many blocks it serves. A step's weights are ``OrtValue``s laid over the mapped file:
-nothing is copied or deserialised. Pages come in by ``madvise(WILLNEED)`` one chunk ahead and leave the process by
-``madvise(DONTNEED)`` behind: one chunk is resident, the next is in the page cache, which keeps all for the next run.
+nothing is copied or deserialised. Pages come in by ``madvise(WILLNEED)`` some chunks ahead and leave the process by
+``madvise(DONTNEED)`` behind: one chunk is resident, the next are in the page cache, which keeps all for the next run.
 """
 
 import contextlib
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,8 @@ ELEMENT_TYPES: Mapping[str, tuple[type[np.generic], int]] = {
     "BF16": (np.uint16, 16),
     "F8_E4M3": (np.uint8, 17),
 }
+AHEAD_BYTES = 512 << 20
+"""How far the disk reads ahead. Small chunks are used up before the disk has begun with the next ones."""
 
 
 class CpuBackend:
@@ -38,10 +40,17 @@ class CpuBackend:
 
     name = "cpu"
 
-    def __init__(self, directory: Path, manifest: Manifest, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        manifest: Manifest,
+        threads: int | None = None,
+        resident: Mapping[Family, frozenset[Chunk]] | None = None,
+    ) -> None:
         self._folder = directory / manifest.build
         self._manifest = manifest
         self._threads = threads or default_threads()
+        self._resident = resident or {}
         self._engines: dict[str, OrtEngine] = {}
         self._stores: dict[Family, MappedPack] = {}
 
@@ -53,7 +62,8 @@ class CpuBackend:
     def store(self, family: Family) -> "MappedPack":
         if family not in self._stores:
             model = self._manifest.models[family]
-            self._stores[family] = MappedPack(self._folder / model.pack, model.tensors)
+            kept = self._resident.get(family, frozenset())
+            self._stores[family] = MappedPack(self._folder / model.pack, model.tensors, model.chunks, kept)
         return self._stores[family]
 
     def value(self, array: Array) -> ort.OrtValue:
@@ -95,16 +105,28 @@ class OrtEngine:
 
 
 class MappedPack:
-    """A pack in the process's address space."""
+    """A pack in the process's address space.
 
-    slots = 2
-    resident: frozenset[Chunk] = frozenset()
+    Args:
+        path: the pack.
+        tensors: where they lie in it.
+        chunks: all of the pack.
+        resident: chunks that are not given back.
+    """
 
-    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, TensorInfo],
+        chunks: Sequence[Chunk],
+        resident: frozenset[Chunk] = frozenset(),
+    ) -> None:
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._values: dict[str, dict[str, ort.OrtValue]] = {}
         self._tensors = tensors
+        self.resident = resident
+        self.slots = max(2, AHEAD_BYTES // max(chunk.nbytes for chunk in chunks))
 
     def prefetch(self, chunk: Chunk) -> None:
         read_ahead(self._map, chunk.offset, chunk.nbytes)
@@ -120,7 +142,8 @@ class MappedPack:
         return self._values[step.name]
 
     def release(self, chunk: Chunk) -> None:
-        give_back(self._map, chunk.offset, chunk.nbytes)
+        if chunk not in self.resident:
+            give_back(self._map, chunk.offset, chunk.nbytes)
 
     def close(self) -> None:
         self._values.clear()

@@ -20,7 +20,7 @@ from PIL import Image
 from ..engines.base import Array, Backend, Engine, Value, WeightStore
 from ..engines.detect import choose_backend
 from ..engines.integrity import check_files
-from ..engines.manifest import Manifest, Step, content_id, read_manifest
+from ..engines.manifest import Chunk, Manifest, Step, content_id, read_manifest
 from ..engines.ort import CpuBackend
 from ..errors import NoImages, OutOfDeviceMemory
 from ..files import Report, silent
@@ -28,6 +28,7 @@ from ..specs import FAMILIES, AdapterSpec, EncoderSpec, Family
 from .cache import EmbeddingCache, encoders_id
 from .images import ImageSource, content_sha256, load_image, pixels_dinov3, pixels_siglip2, square_image
 from .lora import MODEL_METADATA, Lora, factors_by_module, joining_weights, lora_from_factors, require_finite
+from .residency import resident_chunks
 from .streamer import stream
 from .trace import Trace, TracedEngine, TracedStore
 
@@ -67,6 +68,7 @@ class Pipeline:
         engines: the directory that ``i2l build-engines`` made.
         backend: ``auto``, ``cpu``, ``cuda`` or ``tensorrt``.
         threads: of the CPU backend; by default one for each physical core, within the container's quota.
+        ram_budget_bytes: for the CPU backend's weights: what fits stays in memory between images; by default nothing.
         report: told the steps done of the running stage.
         cache: a folder that keeps the embeddings of images that were seen, as :mod:`.cache` says; None keeps nothing.
         trace: told every copy and computation.
@@ -82,6 +84,7 @@ class Pipeline:
         *,
         backend: str = "auto",
         threads: int | None = None,
+        ram_budget_bytes: int | None = None,
         report: Report = silent,
         cache: Path | None = None,
         trace: Trace | None = None,
@@ -89,8 +92,8 @@ class Pipeline:
         self.manifest: Manifest = read_manifest(engines)
         self.backend_name, self.backend_reason = choose_backend(backend)
         check_files(engines, self.manifest)
-        self._backend: Backend = CpuBackend(engines, self.manifest, threads)
-        self._engines, self._threads = engines, threads
+        self._open_cpu = partial(CpuBackend, engines, self.manifest, threads, self._kept(ram_budget_bytes))
+        self._backend: Backend = self._open_cpu()
         self._may_fall_back = backend == "auto" and self.backend_name != "cpu"
         self._report = report
         self.cache: EmbeddingCache | None = None
@@ -241,13 +244,20 @@ class Pipeline:
     def _fall_back(self, cause: OutOfDeviceMemory) -> None:
         log.warning("%s: going on with the CPU", cause)
         self._backend.close()
-        self._backend = CpuBackend(self._engines, self.manifest, self._threads)
+        self._backend = self._open_cpu()
         self.backend_name, self.backend_reason = "cpu", f"{self.backend_name} ran out of memory"
         if self.cache is not None:  # its entries are of one backend
             self.cache = EmbeddingCache(
                 self.cache.folder, encoders_id(content_id(self.manifest, ENCODERS), self.backend_name)
             )
         self._may_fall_back = False
+
+    def _kept(self, ram_budget_bytes: int | None) -> dict[Family, frozenset[Chunk]]:
+        """The chunks that the CPU keeps between images."""
+        if ram_budget_bytes is None:
+            return {}
+        chunks = {family: model.chunks for family, model in self.manifest.models.items()}
+        return resident_chunks(chunks, ram_budget_bytes)
 
     def _stream(self, family: Family) -> Iterator[tuple[Step, Engine, Mapping[str, Value]]]:
         """Every step of a model in order with its engine and weights, progress told on the way."""
@@ -310,6 +320,7 @@ def open_engines(
     *,
     backend: str = "auto",
     threads: int | None = None,
+    ram_budget_bytes: int | None = None,
     report: Report = silent,
     cache: Path | str | None = None,
 ) -> Pipeline:
@@ -319,4 +330,11 @@ def open_engines(
     a library does not write into a home directory by itself.
     """
     folder = None if cache is None else Path(cache).expanduser()
-    return Pipeline(Path(engines).expanduser(), backend=backend, threads=threads, report=report, cache=folder)
+    return Pipeline(
+        Path(engines).expanduser(),
+        backend=backend,
+        threads=threads,
+        ram_budget_bytes=ram_budget_bytes,
+        report=report,
+        cache=folder,
+    )

@@ -95,6 +95,7 @@ def plan_residency(
     *,
     slots: int = SLOTS,
     reserved_bytes: int = RESERVED_BYTES,
+    memory: str = "VRAM",
 ) -> Residency:
     """Fill the budget with resident chunks beside the slots that the others need.
 
@@ -104,6 +105,7 @@ def plan_residency(
         budget_bytes: for all of it.
         slots: how many chunks may be on the device for one to be used and the others to come.
         reserved_bytes: gone before anything is allocated.
+        memory: how the error calls what the budget is of.
 
     Raises:
         BudgetTooSmall: not even the smallest plan fits; the error names the budget that does.
@@ -116,7 +118,7 @@ def plan_residency(
     forced = [{place for place, size in sizes.items() if size > largest} for largest in {0, *sizes.values()}]
     least = fixed + min(weight_bytes(sizes, resident, slots) for resident in forced)
     if least > budget_bytes:
-        raise BudgetTooSmall(budget_bytes, least)
+        raise BudgetTooSmall(budget_bytes, least, memory)
     order = list(preference(chunks))
     room = budget_bytes - fixed
     plans = [filled(sizes, start, order, slots, room) for start in forced if weight_bytes(sizes, start, slots) <= room]
@@ -137,6 +139,18 @@ def plan_residency(
         reserved_bytes=reserved_bytes,
         streamed_bytes=sum(chunks[family][i].nbytes for family, i in sizes if (family, i) not in resident),
     )
+
+
+def resident_chunks(chunks: Mapping[Family, Sequence[Chunk]], ram_budget_bytes: int) -> dict[Family, frozenset[Chunk]]:
+    """The chunks that the CPU keeps mapped between images; the budget is for weights alone.
+
+    One other chunk is mapped while it is used. The next one waits in the page cache, which is the system's memory.
+
+    Raises:
+        BudgetTooSmall: the largest chunk does not fit.
+    """
+    plan = plan_residency(chunks, {}, ram_budget_bytes, slots=1, reserved_bytes=0, memory="RAM")
+    return {family: frozenset(chunks[family][index] for index in kept) for family, kept in plan.resident.items()}
 
 
 def weight_bytes(sizes: Mapping[Place, int], resident: set[Place], slots: int) -> int:

@@ -20,7 +20,7 @@ import i2l
 from conftest import MakeEngines, picture
 from i2l.engines import detect, ort
 from i2l.engines.manifest import Chunk, Step, read_manifest
-from i2l.errors import BackendUnavailable, EnginesMissing, NoImages, ShapeMismatch
+from i2l.errors import BackendUnavailable, BudgetTooSmall, EnginesMissing, NoImages, ShapeMismatch
 from i2l.runtime.pipeline import Pipeline, open_engines
 from i2l.runtime.streamer import stream
 
@@ -87,6 +87,33 @@ def test_a_second_call_sets_nothing_up_again(engines: MakeEngines, monkeypatch: 
     for module, (a, b) in first.factors.items():
         np.testing.assert_array_equal(second.factors[module][0], a)
         np.testing.assert_array_equal(second.factors[module][1], b)
+
+
+def test_within_a_ram_budget_chunks_stay_and_the_lora_is_the_same(
+    engines: MakeEngines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back: list[tuple[object, int]] = []
+    monkeypatch.setattr(ort, "give_back", lambda mapped, offset, _: given_back.append((mapped, offset)))
+    chunks = [c for model in read_manifest(engines("tiny", "fp32")).models.values() for c in model.chunks]
+    whole, largest = sum(c.nbytes for c in chunks), max(c.nbytes for c in chunks)
+    counts, first_a = [], []
+    for budget in (None, largest, (whole + largest) // 2, whole + largest):
+        given_back.clear()
+        with open_engines(engines("tiny", "fp32"), ram_budget_bytes=budget) as opened:
+            lora = opened.lora_from_images(PICTURES[:1])
+        counts.append(len(given_back))
+        first_a.append(lora.factors["layers.0.attention.to_q"][0])
+    assert counts[0] == len(chunks)
+    assert counts == sorted(counts, reverse=True)
+    assert 0 < counts[2] < counts[1]
+    assert counts[3] == 0
+    assert all(np.array_equal(a, first_a[0]) for a in first_a)
+
+
+def test_a_ram_budget_below_one_chunk_is_explained(engines: MakeEngines) -> None:
+    with pytest.raises(BudgetTooSmall, match=r"RAM budget is 1\.0 KiB.*--ram-budget 1MiB") as caught:
+        open_engines(engines("tiny", "fp32"), ram_budget_bytes=1024)
+    open_engines(engines("tiny", "fp32"), ram_budget_bytes=caught.value.needed_bytes).close()
 
 
 def test_every_step_is_observed_in_order(pipeline: Pipeline) -> None:
@@ -219,7 +246,7 @@ def test_advice_covers_the_chunk_in_whole_pages(
     """The kernel refuses a start that is not on a page; Apple's pages are 16 KiB, some ARM servers' 64 KiB."""
     manifest = read_manifest(engines("tiny", "fp32"))
     model = manifest.models["dinov3"]
-    pack = ort.MappedPack(engines("tiny", "fp32") / manifest.build / model.pack, model.tensors)
+    pack = ort.MappedPack(engines("tiny", "fp32") / manifest.build / model.pack, model.tensors, model.chunks)
     told: list[tuple[int, int, int]] = []
 
     class Map:
