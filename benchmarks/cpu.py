@@ -3,6 +3,7 @@
 Everything runs in turn, each contender in a process of its own, on the same synthetic checkpoints and image. `full`
 needs 60 GB of disk, 22 GB of memory for the original's path, and the better part of an hour.
 Usage: python benchmarks/cpu.py --preset small|full [--work DIR] [--json FILE] [--only speed|fidelity]
+[--without-amx FILE.so]
 """
 
 import argparse
@@ -36,8 +37,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("bench"), help="scratch folder; checkpoints in it are reused")
     parser.add_argument("--json", type=Path, help="where to write the JSON object; default: standard output")
     parser.add_argument("--only", choices=["speed", "fidelity"])
+    parser.add_argument("--without-amx", type=Path, help="both contenders without AMX: the library made of no_amx.c")
     arguments = parser.parse_args()
-    facts: dict[str, Any] = {"preset": arguments.preset, "machine": machine()}
+    if arguments.without_amx:
+        os.environ |= {"LD_PRELOAD": str(arguments.without_amx.absolute()), "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
+    facts: dict[str, Any] = {"preset": arguments.preset, "machine": machine(), "amx": arguments.without_amx is None}
     if arguments.only != "fidelity":
         facts["speed"] = speed(arguments.preset, arguments.work)
         show_speed(facts["speed"])
