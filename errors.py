@@ -8,7 +8,7 @@ inherits the built-in exception that a Python programmer would catch.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .specs import DiffusionModel
+from .specs import DiffusionModel, Family
 
 GIB = 1 << 30
 
@@ -31,6 +31,12 @@ def format_path(path: Path) -> str:
         return str(path)
 
 
+def some(items: Sequence[str], shown: int = 8) -> str:
+    """The first few of many things, and how many there are besides."""
+    more = f" and {len(items) - shown} more" if len(items) > shown else ""
+    return f"{', '.join(items[:shown])}{more}"
+
+
 class I2LError(Exception):
     """Base of every error that i2l raises on purpose."""
 
@@ -41,13 +47,17 @@ class I2LError(Exception):
 class CheckpointError(I2LError):
     """A checkpoint cannot be used."""
 
+    family: Family | None = None
+    """Which model the file looks like, where that can be told."""
+
 
 class CheckpointMissing(CheckpointError, FileNotFoundError):
-    """No file under the models directory is one of the wanted models."""
+    """No file under the models directory is one of the wanted models; files that may have been are named."""
 
-    def __init__(self, families: Sequence[str], models: Path) -> None:
+    def __init__(self, families: Sequence[str], models: Path, damaged: Sequence[CheckpointError] = ()) -> None:
+        files = "".join(f"{error}; " for error in damaged)
         super().__init__(
-            f"no checkpoint for {' and '.join(families)} under {format_path(models)}: download it there "
+            f"{files}no checkpoint for {' and '.join(families)} under {format_path(models)}: download it there "
             "(README, 'Real checkpoints'), or try synthetic ones with: "
             f"i2l make-checkpoints {format_path(models)} --preset tiny"
         )
@@ -56,7 +66,8 @@ class CheckpointMissing(CheckpointError, FileNotFoundError):
 class CheckpointUnreadable(CheckpointError, ValueError):
     """The file is not a whole safetensors file."""
 
-    def __init__(self, path: Path, reason: str) -> None:
+    def __init__(self, path: Path, reason: str, family: Family | None = None) -> None:
+        self.family = family
         super().__init__(f"{format_path(path)} is not a whole safetensors file ({reason}): download it again")
 
 
@@ -76,23 +87,32 @@ class CheckpointMismatch(CheckpointError, ValueError):
     def __init__(
         self,
         path: Path,
-        family: str,
+        family: Family,
         missing: Sequence[str],
         unexpected: Sequence[str],
         misshapen: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
         wrong_dtype: Mapping[str, str],
     ) -> None:
-        parts = []
-        if missing:
-            parts.append(f"missing: {', '.join(missing)}")
-        if unexpected:
-            parts.append(f"unexpected: {', '.join(unexpected)}")
-        if misshapen:
-            shapes = (f"{name} is {list(found)}, not {list(wanted)}" for name, (found, wanted) in misshapen.items())
-            parts.append(f"misshapen: {', '.join(shapes)}")
-        if wrong_dtype:
-            parts.append(f"neither F32, F16 nor BF16: {', '.join(f'{k} is {v}' for k, v in wrong_dtype.items())}")
+        self.family = family
+        differences = {
+            "missing": missing,
+            "unexpected": unexpected,
+            "misshapen": [f"{k} is {list(found)}, not {list(wanted)}" for k, (found, wanted) in misshapen.items()],
+            "neither F32, F16 nor BF16": [f"{name} is {dtype}" for name, dtype in wrong_dtype.items()],
+        }
+        parts = (f"{what}: {some(items)}" for what, items in differences.items() if items)
         super().__init__(f"{format_path(path)} looks like {family}, but {'; '.join(parts)}: download it again")
+
+
+class CheckpointPrefixed(CheckpointError, ValueError):
+    """A known model whose tensors have longer names, as when it was saved from inside another one."""
+
+    def __init__(self, path: Path, family: Family, prefix: str) -> None:
+        self.family = family
+        super().__init__(
+            f"{format_path(path)} looks like {family}, but the names of its tensors begin with {prefix}: give the "
+            "published file (README, 'Real checkpoints')"
+        )
 
 
 class CheckpointAmbiguous(CheckpointError, ValueError):
@@ -102,6 +122,16 @@ class CheckpointAmbiguous(CheckpointError, ValueError):
         super().__init__(
             f"{len(paths)} checkpoints are {family}: {', '.join(format_path(p) for p in paths)}: keep one of them "
             "under the models directory"
+        )
+
+
+class CheckpointsUnfit(CheckpointError, ValueError):
+    """The adapter was made for other encoders."""
+
+    def __init__(self, adapter: Path, embedding: int, siglip2: int, dinov3: int) -> None:
+        super().__init__(
+            f"{format_path(adapter)} takes embeddings of {embedding} values, but siglip2 and dinov3 give {siglip2} + "
+            f"{dinov3} = {siglip2 + dinov3}: put three checkpoints that belong together under the models directory"
         )
 
 

@@ -41,6 +41,11 @@ class EncoderSpec:
     """Base of the rotary frequencies (dinov3 only)."""
 
     @property
+    def blocks(self) -> int:
+        """Blocks in the checkpoint."""
+        return self.depth
+
+    @property
     def head_dim(self) -> int:
         return self.hidden // self.heads
 
@@ -78,6 +83,11 @@ class AdapterSpec:
     refiners: int
     """Blocks in each of ``context_refiner`` and ``noise_refiner`` (z-image only)."""
     diffusion_model: DiffusionModel = "z-image"
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the diffusion model that the adapter serves."""
+        return sum(blocks for _, blocks in self.components)
 
     @property
     def components(self) -> tuple[tuple[str, int], ...]:

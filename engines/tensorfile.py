@@ -29,6 +29,8 @@ TENSOR_ALIGN = 256
 PAGE = 4096
 """``madvise`` works on whole pages: chunks start on one."""
 PAD_PREFIX = ".pad."
+MAX_HEADER = 100_000_000
+"""Bytes; what the safetensors library accepts."""
 
 
 @dataclass(frozen=True)
@@ -161,17 +163,35 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         SafetensorError: the file is truncated or not safetensors.
         OSError: it cannot be read.
     """
-    if path.stat().st_size < 8:  # the length field
-        raise SafetensorError("shorter than a header")
-    with safe_open(path, framework="numpy"):  # checks the header, the offsets and the size
+    header = parse_header(path)
+    with safe_open(path, framework="numpy"):  # checks the offsets and the size
         pass
+    return header
+
+
+def parse_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """:func:`read_header` of a file that may end early: its header must be there, its data need not.
+
+    Raises:
+        SafetensorError: there is no header.
+        OSError: it cannot be read.
+    """
+    nbytes = path.stat().st_size
+    if nbytes < 8:  # the length field
+        raise SafetensorError("shorter than a header")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        entries = json.loads(file.read(length))
-    metadata = entries.pop("__metadata__", None) or {}
-    tensors = {
-        name: TensorInfo(entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-        for name, entry in entries.items()
-        if not name.startswith(PAD_PREFIX)
-    }
+        if length > min(nbytes - 8, MAX_HEADER):
+            raise SafetensorError("its header is not whole")
+        text = file.read(length)
+    try:
+        entries = json.loads(text)
+        metadata = {name: str(value) for name, value in (entries.pop("__metadata__", None) or {}).items()}
+        tensors = {
+            name: TensorInfo(entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for name, entry in entries.items()
+            if not name.startswith(PAD_PREFIX)
+        }
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise SafetensorError(f"its header does not parse: {error}") from error
     return tensors, metadata

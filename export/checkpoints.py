@@ -1,8 +1,8 @@
 """Checkpoints: found and recognised by their tensors.
 
 Upstream calls all three files ``model.safetensors`` and users rename them, so a name says nothing. A published file is
-recognised by its shape hash; a synthetic one carries its spec in the header. A file that shares most of its keys with a
-known model but differs is reported tensor by tensor, as that is nearly always a wrong version or a broken conversion.
+recognised by its shape hash; a synthetic one carries its spec in the header. A file that shares tensors with a known
+model but differs is reported tensor by tensor, as that is nearly always a part of it or a broken conversion.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..engines.tensorfile import TensorInfo, read_header
+from ..engines.tensorfile import TensorInfo, parse_header, read_header
 from ..errors import (
     AdapterAmbiguous,
     CheckpointAmbiguous,
@@ -22,6 +22,8 @@ from ..errors import (
     CheckpointForeign,
     CheckpointMismatch,
     CheckpointMissing,
+    CheckpointPrefixed,
+    CheckpointsUnfit,
     CheckpointUnreadable,
 )
 from ..specs import (
@@ -39,6 +41,9 @@ from ..specs import (
 SPEC_KEY = "i2l_spec"
 """Header entry of a synthetic checkpoint that holds its spec as JSON."""
 FLOAT_DTYPES = frozenset({"F32", "F16", "BF16"})
+LIKENESS = 0.1
+"""Share of a model's tensors, by name and shape, that makes a file look like it. Low enough for a file that is one of
+several parts; other models, and other sizes of the same architecture, share next to nothing."""
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -60,7 +65,7 @@ class Checkpoint:
 
     @property
     def shape_hash(self) -> str:
-        return shape_hash({name: info.shape for name, info in self.tensors.items()})
+        return shape_hash(shapes_of(self.tensors))
 
     @property
     def nbytes(self) -> int:
@@ -78,9 +83,9 @@ def find_checkpoints(
         adapter: the diffusion model that the adapter must be for; by default whichever is there.
 
     Raises:
-        CheckpointMissing: a family has no file, and every other file could be read.
-        CheckpointMismatch: a family has no file, and a nearly good file lies there.
-        CheckpointUnreadable: the same, with a truncated file.
+        CheckpointMissing: a family has no file; damaged files that may have been one are named.
+        CheckpointMismatch, CheckpointPrefixed, CheckpointUnreadable: one family has no file, but this one that looks
+            like it.
         CheckpointAmbiguous: a family has several files.
         AdapterAmbiguous: the adapters of several diffusion models are there, and none was chosen.
     """
@@ -98,9 +103,10 @@ def find_checkpoints(
                 found.setdefault(checkpoint.spec.family, []).append(checkpoint)
     missing = [family for family in families if not found[family]]
     if missing:
-        if errors:
-            raise errors[0]
-        raise CheckpointMissing(missing, models)
+        damaged = [error for error in errors if error.family is None or error.family in missing]
+        if [error.family for error in damaged] == missing[:1] == missing:
+            raise damaged[0]
+        raise CheckpointMissing(missing, models, damaged)
     for family in families:
         for_models = {c.spec.diffusion_model: c.path for c in found[family] if isinstance(c.spec, AdapterSpec)}
         if len(for_models) > 1:
@@ -132,15 +138,19 @@ def recognise(path: Path) -> Checkpoint:
     Raises:
         CheckpointUnreadable: not a whole safetensors file.
         CheckpointForeign: another model.
-        CheckpointMismatch: nearly one of ours; lists every difference.
+        CheckpointMismatch: nearly one of ours; names the differences.
+        CheckpointPrefixed: one of ours, but for the beginning of its tensors' names.
     """
     try:
         tensors, metadata = read_header(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointUnreadable(path, str(error).removeprefix("Error while deserializing header: ")) from error
-    shapes = {name: info.shape for name, info in tensors.items()}
-    spec = _carried_spec(path, metadata) or _published_spec(shapes) or _nearest_spec(shapes)
+        reason = str(error).removeprefix("Error while deserializing header: ")
+        raise CheckpointUnreadable(path, reason, _family_by_header(path)) from error
+    shapes = shapes_of(tensors)
+    spec = _carried_spec(path, metadata, len(tensors)) or _published_spec(shapes) or _nearest_spec(shapes)
     if spec is None:
+        if prefixed := _prefixed(shapes):
+            raise CheckpointPrefixed(path, *prefixed)
         raise CheckpointForeign(path, len(tensors))
     wanted = tensor_shapes(spec)
     missing = sorted(wanted.keys() - shapes.keys())
@@ -152,6 +162,20 @@ def recognise(path: Path) -> Checkpoint:
     if missing or unexpected or misshapen or wrong_dtype:
         raise CheckpointMismatch(path, spec.family, missing, unexpected, misshapen, wrong_dtype)
     return Checkpoint(path, spec, tensors)
+
+
+def require_fitting(checkpoints: Mapping[Family, Checkpoint]) -> None:
+    """Raise :class:`CheckpointsUnfit` if the adapter does not take what the encoders give."""
+    adapter = checkpoints["adapter"].spec
+    assert isinstance(adapter, AdapterSpec)
+    siglip2, dinov3 = checkpoints["siglip2"].spec.hidden, checkpoints["dinov3"].spec.hidden
+    if adapter.embedding != siglip2 + dinov3:
+        raise CheckpointsUnfit(checkpoints["adapter"].path, adapter.embedding, siglip2, dinov3)
+
+
+def shapes_of(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
+    """``name -> shape``."""
+    return {name: info.shape for name, info in tensors.items()}
 
 
 def shape_hash(shapes: Shapes) -> str:
@@ -167,13 +191,27 @@ def tensor_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
     return _siglip2_shapes(spec) if spec.family == "siglip2" else _dinov3_shapes(spec)
 
 
-def _carried_spec(path: Path, metadata: Mapping[str, str]) -> Spec | None:
+def _family_by_header(path: Path) -> Family | None:
+    """What a file that ends early was going to be, if its header is whole."""
+    try:
+        tensors, metadata = parse_header(path)
+        spec = _carried_spec(path, metadata, len(tensors)) or _nearest_spec(shapes_of(tensors))
+    except (SafetensorError, OSError, CheckpointUnreadable):
+        return None
+    return spec.family if spec else None
+
+
+def _carried_spec(path: Path, metadata: Mapping[str, str], tensors: int) -> Spec | None:
+    """The spec in the header; one with more blocks than the file has tensors would take forever to compare."""
     if SPEC_KEY not in metadata:
         return None
     try:
-        return spec_from_dict(json.loads(metadata[SPEC_KEY]))
-    except (ValueError, AttributeError) as error:
+        spec = spec_from_dict(json.loads(metadata[SPEC_KEY]))
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointUnreadable(path, f"the spec in its header is wrong: {error}") from error
+    if spec.blocks > tensors:
+        raise CheckpointUnreadable(path, f"the spec in its header is wrong: {spec.blocks} blocks in {tensors} tensors")
+    return spec
 
 
 def _published_spec(shapes: Shapes) -> Spec | None:
@@ -182,14 +220,25 @@ def _published_spec(shapes: Shapes) -> Spec | None:
 
 
 def _nearest_spec(shapes: Shapes) -> Spec | None:
-    """The published spec that shares most keys with the file, if that is at least half of either's keys."""
+    """The published spec of which the file has the largest share, if that is :data:`LIKENESS` at least."""
 
     def likeness(spec: Spec) -> float:
-        wanted = tensor_shapes(spec).keys()
-        return len(wanted & shapes.keys()) / max(min(len(wanted), len(shapes)), 1)
+        wanted = tensor_shapes(spec)
+        return sum(shapes.get(name) == shape for name, shape in wanted.items()) / len(wanted)
 
     best: Spec = max(PUBLISHED, key=likeness)
-    return best if likeness(best) >= 0.5 else None
+    return best if likeness(best) >= LIKENESS else None
+
+
+def _prefixed(shapes: Shapes) -> tuple[Family, str] | None:
+    """``(family, prefix)`` if names of the file are those of a published one behind a prefix, such as ``model.``."""
+    firsts = [next(iter(tensor_shapes(spec))) for spec in PUBLISHED]
+    prefixes = {name.removesuffix(first) for name in shapes for first in firsts if name.endswith(f".{first}")}
+    for prefix in sorted(prefixes):
+        behind = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+        if spec := _nearest_spec(behind):
+            return spec.family, prefix
+    return None
 
 
 def _linear(name: str, out_features: int, in_features: int, *, bias: bool = True) -> dict[str, tuple[int, ...]]:

@@ -18,6 +18,7 @@ from i2l.errors import (
     CheckpointForeign,
     CheckpointMismatch,
     CheckpointMissing,
+    CheckpointPrefixed,
     CheckpointUnreadable,
     format_path,
 )
@@ -247,6 +248,92 @@ def test_a_near_miss_is_what_a_search_reports(tmp_path: Path) -> None:
         find_checkpoints(tmp_path, ["dinov3"])
 
 
+# A shard of a sharded download, a download of which half the blocks were lost, all but one block.
+@pytest.mark.parametrize("share", [1 / 8, 1 / 2, 39 / 40])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_part_of_a_published_file_looks_like_it(family: Family, share: float, tmp_path: Path) -> None:
+    shapes = full_shapes(family)
+    part = dict(list(shapes.items())[: int(share * len(shapes))])
+    path = save_sparse(tmp_path / "model.safetensors", part, "BF16")
+    with pytest.raises(CheckpointMismatch, match=f"looks like {family}, but missing: ") as caught:
+        recognise(path)
+    lost = sorted(shapes.keys() - part.keys())
+    assert f"{', '.join(lost[:8])} and {len(lost) - 8} more: download it again" in str(caught.value)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "vision_model.", "model.vision_model."])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prefix_on_every_name_is_named(family: Family, prefix: str, tmp_path: Path) -> None:
+    shapes = {f"{prefix}{name}": shape for name, shape in full_shapes(family).items()}
+    path = save_sparse(tmp_path / "model.safetensors", shapes | {"text_model.embeddings": (4, 4)}, "BF16")
+    with pytest.raises(CheckpointPrefixed, match=rf"looks like {family}, .* begin with {prefix}: give the published"):
+        recognise(path)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"norm.weight": (4096,), "norm.bias": (4096,)},  # two tensors that DINOv3 has, too
+        {f"model.{name}": shape for name, shape in list(full_shapes("dinov3").items())[:3]},
+        # another size of the same architecture: every name is known, no shape is right
+        tensor_shapes(EncoderSpec("dinov3", 1024, depth=24, heads=16, intermediate=4096, image_size=224, registers=4)),
+    ],
+    ids=["two tensors", "three prefixed tensors", "another size"],
+)
+def test_a_few_known_names_are_no_likeness(shapes: Shapes, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointForeign):
+        recognise(save_sparse(tmp_path / "model.safetensors", shapes, "BF16"))
+
+
+# --- a family that has no whole file ---------------------------------------------------------------------------
+
+
+def half(path: Path) -> Path:
+    """The file, cut in the middle of its data."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+    return path
+
+
+def test_damage_elsewhere_does_not_hide_what_is_missing(tmp_path: Path) -> None:
+    save_miniature(tmp_path / "siglip2.safetensors", "siglip2")
+    half(save_miniature(tmp_path / "a.safetensors", "siglip2"))
+    save_miniature(tmp_path / "b.safetensors", "siglip2", changes={"head.probe": None})
+    with pytest.raises(CheckpointMissing) as caught:
+        find_checkpoints(tmp_path, ["siglip2", "dinov3"])
+    assert str(caught.value).startswith("no checkpoint for dinov3 under ")
+
+
+def test_the_damaged_file_of_the_missing_family_is_the_error(tmp_path: Path) -> None:
+    save_miniature(tmp_path / "siglip2.safetensors", "siglip2")
+    save_miniature(tmp_path / "a.safetensors", "siglip2", changes={"head.probe": None})
+    half(save_miniature(tmp_path / "z.safetensors", "dinov3"))
+    with pytest.raises(CheckpointUnreadable, match=r"^\S*z\.safetensors is not a whole safetensors file"):
+        find_checkpoints(tmp_path, ["siglip2", "dinov3"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_published_file_that_ends_early_is_known(family: Family, tmp_path: Path) -> None:
+    path = save_sparse(tmp_path / "model.safetensors", full_shapes(family), "BF16")
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    with pytest.raises(CheckpointUnreadable) as caught:
+        find_checkpoints(tmp_path, [family])
+    assert caught.value.family == family
+
+
+def test_all_that_may_be_a_missing_family_is_named(tmp_path: Path) -> None:
+    half(save_miniature(tmp_path / "a.safetensors", "siglip2"))
+    save_miniature(tmp_path / "b.safetensors", "siglip2", changes={"head.probe": None})
+    (tmp_path / "c.safetensors").write_text("<html>404: there is no such file</html>")
+    save_miniature(tmp_path / "d.safetensors", "adapter")
+    with pytest.raises(CheckpointMissing) as caught:
+        find_checkpoints(tmp_path)
+    message = str(caught.value)
+    assert all(format_path(tmp_path / f"{name}.safetensors") in message for name in "abc")
+    assert "missing: head.probe" in message
+    assert "; no checkpoint for siglip2 and dinov3 under " in message
+
+
 # --- damaged ----------------------------------------------------------------------------------------------------
 
 
@@ -297,6 +384,10 @@ CARRIED = spec_to_dict(MINIATURES["dinov3"])
         json.dumps({**CARRIED, "colour": 1}),
         json.dumps({**CARRIED, "depth": "2"}),
         json.dumps({**CARRIED, "depth": 2.5}),
+        json.dumps({**CARRIED, "depth": 10**9}),  # comparing with its tensors would never end
+        json.dumps({**spec_to_dict(MINIATURES["adapter"]), "layers": 10**9}),
+        json.dumps({**spec_to_dict(MINIATURES["adapter"]), "refiners": 10**9}),
+        "[" * 10**5,
         json.dumps({**CARRIED, "patch": 0}),
         json.dumps({**CARRIED, "hidden": -8}),
         json.dumps({**CARRIED, "norm_eps": math.nan}),
