@@ -17,8 +17,9 @@ from ..engines.manifest import FORMAT, MANIFEST, FileFacts, Manifest, Model, man
 from ..errors import EnginesError
 from ..files import Report, atomic_path, explained_os_errors, require_free, silent
 from ..specs import FAMILIES, DiffusionModel, Family
-from .checkpoints import Checkpoint, find_checkpoints
+from .checkpoints import Checkpoint, find_checkpoints, require_fitting
 from .graphs import export_graphs, standalone_model
+from .lock import only_build
 from .packs import PackPlan, plan_pack, write_pack
 from .parallel import quantising_threads
 from .precision import precision_for
@@ -47,7 +48,7 @@ def build_engines(
     force: bool = False,
     report: Report = silent,
 ) -> BuildResult:
-    """Make ``engines`` from the checkpoints under ``models``.
+    """Make ``engines`` from the checkpoints under ``models``; waits for another build of the same directory.
 
     Args:
         models: folder with the three checkpoints, under any names; or the checkpoints, if they are found already.
@@ -59,38 +60,41 @@ def build_engines(
         report: told the bytes of packs written.
 
     Raises:
-        CheckpointError: a checkpoint is missing or wrong.
+        CheckpointError: a checkpoint is missing or wrong, or the three do not fit together.
         OutputUnwritable, DiskFull: the directory cannot be written; what was there still works.
     """
     precision, reason = choose_precision(precision)
     checkpoints = find_checkpoints(models, adapter=adapter) if isinstance(models, Path) else models
+    require_fitting(checkpoints)
     key = build_key(checkpoints, precision, blocks_per_chunk)
-    current = None if force else current_manifest(engines)
-    if current and current.build_key == key:
+    if not force and (current := up_to_date(engines, key)):
         return BuildResult(current, rebuilt=False)
-    plans = {
-        family: plan_pack(checkpoint.spec, precision_for(precision, checkpoint.spec), blocks_per_chunk)
-        for family, checkpoint in checkpoints.items()
-    }
-    total = sum(plan.layout.nbytes for plan in plans.values())
-    with quantising_threads(), new_build_folder(engines, total) as folder:
-        progress = _Progress(report, total)
-        graphs = write_graphs(folder, checkpoints, plans, precision)
-        hashes = write_packs(folder, checkpoints, plans, precision, progress)
-        manifest = Manifest(
-            build=folder.name,
-            build_key=key,
-            precision=precision,
-            precision_reason=reason,
-            blocks_per_chunk=blocks_per_chunk,
-            versions={"i2l-engines": __version__, **{name: version(name) for name in ("torch", "onnx", "onnxscript")}},
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            models={family: _model(checkpoints[family], plans[family]) for family in checkpoints},
-            graphs=graphs,
-            files=_files(folder, hashes),
-        )
-        commit(engines, manifest)
-    return BuildResult(manifest, rebuilt=True)
+    with only_build(engines):
+        if not force and (current := up_to_date(engines, key)):  # built by another process while this one waited
+            return BuildResult(current, rebuilt=False)
+        plans = {
+            family: plan_pack(checkpoint.spec, precision_for(precision, checkpoint.spec), blocks_per_chunk)
+            for family, checkpoint in checkpoints.items()
+        }
+        with quantising_threads(), new_build_folder(engines, sum(p.layout.nbytes for p in plans.values())) as folder:
+            progress = _Progress(report, sum(plan.weight_bytes for plan in plans.values()))
+            graphs = write_graphs(folder, checkpoints, plans, precision)
+            hashes = write_packs(folder, checkpoints, plans, precision, progress)
+            packages = {name: version(name) for name in ("torch", "onnx", "onnxscript")}
+            manifest = Manifest(
+                build=folder.name,
+                build_key=key,
+                precision=precision,
+                precision_reason=reason,
+                blocks_per_chunk=blocks_per_chunk,
+                versions={"i2l-engines": __version__, **packages},
+                created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                models={family: _model(checkpoints[family], plans[family]) for family in checkpoints},
+                graphs=graphs,
+                files=_files(folder, hashes),
+            )
+            commit(engines, manifest)
+        return BuildResult(manifest, rebuilt=True)
 
 
 def choose_precision(name: str) -> tuple[str, str]:
@@ -114,6 +118,12 @@ def build_key(checkpoints: Mapping[Family, Checkpoint], precision: str, blocks_p
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def up_to_date(engines: Path, key: str) -> Manifest | None:
+    """The manifest of engines that this build would only make again, or None."""
+    current = current_manifest(engines)
+    return current if current and current.build_key == key else None
+
+
 def current_manifest(engines: Path) -> Manifest | None:
     """The manifest of an existing directory whose files are all there, or None if it must be built."""
     try:
@@ -127,9 +137,11 @@ def current_manifest(engines: Path) -> Manifest | None:
 
 @contextmanager
 def new_build_folder(engines: Path, nbytes: int) -> Iterator[Path]:
-    """A fresh folder inside ``engines``, removed again if the body fails; leftovers of dead builds go first."""
+    """A fresh folder inside ``engines``, removed again if the body fails; leftovers of dead builds go first.
+
+    The caller is the only build in ``engines``.
+    """
     with explained_os_errors(engines):
-        engines.mkdir(parents=True, exist_ok=True)
         remove_other_builds(engines, keep=(current.build,) if (current := current_manifest(engines)) else ())
         require_free(engines, nbytes)
         folder = Path(tempfile.mkdtemp(prefix=BUILD_PREFIX, dir=engines))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..engines.manifest import Chunk, Model
 from ..engines.manifest import Step as StepFacts
-from ..engines.tensorfile import TENSOR_ALIGN, Layout, LayoutWriter, plan_layout
+from ..engines.tensorfile import PAD_PREFIX, TENSOR_ALIGN, Layout, LayoutWriter, plan_layout
 from ..files import explained_os_errors
 from ..specs import Spec
 from .checkpoints import Checkpoint
@@ -37,6 +37,11 @@ class PackPlan:
     layout: Layout
     chunks: tuple[Chunk, ...]
     steps: tuple[Step, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that :func:`write_pack` tells of: without the header and the fillers."""
+        return sum(info.nbytes for name, info in self.layout.tensors.items() if not name.startswith(PAD_PREFIX))
 
 
 def plan_pack(spec: Spec, precision: Precision, blocks_per_chunk: int) -> PackPlan:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,21 @@ from i2l.engines.manifest import (
     read_manifest,
 )
 from i2l.engines.ort import CpuBackend
-from i2l.errors import DiskFull, EnginesMissing, ManifestInvalid, OutputUnwritable, format_bytes
+from i2l.errors import (
+    CheckpointsUnfit,
+    DiskFull,
+    EnginesMissing,
+    ManifestInvalid,
+    OutputUnwritable,
+    format_bytes,
+    format_path,
+)
 from i2l.export import build
 from i2l.export.build import build_engines
+from i2l.export.lock import LOCK, only_build
 from i2l.export.packs import plan_pack, write_pack
 from i2l.export.precision import PRECISIONS, Precision, precision_for
+from i2l.files import Report
 from i2l.runtime.pipeline import Pipeline
 from i2l.specs import PRESETS, AdapterSpec, EncoderSpec, Family, Spec
 
@@ -216,7 +227,7 @@ def test_a_build_that_dies_leaves_the_previous_engines(
 
 
 @pytest.mark.parametrize(("error", "raised"), DEATHS)
-def test_a_first_build_that_dies_leaves_nothing(
+def test_a_first_build_that_dies_leaves_its_lock_only(
     models: MakeModels,
     tmp_path: Path,
     dying_build: Callable[[BaseException], None],
@@ -226,7 +237,7 @@ def test_a_first_build_that_dies_leaves_nothing(
     dying_build(error)
     with pytest.raises(raised):
         build_engines(models("tiny"), tmp_path / "new", precision="fp32")
-    assert list((tmp_path / "new").iterdir()) == []
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [LOCK]
     with pytest.raises(EnginesMissing):
         read_manifest(tmp_path / "new")
 
@@ -302,6 +313,57 @@ def test_a_killed_build_leaves_the_previous_engines(
     result = build_engines(models("tiny"), own, precision="fp32", force=True)
     assert builds(own) == [result.manifest.build]
     assert lora_of(own) == wanted
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_a_build_waits_for_another_one(
+    models: MakeModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The second build must not remove the first one's folder, and finds its work done."""
+    second = ThreadPoolExecutor(1)  # a lock on another open file keeps threads apart as it does processes
+    started: list[Future[build.BuildResult]] = []
+    real = build.write_graphs
+
+    def write_graphs(folder: Path, *arguments: Any) -> dict[str, str]:
+        if not started:
+            started.append(second.submit(build_engines, models("tiny"), tmp_path / "new", precision="fp32"))
+            deadline = time.monotonic() + 60
+            while "waiting for it" not in caplog.text and not started[0].done():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        assert folder.is_dir()
+        return real(folder, *arguments)
+
+    monkeypatch.setattr(build, "write_graphs", write_graphs)
+    with second:
+        first = build_engines(models("tiny"), tmp_path / "new", precision="fp32")
+        assert first.rebuilt
+        assert not started[0].result().rebuilt
+    assert f"another build is at work in {format_path(tmp_path / 'new')}: waiting for it" in caplog.text
+    assert builds(tmp_path / "new") == [first.manifest.build]
+
+
+def test_up_to_date_engines_need_no_lock(models: MakeModels, own: Path) -> None:
+    with only_build(own):
+        assert not build_engines(models("tiny"), own, precision="fp32").rebuilt
+
+
+@pytest.mark.usefixtures("quick_export")
+def test_progress_ends_at_its_total(models: MakeModels, own: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    report: Report = lambda *facts: told.append(facts)  # noqa: E731
+    build_engines(models("tiny"), own, precision="int8", force=True, report=report)
+    assert [total for _, _, total in told] == [told[-1][1]] * len(told)
+    assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+
+
+def test_checkpoints_that_do_not_fit_together(models: MakeModels, tmp_path: Path) -> None:
+    shutil.copytree(models("tiny"), tmp_path / "models")
+    dinov3 = "CLIPS/DINOv3-7B.safetensors"
+    shutil.copy(models("small") / dinov3, tmp_path / "models" / dinov3)
+    with pytest.raises(CheckpointsUnfit, match=r"embeddings of 192 values, but .* give 64 \+ 512 = 576: put three"):
+        build_engines(tmp_path / "models", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.usefixtures("quick_export")
