@@ -245,6 +245,16 @@ def _build_plans(engines: Path, sm: int) -> str:
     return f"i2l build-engines --models MODELS --engines {format_path(engines)} --backend tensorrt --sm {sm}"
 
 
+class PipelineClosed(EnginesError, RuntimeError):
+    """A pipeline is used after it was closed."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(
+            f"the pipeline of {format_path(directory)} is closed: open a new one with: "
+            f"i2l.open_engines({str(directory)!r})"
+        )
+
+
 class BackendUnavailable(I2LError, RuntimeError):
     """The backend that was named cannot run here."""
 
@@ -353,6 +363,13 @@ class OutputUnwritable(I2LError, OSError):
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"cannot write {format_path(path)} ({reason}): choose another place")
+
+
+class StandardOutputUnwritable(I2LError, OSError):
+    """What a command prints cannot be written."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"cannot write to standard output ({reason}): send it to another place")
 
 
 class OutputOutside(I2LError, ValueError):

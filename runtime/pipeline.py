@@ -22,7 +22,7 @@ from ..engines.detect import choose_backend
 from ..engines.integrity import check_files
 from ..engines.manifest import Chunk, Manifest, Step, content_id, read_manifest
 from ..engines.ort import CpuBackend
-from ..errors import NoImages, OutOfDeviceMemory
+from ..errors import NoImages, OutOfDeviceMemory, PipelineClosed
 from ..files import Report, silent
 from ..specs import FAMILIES, AdapterSpec, EncoderSpec, Family
 from .cache import EmbeddingCache, encoders_id
@@ -64,6 +64,9 @@ ENCODERS: tuple[Family, ...] = ("siglip2", "dinov3")
 class Pipeline:
     """An engines directory opened on a backend. Not for several threads at once; a second call pays no set-up again.
 
+    It keeps the build that it was opened with, even if the directory is rebuilt meanwhile. Once closed, everything that
+    computes raises :class:`PipelineClosed`.
+
     Args:
         engines: the directory that ``i2l build-engines`` made.
         backend: ``auto``, ``cpu``, ``cuda`` or ``tensorrt``.
@@ -92,8 +95,9 @@ class Pipeline:
         self.manifest: Manifest = read_manifest(engines)
         self.backend_name, self.backend_reason = choose_backend(backend)
         check_files(engines, self.manifest)
+        self._engines = engines
         self._open_cpu = partial(CpuBackend, engines, self.manifest, threads, self._kept(ram_budget_bytes))
-        self._backend: Backend = self._open_cpu()
+        self._opened: Backend | None = self._open_cpu()
         self._may_fall_back = backend == "auto" and self.backend_name != "cpu"
         self._report = report
         self.cache: EmbeddingCache | None = None
@@ -114,7 +118,8 @@ class Pipeline:
         """One LoRA from one or more images; its rank is four per image.
 
         Args:
-            images: paths, PIL images or uint8/float arrays ``[height, width, channels]``.
+            images: paths, PIL images or uint8/float arrays ``[height, width, channels]``; or one array ``[images,
+                height, width, channels]``.
             strength: multiplies the LoRA's effect; linear, as it scales one factor only.
             weights: how much each image counts, one number each, taken as they are; by default ``1 / images`` each.
 
@@ -137,6 +142,7 @@ class Pipeline:
 
         At most :data:`IMAGES_PER_PASS` images share a pass over the weights.
         """
+        _ = self._backend  # closed? Then not even what the cache knows
         with self.timings.stage("images"):
             squares, _ = load_squares(images)
         if self.cache is None:
@@ -198,7 +204,9 @@ class Pipeline:
 
     def close(self) -> None:
         """Give sessions and mapped packs back."""
-        self._backend.close()
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
 
     def __enter__(self) -> "Pipeline":
         return self
@@ -244,7 +252,7 @@ class Pipeline:
     def _fall_back(self, cause: OutOfDeviceMemory) -> None:
         log.warning("%s: going on with the CPU", cause)
         self._backend.close()
-        self._backend = self._open_cpu()
+        self._opened = self._open_cpu()
         self.backend_name, self.backend_reason = "cpu", f"{self.backend_name} ran out of memory"
         if self.cache is not None:  # its entries are of one backend
             self.cache = EmbeddingCache(
@@ -273,6 +281,12 @@ class Pipeline:
         self._report(family, total, total)
 
     @property
+    def _backend(self) -> Backend:
+        if self._opened is None:
+            raise PipelineClosed(self._engines)
+        return self._opened
+
+    @property
     def _adapter(self) -> AdapterSpec:
         spec = self.manifest.models["adapter"].spec
         assert isinstance(spec, AdapterSpec)
@@ -285,12 +299,15 @@ class Pipeline:
 
 
 def as_several(images: Sequence[ImageSource] | ImageSource) -> list[ImageSource]:
-    """A single image is a list of one, as a text would otherwise be read letter by letter.
+    """A single image is a list of one, as a text would otherwise be read letter by letter; an array may hold several.
 
     Raises:
         NoImages: nothing to read.
     """
-    several = [images] if isinstance(images, str | os.PathLike | Image.Image | np.ndarray) else list(images)
+    if isinstance(images, np.ndarray):
+        several: list[ImageSource] = list(images) if images.ndim == 4 else [images]
+    else:
+        several = [images] if isinstance(images, str | os.PathLike | Image.Image) else list(images)
     if not several:
         raise NoImages
     return several

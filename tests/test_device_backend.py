@@ -28,7 +28,7 @@ class FakeEngine:
     """Reads its weights when the compute lane comes to it."""
 
     def __init__(self, device: FakeDevice, graph: str, path: Path, fail: Callable[[str], None]) -> None:
-        self._engine = OrtEngine(graph, path, 1)
+        self._engine = OrtEngine(graph, path.read_bytes(), 1)
         self._device, self._graph, self._fail = device, graph, fail
         self.activation = self._engine.activation
 
@@ -75,7 +75,7 @@ def opened(engines: MakeEngines) -> Iterator[Opened]:
             backend(0)
         pipeline = Pipeline(directory, backend="cpu", threads=1)
         pipeline._backend.close()
-        made = pipeline._backend = backend(caught.value.needed_bytes + spare_bytes)
+        made = pipeline._opened = backend(caught.value.needed_bytes + spare_bytes)
         pipeline.backend_name, pipeline._may_fall_back = "fake", auto
         pipelines.append(pipeline)
         return pipeline, made, device

@@ -20,7 +20,7 @@ import i2l
 from conftest import MakeEngines, picture
 from i2l.engines import detect, ort
 from i2l.engines.manifest import Chunk, Step, read_manifest
-from i2l.errors import BackendUnavailable, BudgetTooSmall, EnginesMissing, NoImages, ShapeMismatch
+from i2l.errors import BackendUnavailable, BudgetTooSmall, EnginesMissing, NoImages, PipelineClosed, ShapeMismatch
 from i2l.runtime.pipeline import Pipeline, open_engines
 from i2l.runtime.streamer import stream
 
@@ -193,6 +193,49 @@ def test_closing_twice_is_closing(own: Path) -> None:
     opened.close()
     opened.close()
     assert not mapped(own)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_closed_pipeline_says_so(own: Path, tmp_path: Path, used: bool) -> None:
+    opened = open_engines(own, cache=tmp_path / "cache")
+    embeddings = opened.embed(PICTURES[:1])
+    if used:
+        opened.lora_from_embeddings(embeddings)
+    opened.close()
+    calls: list[Callable[[], object]] = [
+        lambda: opened.lora_from_images(PICTURES[:1]),  # the cache knows it
+        lambda: opened.embed(PICTURES[:1]),
+        lambda: opened.embed_pixels(opened.pixels(PICTURES[:1])),
+        lambda: opened.lora_from_embeddings(embeddings),
+    ]
+    for call in calls:
+        with pytest.raises(PipelineClosed, match=r"is closed: open a new one with: i2l\.open_engines\("):
+            call()
+
+
+@pytest.mark.parametrize("steps_before", ["none", "siglip2"])
+def test_an_open_pipeline_outlives_a_rebuild(
+    own: Path, engines: MakeEngines, pipeline: Pipeline, steps_before: str
+) -> None:
+    wanted = pipeline.lora_from_images(PICTURES[:1]).factors
+    with open_engines(own) as opened:
+        if steps_before == "siglip2":
+            opened._encode("siglip2", opened.pixels(PICTURES[:1])["siglip2"], None)
+        shutil.rmtree(own)  # what a rebuild leaves of the old build
+        shutil.copytree(engines("tiny", "int8"), own)
+        found = opened.lora_from_images(PICTURES[:1]).factors
+    for module, (a, b) in wanted.items():
+        np.testing.assert_array_equal(found[module][0], a)
+        np.testing.assert_array_equal(found[module][1], b)
+
+
+def test_an_array_of_several_images(pipeline: Pipeline) -> None:
+    images = np.stack([np.asarray(picture(64, 48, seed)) for seed in range(2)])
+    together, listed = pipeline.lora_from_images(images), pipeline.lora_from_images(list(images))
+    assert together.rank == 8
+    assert together.metadata == listed.metadata
+    for module, (a, _) in together.factors.items():
+        np.testing.assert_array_equal(listed.factors[module][0], a)
 
 
 class Cut(BaseException):
