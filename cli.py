@@ -3,7 +3,10 @@
 Heavy imports stay inside the commands, so that ``--help`` answers at once.
 """
 
+import errno
 import logging
+import os
+import sys
 import traceback
 from typing import Any
 
@@ -23,11 +26,30 @@ from .commands.plot import plot
 from .commands.plot_trace import plot_trace
 from .commands.run import run
 from .commands.verify import verify
-from .errors import I2LError
+from .errors import I2LError, StandardOutputUnwritable
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 class Commands(click.Group):
-    """Commands whose explained errors become one ``error:`` line and exit code 1."""
+    """Commands whose explained errors become one ``error:`` line and exit code 1, listed as they were added."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(self.commands)
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """As click's, which lets a closed pipe pass quietly; a full disk behind standard output is explained.
+
+        Every other file is written where a full disk becomes :class:`DiskFull`, so nothing else can fail like this.
+        """
+        try:
+            return super().main(*args, **options)
+        except OSError as error:
+            if error.errno not in FULL or error.filename is not None:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter writes the rest at its end
+            click.echo(f"error: {StandardOutputUnwritable(os.strerror(error.errno))}", err=True)
+            sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -42,9 +64,9 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
-    """Turn a picture into a LoRA for the Z-Image diffusion model.
+    """Turn pictures into LoRAs for the Z-Image diffusion model.
 
-    First `i2l build-engines` once, then `i2l run` for every picture.
+    First `i2l build-engines` once, then `i2l run` for every picture. `i2l COMMAND --help` says more of a command.
     """
     log = logging.getLogger("i2l")
     if not log.handlers:

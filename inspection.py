@@ -4,7 +4,7 @@ import importlib.util
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,15 @@ from .errors import CheckpointError, CheckpointForeign, LoraUnreadable, NothingT
 from .export.checkpoints import checkpoint_paths, describe, recognise
 from .runtime.lora import describe_lora
 from .specs import spec_to_dict
+
+EXTRAS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
+    "export": (
+        ("build-engines", "verify", "make-checkpoints"),
+        ("torch", "onnx", "onnxscript", "onnx_ir", "filelock"),
+    ),
+    "plot": (("plot", "plot-trace"), ("matplotlib",)),
+}
+"""``extra -> (commands that need it, what it installs)``."""
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
@@ -61,8 +70,7 @@ def text_lines(facts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def diagnose() -> dict[str, Any]:
-    """The machine: backends, whether engines can be built here, cores and memory."""
-    missing = [name for name in ("torch", "onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    """The machine: backends, what the commands that need more than the core can do here, cores and memory."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -72,8 +80,7 @@ def diagnose() -> dict[str, Any]:
             {"name": status.name, "works": status.works, "reason": status.reason, "remedy": status.remedy}
             for status in detect_backends()
         ],
-        "can_build_engines": not missing,
-        "build_remedy": f"{', '.join(missing)} missing: pip install 'i2l-engines[export]'" if missing else "",
+        "extras": [_extra_facts(name, commands, modules) for name, (commands, modules) in EXTRAS.items()],
     }
 
 
@@ -86,7 +93,15 @@ def diagnosis_lines(facts: Mapping[str, Any]) -> Iterator[str]:
             yield f"backend {backend['name']}: works ({backend['reason']})"
         else:
             yield f"backend {backend['name']}: no ({backend['reason']}); {backend['remedy']}"
-    yield f"build-engines: {'works' if facts['can_build_engines'] else 'no; ' + facts['build_remedy']}"
+    for extra in facts["extras"]:
+        lacks = f"no ({', '.join(extra['missing'])} missing); {extra['remedy']}"
+        yield f"{', '.join(extra['commands'])}: {lacks if extra['missing'] else 'works'}"
+
+
+def _extra_facts(name: str, commands: Sequence[str], modules: Sequence[str]) -> dict[str, Any]:
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    remedy = f"pip install 'i2l-engines[{name}]'" if missing else ""
+    return {"name": name, "commands": list(commands), "missing": missing, "remedy": remedy}
 
 
 def _engines_facts(directory: Path) -> dict[str, Any]:

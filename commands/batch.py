@@ -15,6 +15,7 @@ from .options import (
     cache_folder,
     debug_option,
     dtype_option,
+    engines_option,
     json_option,
     key_format_option,
     no_cache_option,
@@ -26,8 +27,9 @@ from .options import (
 
 @click.command()
 @click.argument("folder", type=PATH)
-@click.option("--engines", type=PATH, required=True, help="The engines directory.")
-@click.option("--output-dir", type=PATH, required=True, help="Where the LoRA files go; made if it is not there.")
+@engines_option
+@click.option("--output-dir", type=PATH, required=True, metavar="DIR",
+              help="Where the LoRA files go; made if it is not there.")  # fmt: skip
 @click.option("--per", type=click.Choice(["image", "folder"]), default="image", show_default=True,
               help="One LoRA for each image in FOLDER, or for each folder in it.")  # fmt: skip
 @backend_option
@@ -54,7 +56,7 @@ def batch(
     no_cache: bool,
     as_json: bool,
 ) -> None:
-    """Make many LoRAs: one for each image in FOLDER, or for each folder in it.
+    """Make many LoRAs, one per picture or per folder.
 
     It can be stopped and started again: what is finished is skipped, a changed image is done anew. What cannot be made
     is listed at the end, with exit code 1.

@@ -9,18 +9,17 @@ from ..engines.gpus import GENERATIONS
 from ..errors import format_bytes, format_path
 from ..progress import show_progress
 from ..specs import DIFFUSION_MODELS, DiffusionModel
-from .options import PATH, debug_option, needs_extra
+from .options import debug_option, engines_option, models_option, needs_extra
 
 
 @click.command()
-@click.option("--models", type=PATH, required=True, help="Folder with the three checkpoints, under any names.")
-@click.option("--engines", type=PATH, required=True, help="The engines directory to make or renew.")
-@click.option(
-    "--precision", type=click.Choice(["auto", "fp8", "int8", "bf16", "fp32"]), default="auto", show_default=True
-)
-@click.option("--adapter", type=click.Choice(DIFFUSION_MODELS),
+@models_option
+@engines_option
+@click.option("--precision", type=click.Choice(["auto", "int8", "fp8", "bf16", "fp32"]), default="auto",
+              show_default=True, help="How the weights are stored; auto says what it took and why.")  # fmt: skip
+@click.option("--adapter", type=click.Choice(DIFFUSION_MODELS), show_default="the one that is there",
               help="What the LoRAs are for, if adapters for several diffusion models are under --models.")  # fmt: skip
-@click.option("--blocks-per-chunk", type=click.IntRange(min=1), default=1, show_default=True,
+@click.option("--blocks-per-chunk", type=click.IntRange(min=1), metavar="N", default=1, show_default=True,
               help="Transformer blocks that move as one copy.")  # fmt: skip
 @click.option("--backend", type=click.Choice(["cpu", "tensorrt"]), default="cpu", show_default=True,
               help="tensorrt: also plans for GPUs.")  # fmt: skip
@@ -39,7 +38,10 @@ def build_engines(
     sms: Sequence[str],
     force: bool,
 ) -> None:
-    """Build an engines directory from the checkpoints: once per machine."""
+    """Build engines from the checkpoints, once per machine.
+
+    The engines directory is made, or renewed if checkpoints or options changed; it then replaces the old one at once.
+    """
     if sms and backend != "tensorrt":
         raise click.UsageError("--sm is for --backend tensorrt")
     with needs_extra("export", "i2l build-engines"):

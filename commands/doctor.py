@@ -11,7 +11,10 @@ from .options import debug_option, json_option
 @json_option
 @debug_option
 def doctor(*, as_json: bool) -> None:
-    """Say which backends work here and, for each that does not, why and what to do."""
+    """Say what works on this machine, and what is missing.
+
+    For each backend and each command that needs an optional package: does it work here, and if not, why and what to do?
+    """
     from ..inspection import diagnose, diagnosis_lines  # noqa: PLC0415
 
     facts = diagnose()

@@ -8,20 +8,21 @@ import click
 
 from ..errors import NoImages, format_path
 from ..progress import show_progress
-from .options import PATH, backend_option, debug_option, json_option, threads_option
+from .options import PATH, backend_option, debug_option, engines_option, json_option, threads_option
 
 
 @click.command()
 @click.argument("images", nargs=-1, type=PATH, metavar="IMAGE...")
-@click.option("--engines", type=PATH, required=True, help="The engines directory.")
+@engines_option
 @backend_option
 @threads_option
 @json_option
 @debug_option
 def embed(images: Sequence[Path], engines: Path, backend: str, threads: int | None, *, as_json: bool) -> None:
-    """Compute the embeddings of IMAGEs into the cache, so that `i2l run` needs only the adapter for them.
+    """Compute embeddings into the cache, for later runs.
 
-    A folder stands for the images in it. The cache is $I2L_CACHE_DIR, by default i2l in the system's cache folder.
+    After it, `i2l run` and `i2l batch` need only the adapter for these IMAGEs. A folder stands for the images in it.
+    The cache is $I2L_CACHE_DIR, by default i2l in the system's cache folder.
     """
     if not images:
         raise click.UsageError(str(NoImages()))

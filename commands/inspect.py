@@ -13,7 +13,10 @@ from .options import PATH, debug_option, json_option
 @json_option
 @debug_option
 def inspect(path: Path, *, as_json: bool) -> None:
-    """Say what PATH is: a checkpoint or a folder of them, an engines directory, a LoRA file."""
+    """Say what a file or a folder is.
+
+    PATH is a checkpoint or a folder of them, an engines directory or a LoRA file.
+    """
     from ..inspection import inspect_path, text_lines  # noqa: PLC0415
 
     facts = inspect_path(path)

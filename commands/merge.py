@@ -9,10 +9,12 @@ import click
 
 from ..errors import format_bytes, format_path
 from .options import (
+    LORA_DTYPES,
     PATH,
     debug_option,
     json_option,
     key_format_option,
+    lora_output_option,
     reduce_rank_option,
     require_weights,
     weight_option,
@@ -20,12 +22,12 @@ from .options import (
 
 
 @click.command()
-@click.argument("loras", nargs=-1, type=PATH, metavar="LORA LORA...")
-@click.option("--output", type=PATH, required=True, help="The LoRA file to write.")
+@click.argument("loras", nargs=-1, type=PATH, metavar="LORA...")
+@lora_output_option
 @weight_option("LoRA")
 @reduce_rank_option
-@click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]),
-              help="Default: the inputs' own, or fp32 if they differ.")  # fmt: skip
+@click.option("--dtype", type=LORA_DTYPES, show_default="as the inputs, or fp32 if they differ",
+              help="Of the values in the LoRA file.")  # fmt: skip
 @key_format_option
 @json_option
 @debug_option
@@ -39,7 +41,10 @@ def merge(
     *,
     as_json: bool,
 ) -> None:
-    """Join two or more LORAs of one diffusion model exactly: the rank of the result is the sum of theirs."""
+    """Join LoRAs into one, exactly.
+
+    It takes two LORAs or more, of one diffusion model; the rank of the result is the sum of theirs.
+    """
     if len(loras) < 2:
         raise click.UsageError("merging takes two LoRA files or more")
     require_weights(weights, len(loras), "LoRA")

@@ -46,6 +46,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic only since cli
 
 PATH = UserPath()
 SIZE = Size()
+LORA_DTYPES = click.Choice(["bf16", "fp16", "fp32"])
 DEBUG = "i2l.debug"
 """Where a command's context keeps ``--debug``."""
 
@@ -75,9 +76,17 @@ def json_option(command: Callable[..., None]) -> Callable[..., None]:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")(command)
 
 
-backend_option = click.option(
-    "--backend", type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]), default="auto", show_default=True
+models_option = click.option(
+    "--models", type=PATH, required=True, metavar="DIR", help="Folder with the three checkpoints, under any names."
 )
+engines_option = click.option("--engines", type=PATH, required=True, metavar="DIR", help="The engines directory.")
+lora_output_option = click.option(
+    "--output", type=PATH, required=True, metavar="FILE", help="The LoRA file to write."
+)  # fmt: skip
+backend_option = click.option(
+    "--backend", type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]), default="auto", show_default=True,
+    help="Where to compute; auto takes the best that works here.",
+)  # fmt: skip
 
 
 Numbers = TypeVar("Numbers", float, tuple[float, ...])
@@ -92,12 +101,12 @@ def require_finite(_: click.Context, __: click.Parameter, value: Numbers) -> Num
 
 
 threads_option = click.option(
-    "--threads", type=click.IntRange(min=1),
-    help="Threads of the CPU backend. Default: physical cores, within a container's quota.",
+    "--threads", type=click.IntRange(min=1), metavar="N", show_default="physical cores, within a container's quota",
+    help="Threads of the CPU backend.",
 )  # fmt: skip
 ram_budget_option = click.option(
-    "--ram-budget", "ram_budget_bytes", type=SIZE,
-    help="Memory for weights that stay between passes, CPU backend, such as 4GiB. Default: none stay.",
+    "--ram-budget", "ram_budget_bytes", type=SIZE, metavar="SIZE", show_default="none stay",
+    help="Memory for weights that stay between passes, CPU backend, such as 4GiB.",
 )  # fmt: skip
 no_cache_option = click.option(
     "--no-cache",
@@ -114,12 +123,14 @@ def cache_folder(*, no_cache: bool) -> Path | None:
 
 
 strength_option = click.option(
-    "--strength", type=float, callback=require_finite, default=1.0, show_default=True,
+    "--strength", type=float, metavar="NUMBER", callback=require_finite, default=1.0, show_default=True,
     help="Multiplies the LoRA's effect; linear.",
 )  # fmt: skip
 
 
-dtype_option = click.option("--dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True)
+dtype_option = click.option(
+    "--dtype", type=LORA_DTYPES, default="bf16", show_default=True, help="Of the values in the LoRA file."
+)
 key_format_option = click.option(
     "--key-format", type=click.Choice(["comfyui", "diffsynth"]), default="comfyui", show_default=True,
     help="comfyui loads everywhere; diffsynth is what the original node saved.",
@@ -128,18 +139,18 @@ key_format_option = click.option(
 
 reduce_rank_option = click.option(
     "--reduce-rank", type=click.IntRange(min=1), metavar="R",
+    show_default="the sum of the inputs' ranks",
     help="Give the LoRA at most this rank: the best approximation of B @ A; its error is printed.",
 )  # fmt: skip
 
 
 def weight_option(noun: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add ``--weight``, once per ``noun``."""
-    text = (
-        f"How much one {noun} counts; once per {noun}, in their order. Taken as it is: weights need not add up to 1. "
-    )
     return click.option(
-        "--weight", "weights", type=float, callback=require_finite, multiple=True, help=f"{text}[default: 1/N each]"
-    )
+        "--weight", "weights", type=float, metavar="NUMBER", callback=require_finite, multiple=True,
+        show_default="1/N each",
+        help=f"How much one {noun} counts; once per {noun}, in their order. Weights need not add up to 1.",
+    )  # fmt: skip
 
 
 def require_weights(weights: Sequence[float], things: int, noun: str) -> None:

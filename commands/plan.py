@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--engines", type=PATH, help="The engines directory; or else:")
+@click.option("--engines", type=PATH, metavar="DIR", help="The engines directory; or else:")
 @click.option("--preset", type=click.Choice(["tiny", "small", "full"]), help="Sizes alone, nothing built.")
 @click.option("--precision", type=click.Choice(["fp8", "int8", "bf16"]), default="fp8", show_default=True,
               help="Of the preset.")  # fmt: skip
-@click.option("--vram-budget", "budgets", type=SIZE, multiple=True, required=True,
+@click.option("--vram-budget", "budgets", type=SIZE, metavar="SIZE", multiple=True, required=True,
               help="Such as 4GiB. Several give a table.")  # fmt: skip
-@click.option("--pcie-gbps", "links", type=click.FloatRange(min=0, min_open=True), multiple=True, default=[25.0],
-              show_default=True, help="GB/s from pinned memory. Several give a table.")  # fmt: skip
-@click.option("--tflops", type=click.FloatRange(min=0, min_open=True), default=100.0, show_default=True,
-              help="Rate that the products reach.")  # fmt: skip
-@click.option("--images", type=click.IntRange(min=1), default=1, show_default=True, help="In one call.")
+@click.option("--pcie-gbps", "links", type=click.FloatRange(min=0, min_open=True), metavar="NUMBER", multiple=True,
+              default=[25.0], show_default=True, help="GB/s from pinned memory. Several give a table.")  # fmt: skip
+@click.option("--tflops", type=click.FloatRange(min=0, min_open=True), metavar="NUMBER", default=100.0,
+              show_default=True, help="Rate that the products reach.")  # fmt: skip
+@click.option("--images", type=click.IntRange(min=1), metavar="N", default=1, show_default=True, help="In one call.")
 @json_option
 @debug_option
 def plan(
@@ -41,7 +41,10 @@ def plan(
     *,
     as_json: bool,
 ) -> None:
-    """Predict, without a GPU, what stays in VRAM, what is copied, and how long an image takes."""
+    """Predict, without a GPU, VRAM and time per image.
+
+    For each budget: what stays in VRAM, what is copied, and how long an image takes.
+    """
     if (engines is None) == (preset is None):
         raise click.UsageError("give either --engines or --preset")
     models = models_of_engines(engines) if engines else models_of_preset(str(preset), precision)

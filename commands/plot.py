@@ -11,10 +11,14 @@ from .options import PATH, debug_option, needs_extra
 
 @click.command()
 @click.argument("loras", nargs=-1, type=PATH, metavar="LORA...")
-@click.option("--output", type=PATH, help="A .png, .svg or .pdf file. Default: LORA.plot.png beside the first LORA.")
+@click.option("--output", type=PATH, metavar="FILE", show_default="LORA.plot.png beside the first LORA",
+              help="A .png, .svg or .pdf file.")  # fmt: skip
 @debug_option
 def plot(loras: Sequence[Path], output: Path | None) -> None:
-    """Draw where LORAs act: the norm of B @ A per block and target, and for several LORAs how alike they are."""
+    """Draw where LoRAs act and how alike they are.
+
+    For each LORA the norm of B @ A per block and target; for several also their similarities.
+    """
     if not loras:
         raise click.UsageError("plotting takes one LoRA file or more")
     output = output or loras[0].with_suffix(".plot.png")  # never LORA.png: that may be the photo it was made from

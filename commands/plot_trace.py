@@ -13,7 +13,10 @@ from .options import PATH, debug_option, needs_extra
 @click.argument("picture", type=PATH)
 @debug_option
 def plot_trace(trace: Path, picture: Path) -> None:
-    """Draw a TRACE.json of `i2l run --trace` as PICTURE.png."""
+    """Draw what a run did and when.
+
+    TRACE is a .json file of `i2l run --trace`, PICTURE the .png file to write.
+    """
     with needs_extra("plot", "i2l plot-trace"):
         from ..trace_picture import draw_trace  # noqa: PLC0415
 

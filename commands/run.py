@@ -15,8 +15,10 @@ from .options import (
     cache_folder,
     debug_option,
     dtype_option,
+    engines_option,
     json_option,
     key_format_option,
+    lora_output_option,
     no_cache_option,
     ram_budget_option,
     reduce_rank_option,
@@ -30,17 +32,17 @@ from .tracing import trace_option, traced
 
 @click.command()
 @click.argument("images", nargs=-1, type=PATH, metavar="IMAGE...")
-@click.option("--engines", type=PATH, required=True, help="The engines directory.")
-@click.option("--output", type=PATH, required=True, help="The LoRA file to write.")
+@engines_option
+@lora_output_option
 @backend_option
 @threads_option
 @ram_budget_option
 @strength_option
 @weight_option("image")
 @reduce_rank_option
-@no_cache_option
 @dtype_option
 @key_format_option
+@no_cache_option
 @trace_option
 @json_option
 @debug_option
@@ -61,9 +63,9 @@ def run(
     trace: Path | None,
     as_json: bool,
 ) -> None:
-    """Turn one or more IMAGEs into one LoRA of rank four per image.
+    """Turn one or more pictures into one LoRA.
 
-    A folder stands for the images in it, in natural order of their names.
+    Its rank is four per IMAGE. A folder stands for the images in it, in natural order of their names.
     """
     if not images:
         raise click.UsageError(str(NoImages()))

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 def trace_option(command: Callable[..., None]) -> Callable[..., None]:
     """Add ``--trace``."""
     return click.option(
-        "--trace", type=PATH, help="Write what was copied and computed when: .json for Perfetto, or a .png picture."
+        "--trace",
+        type=PATH,
+        metavar="FILE",
+        help="Write what was copied and computed when: .json for Perfetto, or a .png picture.",
     )(command)
 
 

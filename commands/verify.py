@@ -6,18 +6,21 @@ from pathlib import Path
 import click
 
 from ..progress import show_progress
-from .options import PATH, backend_option, debug_option, json_option, needs_extra
+from .options import PATH, backend_option, debug_option, engines_option, json_option, models_option, needs_extra
 
 
 @click.command()
-@click.option("--models", type=PATH, required=True, help="The checkpoints that the engines were built from.")
-@click.option("--engines", type=PATH, required=True, help="The engines directory.")
-@click.option("--image", type=PATH, help="The picture to compare on; default: a made-up one.")
+@models_option
+@engines_option
+@click.option("--image", type=PATH, metavar="IMAGE", show_default="a made-up one", help="What to compare on.")
 @backend_option
 @json_option
 @debug_option
 def verify(models: Path, engines: Path, image: Path | None, backend: str, *, as_json: bool) -> None:
-    """Compare every step and the LoRA with a float32 reference (needs the checkpoints and torch)."""
+    """Compare engines with a float32 reference.
+
+    Every step and the LoRA, on one picture; it needs torch and the checkpoints that the engines were built from.
+    """
     with needs_extra("export", "i2l verify"):
         from ..export import reference  # noqa: F401, PLC0415
     from ..verification import made_up_image, summary, verify_engines  # noqa: PLC0415

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import importlib.util
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import click
 import pytest
 import safetensors.torch
 import torch
@@ -615,6 +617,32 @@ def test_doctor_names_every_backend(options: list[str]) -> None:
         assert [line for line in lines if line.startswith("backend cpu: works (onnxruntime ")]
 
 
+def test_doctor_names_what_plot_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else real(name))
+    lines = i2l("doctor").stdout.splitlines()
+    assert lines[-2:] == [
+        "build-engines, verify, make-checkpoints: works",
+        "plot, plot-trace: no (matplotlib missing); pip install 'i2l-engines[plot]'",
+    ]
+
+
+def test_help_lists_the_commands_as_they_are_used() -> None:
+    lines = i2l("--help").stdout.split("Commands:\n")[1].splitlines()
+    assert [line.split()[0] for line in lines][:3] == ["build-engines", "run", "batch"]
+    assert [line for line in lines if not line.endswith(".") or line.endswith("...")] == []  # nothing is cut off
+
+
+@pytest.mark.parametrize("name", main.commands)
+def test_every_option_is_explained(name: str) -> None:
+    command = main.commands[name]
+    options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+    assert [option.name for option in options if not option.help] == []
+    help_text = i2l(name, "--help").stdout
+    assert not any(word in help_text for word in ("INTEGER", "FLOAT", "TEXT", " PATH  "))
+
+
 # --- as a process ------------------------------------------------------------------------------------------------
 
 
@@ -678,6 +706,82 @@ def test_file_names_that_are_no_text(place: Place) -> None:
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["output"] == str(output)
     assert output.is_file()
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["--help"], ["inspect", "MODELS"], ["doctor", "--json"], ["run", "--help"]])
+def test_standard_output_on_a_full_disk(place: Place, arguments: list[str], unbuffered: str) -> None:
+    command = [sys.executable, "-m", "i2l.cli", *(a.replace("MODELS", str(place.models)) for a in arguments)]
+    with Path("/dev/full").open("wb") as full:
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+    assert (result.returncode, result.stderr) == (
+        1,
+        "error: cannot write to standard output (No space left on device): send it to another place\n",
+    )
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_standard_output_is_a_closed_pipe(place: Place, unbuffered: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "i2l.cli", "inspect", str(place.models)]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False, env=environment)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+# Writing slowly, so that Ctrl-C comes in the middle of a file.
+SLOW_WRITE = """
+import pathlib, signal, time
+from i2l.engines.tensorfile import LayoutWriter
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def write(self, name, data, real=LayoutWriter.write):
+    time.sleep(0.02)
+    real(self, name, data)
+def write_bytes(self, data, real=pathlib.Path.write_bytes):
+    real(self, data[:1000])
+    time.sleep(0.5)
+    return real(self, data)
+LayoutWriter.write, pathlib.Path.write_bytes = write, write_bytes
+"""
+
+
+@pytest.mark.parametrize("command", ["batch", "embed", "merge"])
+def test_ctrl_c_leaves_whole_files(place: Place, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    cache, photos, loras = (place.folder / name for name in ("cache", "photos", "loras"))
+    monkeypatch.setenv("I2L_CACHE_DIR", str(cache))
+    photos.mkdir()
+    for seed in range(3):
+        picture(100, 80, seed).save(photos / f"{seed}.png")
+    batch = ["batch", photos, "--engines", place.engines, "--output-dir", loras]
+    if command == "merge":
+        assert i2l(*batch).exit_code == 0
+    arguments, folder, whole = {
+        "batch": (batch, loras, 1),
+        "embed": (["embed", photos, "--engines", place.engines], cache / "embeddings", 1),
+        "merge": (["merge", loras / "0.safetensors", loras / "1.safetensors", "--output", loras / "m"], loras, 3),
+    }[command]
+    code = f"{SLOW_WRITE}\nfrom i2l.cli import main\nmain()"
+    running = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("[!.]*"))) < whole or not list(folder.glob(".*.part")):
+        assert running.poll() is None, running.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    running.send_signal(signal.SIGINT)
+    _, stderr = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert "Aborted!" in stderr
+    assert "Traceback" not in stderr
+    left = list(folder.iterdir())
+    assert whole <= len(left) < whole + 2
+    for path in left:
+        with safe_open(path, framework="numpy") as file:  # checks the size
+            assert list(file.keys())
+    assert i2l(*arguments).exit_code == 0
+    assert len(list(folder.iterdir())) == (4 if command == "merge" else 3)
 
 
 # The real build but for the graphs, which take long to export; writing slowly, so that Ctrl-C comes in the middle. A
