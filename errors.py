@@ -194,6 +194,17 @@ class EnginesOfOtherCheckpoints(EnginesError, ValueError):
         )
 
 
+class CpuPacksUnwritable(EnginesError, OSError):
+    """FP8 engines need packs of their own for the CPU, and these cannot be written."""
+
+    def __init__(self, directory: Path, reason: str) -> None:
+        super().__init__(
+            f"{format_path(directory)} holds fp8 engines, whose packs are converted once for the CPU, but nothing can "
+            f"be written there ({reason}): make it writable, or build engines for the CPU elsewhere: "
+            "i2l build-engines --models MODELS --engines ENGINES --precision int8"
+        )
+
+
 class ShapeMismatch(EnginesError, ValueError):
     """A tensor handed to an engine does not fit its graph."""
 

@@ -120,6 +120,7 @@ def run(
         "backend": pipeline.backend_name,
         "backend_reason": pipeline.backend_reason,
         "precision": pipeline.manifest.precision,
+        "runs_as": pipeline.runs_as,
     }
     if reduction:
         facts["rank_reduction"] = reduction.to_dict()
@@ -130,10 +131,12 @@ def run(
         click.echo(reduction)
     if cache and any(pipeline.from_cache):
         click.echo(f"{sum(pipeline.from_cache)} of {len(images)} embeddings came from {format_path(cache)}")
+    precision = pipeline.manifest.precision
+    converted = "" if precision == pipeline.runs_as else f", {precision} run as {pipeline.runs_as}"
     stages = ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items())
     click.echo(
         f"{format_path(output)}: {2 * len(lora.factors)} tensors, rank {lora.rank}, "
         f"{format_bytes(output.stat().st_size)}\n"
         f"{sum(seconds.values()):.2f} s ({stages}), peak {format_bytes(peak_resident_bytes())} resident, "
-        f"backend {pipeline.backend_name} ({pipeline.backend_reason})"
+        f"backend {pipeline.backend_name} ({pipeline.backend_reason}){converted}"
     )

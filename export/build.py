@@ -6,18 +6,20 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 
 from .. import __version__
+from ..engines.converted import PLAN_FOLDER, remove_cpu_engines
 from ..engines.integrity import file_facts, record_checked
 from ..engines.manifest import FORMAT, MANIFEST, FileFacts, Manifest, Model, manifest_to_json, read_manifest
 from ..errors import EnginesError
 from ..files import Report, atomic_path, explained_os_errors, require_free, silent
 from ..specs import FAMILIES, DiffusionModel, Family
 from .checkpoints import Checkpoint, find_checkpoints, require_fitting
+from .cpuplan import write_cpu_plan
 from .graphs import export_graphs, standalone_model
 from .lock import only_build
 from .packs import PackPlan, plan_pack, write_pack
@@ -25,7 +27,7 @@ from .parallel import quantising_threads
 from .precision import precision_for
 
 BUILD_PREFIX = "build-"
-BUILD_VERSION = 3
+BUILD_VERSION = 4
 """Raised whenever the same inputs give other engines, so that an old directory is rebuilt."""
 
 
@@ -91,8 +93,11 @@ def build_engines(
                 created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 models={family: _model(checkpoints[family], plans[family]) for family in checkpoints},
                 graphs=graphs,
-                files=_files(folder, hashes),
+                files={},
             )
+            if precision == "fp8":
+                write_cpu_plan(folder, manifest, checkpoints)
+            manifest = replace(manifest, files=_files(folder, hashes))
             commit(engines, manifest)
         return BuildResult(manifest, rebuilt=True)
 
@@ -200,12 +205,14 @@ def commit(engines: Path, manifest: Manifest) -> None:
     with atomic_path(engines / MANIFEST) as temporary:
         temporary.write_text(manifest_to_json(manifest), encoding="utf-8")
     remove_other_builds(engines, keep=(manifest.build,))
+    remove_cpu_engines(engines, but_of=manifest.build)
 
 
 def remove_other_builds(engines: Path, keep: tuple[str, ...]) -> None:
     """Remove the folders of replaced and of dead builds; a folder that holds anything else is somebody else's."""
+    ours = {"graphs", PLAN_FOLDER, *FAMILIES}
     for folder in engines.glob(f"{BUILD_PREFIX}*"):
-        if folder.is_dir() and folder.name not in keep and {p.name for p in folder.iterdir()} <= {"graphs", *FAMILIES}:
+        if folder.is_dir() and folder.name not in keep and {p.name for p in folder.iterdir()} <= ours:
             shutil.rmtree(folder, ignore_errors=True)  # a file in use may resist: the next build tries again
 
 

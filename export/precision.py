@@ -145,9 +145,12 @@ class FloatLinear(Linear):
 
 @dataclass(frozen=True)
 class Float8:
-    """FP8 e4m3 ``[out, in]``, one float32 scale per output channel: ``w = q * scale``, ``scale = max|row| / 448``."""
+    """FP8 e4m3 ``[out, in]``, one float32 scale per output channel: ``w = q * scale``, ``scale = max|row| / 448``.
 
-    equalised: bool = False
+    Equalised for the sake of FP8 activations, and as the CPU runs it as int8 (engines/transcode.py).
+    """
+
+    equalised: bool = True
 
     def stored(self, out_features: int, in_features: int) -> list[Stored]:
         return [("weight", "F8_E4M3", (out_features, in_features)), ("scale", "F32", (out_features,))]

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ..engines.base import Array, Backend, Engine, Value, WeightStore
+from ..engines.converted import cpu_engines
 from ..engines.detect import choose_backend
 from ..engines.integrity import check_files
 from ..engines.manifest import Chunk, Manifest, Step, content_id, read_manifest
@@ -72,12 +73,15 @@ class Pipeline:
         backend: ``auto``, ``cpu``, ``cuda`` or ``tensorrt``.
         threads: of the CPU backend; by default one for each physical core, within the container's quota.
         ram_budget_bytes: for the CPU backend's weights: what fits stays in memory between images; by default nothing.
-        report: told the steps done of the running stage.
+        report: told the steps done of the running stage; while the first opening of fp8 engines on the cpu backend
+            converts them, MiB of packs.
         cache: a folder that keeps the embeddings of images that were seen, as :mod:`.cache` says; None keeps nothing.
         trace: told every copy and computation.
 
     Raises:
-        EnginesError: the directory is missing, damaged or of another version.
+        EnginesError: the directory is missing, damaged or of another version, or holds fp8 engines and the packs that
+            the cpu backend needs of them cannot be written.
+        DiskFull: there is no room for those.
         BackendUnavailable: the named backend cannot run here.
     """
 
@@ -96,13 +100,14 @@ class Pipeline:
         self.backend_name, self.backend_reason = choose_backend(backend)
         check_files(engines, self.manifest)
         self._engines = engines
-        self._open_cpu = partial(CpuBackend, engines, self.manifest, threads, self._kept(ram_budget_bytes))
+        self._threads = threads
+        self._ram_budget_bytes = ram_budget_bytes
+        self._report = report
         self._opened: Backend | None = self._open_cpu()
         self._may_fall_back = backend == "auto" and self.backend_name != "cpu"
-        self._report = report
         self.cache: EmbeddingCache | None = None
         if cache is not None:
-            self.cache = EmbeddingCache(cache, encoders_id(content_id(self.manifest, ENCODERS), self.backend_name))
+            self.cache = EmbeddingCache(cache, encoders_id(content_id(self._running, ENCODERS), self.backend_name))
         self.from_cache: list[bool] = []
         """For each image of the last call that embedded images: did its embedding come from the cache?"""
         self._trace = trace
@@ -256,20 +261,25 @@ class Pipeline:
         self.backend_name, self.backend_reason = "cpu", f"{self.backend_name} ran out of memory"
         if self.cache is not None:  # its entries are of one backend
             self.cache = EmbeddingCache(
-                self.cache.folder, encoders_id(content_id(self.manifest, ENCODERS), self.backend_name)
+                self.cache.folder, encoders_id(content_id(self._running, ENCODERS), self.backend_name)
             )
         self._may_fall_back = False
 
-    def _kept(self, ram_budget_bytes: int | None) -> dict[Family, frozenset[Chunk]]:
+    def _open_cpu(self) -> Backend:
+        """The cpu backend, over the int8 form of fp8 engines."""
+        directory, self._running = cpu_engines(self._engines, self.manifest, threads=self._threads, report=self._report)
+        return CpuBackend(directory, self._running, self._threads, self._kept(self._running))
+
+    def _kept(self, manifest: Manifest) -> dict[Family, frozenset[Chunk]]:
         """The chunks that the CPU keeps between images."""
-        if ram_budget_bytes is None:
+        if self._ram_budget_bytes is None:
             return {}
-        chunks = {family: model.chunks for family, model in self.manifest.models.items()}
-        return resident_chunks(chunks, ram_budget_bytes)
+        chunks = {family: model.chunks for family, model in manifest.models.items()}
+        return resident_chunks(chunks, self._ram_budget_bytes)
 
     def _stream(self, family: Family) -> Iterator[tuple[Step, Engine, Mapping[str, Value]]]:
         """Every step of a model in order with its engine and weights, progress told on the way."""
-        chunks = self.manifest.models[family].chunks
+        chunks = self._running.models[family].chunks
         total = sum(len(chunk.steps) for chunk in chunks)
         store: WeightStore = self._backend.store(family)
         if self._trace:
@@ -279,6 +289,11 @@ class Pipeline:
             engine = self._backend.engine(step.graph)
             yield step, TracedEngine(engine, self._trace, step.name) if self._trace else engine, weights
         self._report(family, total, total)
+
+    @property
+    def runs_as(self) -> str:
+        """The precision of the packs that run: the manifest's, except that the cpu backend runs fp8 as int8."""
+        return self._running.precision
 
     @property
     def _backend(self) -> Backend:

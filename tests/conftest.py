@@ -2,14 +2,20 @@
 
 import uuid
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image
 
+from i2l.export import build, cpuplan
 from i2l.export.build import build_engines
+from i2l.export.graphs import export_graphs
+from i2l.export.precision import Precision
 from i2l.export.synthetic import make_checkpoints
+from i2l.specs import Spec
 
 MakeModels = Callable[..., Path]
 MakeEngines = Callable[..., Path]
@@ -58,10 +64,19 @@ def engines(models: MakeModels, tmp_path_factory: pytest.TempPathFactory) -> Mak
         if key not in made:
             made[key] = tmp_path_factory.mktemp(f"engines-{preset}-{precision}")
             source = models(preset, **options)
-            build_engines(source, made[key], precision=precision, blocks_per_chunk=blocks_per_chunk)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(build, "export_graphs", graphs_once)
+                patch.setattr(cpuplan, "export_graphs", graphs_once)
+                build_engines(source, made[key], precision=precision, blocks_per_chunk=blocks_per_chunk)
         return made[key]
 
     return make
+
+
+@cache
+def graphs_once(spec: Spec, precision: Precision) -> tuple[tuple[str, onnx.ModelProto], ...]:
+    """Exporting takes most of a tiny build's time and depends on these two alone."""
+    return tuple(export_graphs(spec, precision))
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:

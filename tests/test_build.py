@@ -486,7 +486,8 @@ def test_a_graphs_weights_are_the_packs_tensors(built: tuple[Path, Manifest], gr
 def test_every_onnx_file_passes_the_checker(built: tuple[Path, Manifest]) -> None:
     folder, manifest = built
     paths = sorted(folder.rglob("*.onnx"))
-    assert len(paths) == len(manifest.graphs) + len(steps(manifest))
+    for_the_cpu = len(manifest.graphs) if manifest.precision == "fp8" else 0
+    assert len(paths) == len(manifest.graphs) + len(steps(manifest)) + for_the_cpu
     for path in paths:
         onnx.checker.check_model(str(path), full_check=True)
 

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from i2l.export.rotation import hadamard, rotate, rotation
+from i2l.engines import rotation as arrays
+from i2l.engines.rotation import hadamard
+from i2l.export.rotation import rotate, rotation
 from i2l.specs import PRESETS
 
 REAL_WIDTHS = sorted(
@@ -80,9 +82,9 @@ def test_rows_are_rotated_for_themselves(width: int, data: st.DataObject) -> Non
 
 
 def test_a_rotation_is_the_same_whenever_it_is_made() -> None:
-    rotation.cache_clear()
+    arrays.rotation.cache_clear()
     first = rotation(6144).clone()
-    rotation.cache_clear()
+    arrays.rotation.cache_clear()
     assert torch.equal(first, rotation(6144))
 
 
