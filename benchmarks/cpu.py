@@ -84,8 +84,7 @@ def fidelity(preset: str, work: Path) -> dict[str, list[dict[str, Any]]]:
             command = [HERE / "fidelity.py", "--models", models, "--engines", engines, "--image", IMAGE]
             lines = run(*command).splitlines()
             rows |= {row["path"]: row for row in map(json.loads, lines)}
-            if outliers or precision != "int8":
-                shutil.rmtree(engines)
+            shutil.rmtree(engines)
         facts[name] = list(rows.values())
         if outliers:
             shutil.rmtree(models)
