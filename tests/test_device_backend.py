@@ -55,7 +55,7 @@ Opened = Callable[..., tuple[Pipeline, DeviceBackend, FakeDevice]]
 @pytest.fixture
 def opened(engines: MakeEngines) -> Iterator[Opened]:
     """``opened(spare_bytes)``: a pipeline on a fake device with that much more than the smallest budget."""
-    directory = engines("tiny", "fp8")
+    directory = engines("tiny", "int8")
     manifest = read_manifest(directory)
     graphs = {graph: GraphMemory(5000, 4000, 100) for graph in manifest.graphs}
     pipelines = []
@@ -87,7 +87,7 @@ def opened(engines: MakeEngines) -> Iterator[Opened]:
 
 @pytest.fixture(scope="module")
 def wanted(engines: MakeEngines) -> Lora:
-    with Pipeline(engines("tiny", "fp8"), backend="cpu", threads=1) as pipeline:
+    with Pipeline(engines("tiny", "int8"), backend="cpu", threads=1) as pipeline:
         return pipeline.lora_from_images(PICTURES)
 
 

@@ -282,6 +282,14 @@ def test_a_pipeline_goes_on_after_an_error(pipeline: Pipeline, cut: Callable[[in
         np.testing.assert_array_equal(found.factors[module][0], a)
 
 
+def test_small_chunks_are_read_ahead_by_many(engines: MakeEngines) -> None:
+    manifest = read_manifest(engines("tiny", "fp32"))
+    model = manifest.models["dinov3"]
+    pack = ort.MappedPack(engines("tiny", "fp32") / manifest.build / model.pack, model.tensors, model.chunks)
+    assert 100 < pack.slots <= ort.AHEAD_BYTES // max(chunk.nbytes for chunk in model.chunks)
+    pack.close()
+
+
 @pytest.mark.parametrize("page", [4096, 16384, 65536])
 def test_advice_covers_the_chunk_in_whole_pages(
     engines: MakeEngines, monkeypatch: pytest.MonkeyPatch, page: int
