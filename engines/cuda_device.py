@@ -10,6 +10,7 @@ buffers first, and waits for the copy that used the buffer before.
 
 import ctypes
 import logging
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +109,24 @@ class CudaDevice:
         if self._input_bytes:
             self.free(self._input_address)
         self._input_address = self._input_bytes = 0
+
+    def pinned_bandwidth(self, nbytes: int = 256 << 20, copies: int = 8) -> float:
+        """Bytes per second of plain copies from pinned memory: what the streamer is measured against."""
+        host = int(self._call("cuMemAllocHost", nbytes, wanted_bytes=nbytes))
+        address = self.allocate(nbytes)
+        try:
+            seconds = []
+            for _ in range(2):  # the first warms up
+                self.finish()
+                start = time.perf_counter()
+                for _ in range(copies):
+                    self._enqueue_copy(address, host, nbytes)
+                self.finish()
+                seconds.append(time.perf_counter() - start)
+        finally:
+            self.free(address)
+            self._call("cuMemFreeHost", host)
+        return copies * nbytes / seconds[-1]
 
     # --- lanes ----------------------------------------------------------------------------------------------------
 

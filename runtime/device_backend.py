@@ -46,7 +46,7 @@ class DeviceBackend:
         budget_bytes: int,
     ) -> None:
         self.name = name
-        self._device = device
+        self.device = device
         self._make_engine = make_engine
         self._engines: dict[str, Engine] = {}
         folder = directory / manifest.build
@@ -67,7 +67,7 @@ class DeviceBackend:
     @property
     def peak_bytes(self) -> int:
         """The most that the device saw in use."""
-        return self._device.peak_bytes
+        return self.device.peak_bytes
 
     def engine(self, graph: str) -> Engine:
         if graph not in self._engines:
@@ -78,10 +78,10 @@ class DeviceBackend:
         return self._weights.stores[family]
 
     def value(self, array: Array) -> Value:
-        return self._device.upload(array)
+        return self.device.upload(array)
 
     def array(self, value: Value) -> Array:
-        return self._device.download(value)
+        return self.device.download(value)
 
     def shrink(self, cause: OutOfDeviceMemory) -> None:
         self._weights.shrink(cause)
@@ -89,7 +89,7 @@ class DeviceBackend:
     def close(self) -> None:
         self._engines.clear()
         self._weights.close()
-        self._device.close()
+        self.device.close()
         with contextlib.suppress(BufferError):  # an error's traceback still holds weights: the maps go when they go
             for pack in self._maps.values():
                 pack.close()
