@@ -3,6 +3,7 @@
 Nothing here shows that CUDA works. tests/test_gpu.py does, where there is a GPU.
 """
 
+import ctypes
 import json
 import logging
 import shutil
@@ -51,7 +52,7 @@ class HostDevice(FakeDevice):
         raw = np.full(nbytes + 256, 0xEE, np.uint8)
         start = -raw.ctypes.data % 256
         address = raw.ctypes.data + start
-        self._memory[address] = memoryview(raw)[start : start + nbytes]  # type: ignore[assignment]
+        self._memory[address] = memoryview(raw)[start : start + nbytes]  # type: ignore[assignment, arg-type]
         return address
 
     def value(self, address: int, info: TensorInfo) -> DeviceTensor:  # type: ignore[override]
@@ -282,8 +283,6 @@ class Driver:
             if name in {"cuMemFree", "cuMemFreeHost"}:
                 self.free_bytes += self.memory.pop(arguments[0]).nbytes - 256
             if name.startswith("cuMemcpy"):
-                import ctypes
-
                 ctypes.memmove(*arguments[:3])
             fails = name == "cuMemHostRegister" and not self.pins
             return (self.CUresult.CUDA_ERROR_NOT_SUPPORTED if fails else self.CUresult.CUDA_SUCCESS,)
@@ -331,7 +330,7 @@ def test_chunks_arrive_pinned_or_through_buffers(
     for start, nbytes in ((0, 300), (300, 1000), (1500, 2000), (40, 7)):
         device.copy_async(view[start : start + nbytes], address)
         tensor = device.value(address, TensorInfo("U8", (nbytes,), 0))
-        raw = np.ctypeslib.as_array((np.ctypeslib.ctypes.c_uint8 * nbytes).from_address(tensor.data_ptr()))
+        raw = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(tensor.data_ptr()))
         assert bytes(raw) == pack[start : start + nbytes]
     assert ("cuMemAllocHost" in driver.calls) == (not pins)
     assert len(driver.memory) == (1 if pins else 3)
