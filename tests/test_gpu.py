@@ -12,15 +12,9 @@ from i2l.errors import BudgetTooSmall
 from i2l.export.cuda_graphs import build_cuda_graphs
 from i2l.runtime.pipeline import Pipeline
 
-pytestmark = pytest.mark.gpu
+CUDA = next(status for status in detect_backends() if status.name == "cuda")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CUDA.works, reason=f"no cuda backend: {CUDA.reason}")]
 PICTURES = [picture(90, 70, seed=1), picture(64, 64, seed=2)]
-
-
-@pytest.fixture(autouse=True)
-def cuda() -> None:
-    status = next(status for status in detect_backends() if status.name == "cuda")
-    if not status.works:
-        pytest.skip(f"no cuda backend: {status.reason}")
 
 
 @pytest.fixture(scope="module", params=["int8", "fp8", "bf16"])
