@@ -8,7 +8,7 @@ COMFYUI ?= ../ComfyUI
 COMFYUI_PYTHON ?= $(COMFYUI)/venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit test-comfyui format bench-cpu clean
+.PHONY: help setup demo test lint types unit test-comfyui test-gpu format bench-cpu bench-gpu clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -45,12 +45,18 @@ unit: setup  ## pytest
 test-comfyui: setup  ## The nodes in a real ComfyUI (COMFYUI=folder COMFYUI_PYTHON=its Python)
 	$(BIN)/python tests/real_comfyui.py $(COMFYUI) --python $(COMFYUI_PYTHON)
 
+test-gpu: setup  ## What only a GPU shows; skipped with a reason where there is none
+	$(BIN)/python -m pytest -m gpu -rs
+
 format: setup  ## Let ruff mend and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 bench-cpu: setup  ## This project beside the torch reference (PRESET=small|full)
 	$(BIN)/python benchmarks/cpu.py --preset $(PRESET)
+
+bench-gpu: setup  ## The cuda backend on a GPU: parity, bandwidth, times, VRAM (PRESET=small|full)
+	$(BIN)/python benchmarks/gpu.py --preset $(PRESET)
 
 clean:  ## Remove the demo and all caches
 	rm -rf $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -242,6 +242,16 @@ class PlanBuildFailed(EnginesError, RuntimeError):
         )
 
 
+class CudaGraphsUnusable(EnginesError):
+    """The graphs of the cuda backend are absent, or not those of this build."""
+
+    def __init__(self, engines: Path, reason: str) -> None:
+        super().__init__(
+            f"{format_path(engines)} has no graphs that the cuda backend can use ({reason}): make them with: "
+            f"i2l build-engines --models MODELS --engines {format_path(engines)} --backend cuda"
+        )
+
+
 class PrecisionUnsupported(EnginesError, ValueError):
     """A generation of GPUs cannot compute in the precision of the packs."""
 
@@ -293,6 +303,23 @@ class OutOfDeviceMemory(I2LError, MemoryError):
         super().__init__(
             f"{device} has no room for {format_bytes(wanted_bytes)} ({format_bytes(free_bytes)} free): close other "
             "programs that use it, give a smaller --vram-budget, or use --backend cpu"
+        )
+
+
+class DeviceFailed(I2LError, RuntimeError):
+    """A call to the device's driver failed, and not for lack of memory."""
+
+    def __init__(self, device: str, reason: str) -> None:
+        super().__init__(f"{device}: {reason}: see what nvidia-smi says, or use --backend cpu")
+
+
+class ProviderMissing(I2LError, RuntimeError):
+    """This onnxruntime cannot compute on the device."""
+
+    def __init__(self, provider: str, found: Sequence[str]) -> None:
+        super().__init__(
+            f"onnxruntime runs without {provider} here (it has {', '.join(found)}): put the GPU build in the place of "
+            "the CPU's: pip uninstall onnxruntime && pip install 'i2l-engines[cuda]', or use --backend cpu"
         )
 
 

@@ -77,7 +77,13 @@ def diagnose() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_bytes": _memory_bytes(),
         "backends": [
-            {"name": status.name, "works": status.works, "reason": status.reason, "remedy": status.remedy}
+            {
+                "name": status.name,
+                "works": status.works and status.proven,
+                "untried": status.works and not status.proven,
+                "reason": status.reason,
+                "remedy": status.remedy,
+            }
             for status in detect_backends()
         ],
         "extras": [_extra_facts(name, commands, modules) for name, (commands, modules) in EXTRAS.items()],
@@ -91,6 +97,8 @@ def diagnosis_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     for backend in facts["backends"]:
         if backend["works"]:
             yield f"backend {backend['name']}: works ({backend['reason']})"
+        elif backend["untried"]:
+            yield f"backend {backend['name']}: untried ({backend['reason']}); {backend['remedy']}"
         else:
             yield f"backend {backend['name']}: no ({backend['reason']}); {backend['remedy']}"
     for extra in facts["extras"]:

@@ -22,6 +22,7 @@ from .options import (
     ram_budget_option,
     strength_option,
     threads_option,
+    vram_budget_option,
 )
 
 
@@ -35,6 +36,7 @@ from .options import (
 @backend_option
 @threads_option
 @ram_budget_option
+@vram_budget_option
 @strength_option
 @dtype_option
 @key_format_option
@@ -49,6 +51,7 @@ def batch(
     backend: str,
     threads: int | None,
     ram_budget_bytes: int | None,
+    vram_budget_bytes: int | None,
     strength: float,
     dtype: Literal["bf16", "fp16", "fp32"],
     key_format: Literal["comfyui", "diffsynth"],
@@ -77,14 +80,22 @@ def batch(
         progress = BatchProgress(report)
         cache = cache_folder(no_cache=no_cache)
         with Pipeline(
-            engines, backend=backend, threads=threads, ram_budget_bytes=ram_budget_bytes, report=progress, cache=cache
+            engines,
+            backend=backend,
+            threads=threads,
+            ram_budget_bytes=ram_budget_bytes,
+            vram_budget_bytes=vram_budget_bytes,
+            report=progress,
+            cache=cache,
         ) as pipeline:
             result = run_jobs(
                 pipeline, plan.jobs, strength=strength, dtype=dtype, key_format=key_format, progress=progress
             )
+            vram = pipeline.vram
     seconds = time.perf_counter() - start
     if as_json:
-        click.echo(json.dumps(result.to_dict() | {"seconds": round(seconds, 3)}))
+        facts = result.to_dict() | {"seconds": round(seconds, 3)}
+        click.echo(json.dumps(facts | {"vram": vram} if vram else facts))
     else:
         click.echo(
             f"{len(result.written)} LoRAs written to {format_path(output_dir)} in {seconds:.1f} s, "

@@ -21,8 +21,8 @@ from .options import debug_option, engines_option, models_option, needs_extra
               help="What the LoRAs are for, if adapters for several diffusion models are under --models.")  # fmt: skip
 @click.option("--blocks-per-chunk", type=click.IntRange(min=1), metavar="N", default=1, show_default=True,
               help="Transformer blocks that move as one copy.")  # fmt: skip
-@click.option("--backend", type=click.Choice(["cpu", "tensorrt"]), default="cpu", show_default=True,
-              help="tensorrt: also plans for GPUs.")  # fmt: skip
+@click.option("--backend", type=click.Choice(["cpu", "cuda", "tensorrt"]), default="cpu", show_default=True,
+              help="tensorrt: also plans for GPUs. cuda: also its graphs.")  # fmt: skip
 @click.option("--sm", "sms", type=click.Choice(["current", *map(str, GENERATIONS)]), multiple=True,
               help="Generation of GPUs to make plans for, such as 89 for RTX 40; several are possible.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Build even if nothing changed.")
@@ -75,6 +75,17 @@ def build_engines(
         click.echo(f"nothing to do: {format_path(engines)} is up to date ({size}, precision {manifest.precision})")
     if targets:
         build_plans(engines, targets)
+    if backend == "cuda":
+        build_graphs(engines)
+
+
+def build_graphs(engines: Path) -> None:
+    """Make the graphs of the cuda backend and say what they are."""
+    from ..export.cuda_graphs import build_cuda_graphs  # noqa: PLC0415
+
+    with show_progress("steps") as report:
+        count = build_cuda_graphs(engines, report=report)
+    click.echo(f"{count} graphs for the cuda backend, which was never run on a GPU: ask for it with --backend cuda")
 
 
 def plan_targets(sms: Sequence[str]) -> list[int]:

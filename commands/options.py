@@ -44,6 +44,18 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic only since cli
         return budget
 
 
+class Budget(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.5
+    """Bytes, or None for ``auto``."""
+
+    name = "size|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        try:
+            return parse_budget(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 PATH = UserPath()
 SIZE = Size()
 LORA_DTYPES = click.Choice(["bf16", "fp16", "fp32"])
@@ -107,6 +119,10 @@ threads_option = click.option(
 ram_budget_option = click.option(
     "--ram-budget", "ram_budget_bytes", type=SIZE, metavar="SIZE", show_default="none stay",
     help="Memory for weights that stay between passes, CPU backend, such as 4GiB.",
+)  # fmt: skip
+vram_budget_option = click.option(
+    "--vram-budget", "vram_budget_bytes", type=Budget(), default="auto", show_default=True,
+    help="VRAM for everything, such as 8GiB; acts on GPU backends. auto: what is free, less 2 GiB.",
 )  # fmt: skip
 no_cache_option = click.option(
     "--no-cache",

@@ -25,6 +25,7 @@ from .options import (
     require_weights,
     strength_option,
     threads_option,
+    vram_budget_option,
     weight_option,
 )
 from .tracing import trace_option, traced
@@ -37,6 +38,7 @@ from .tracing import trace_option, traced
 @backend_option
 @threads_option
 @ram_budget_option
+@vram_budget_option
 @strength_option
 @weight_option("image")
 @reduce_rank_option
@@ -53,6 +55,7 @@ def run(
     backend: str,
     threads: int | None,
     ram_budget_bytes: int | None,
+    vram_budget_bytes: int | None,
     strength: float,
     weights: Sequence[float],
     reduce_rank: int | None,
@@ -91,6 +94,7 @@ def run(
             backend=backend,
             threads=threads,
             ram_budget_bytes=ram_budget_bytes,
+            vram_budget_bytes=vram_budget_bytes,
             report=report,
             cache=cache,
             trace=tracing,
@@ -105,6 +109,7 @@ def run(
                 lora, reduction = reduce_lora(lora, reduce_rank)
         with pipeline.timings.stage("save"):
             lora.save(output, dtype=dtype, key_format=key_format)
+        vram = pipeline.vram
     seconds = pipeline.timings.seconds
     facts = {
         "output": str(output),
@@ -122,6 +127,8 @@ def run(
         "precision": pipeline.manifest.precision,
         "runs_as": pipeline.runs_as,
     }
+    if vram:
+        facts["vram"] = vram
     if reduction:
         facts["rank_reduction"] = reduction.to_dict()
     if as_json:

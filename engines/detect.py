@@ -18,11 +18,13 @@ class BackendStatus:
     reason: str
     remedy: str = ""
     """What to install or change; empty if it works."""
+    proven: bool = True
+    """False: nobody has run it on such a device yet; ``auto`` passes it over."""
 
 
 def detect_backends() -> tuple[BackendStatus, ...]:
     """The state of every backend, best last."""
-    return (_cpu(), _gpu("cuda", ("onnxruntime",)), _gpu("tensorrt", ("tensorrt", "tensorrt_rtx")))
+    return (_cpu(), _cuda(), _tensorrt())
 
 
 def choose_backend(name: str) -> tuple[str, str]:
@@ -39,8 +41,9 @@ def choose_backend(name: str) -> tuple[str, str]:
         if not status.works:
             raise BackendUnavailable(name, status.reason, status.remedy)
         return name, "asked for"
-    best = [status for status in statuses.values() if status.works][-1]
-    others = "; ".join(f"{status.name}: {status.reason}" for status in statuses.values() if not status.works)
+    best = [status for status in statuses.values() if status.works and status.proven][-1]
+    passed = (status for status in statuses.values() if not (status.works and status.proven))
+    others = "; ".join(f"{status.name}: {status.reason}" for status in passed)
     return best.name, f"auto: the best that works here ({others})"
 
 
@@ -50,13 +53,34 @@ def _cpu() -> BackendStatus:
     return BackendStatus("cpu", works=True, reason=f"onnxruntime {onnxruntime.__version__}")
 
 
-def _gpu(name: str, modules: tuple[str, ...]) -> BackendStatus:
-    """GPU backends: name what the machine lacks first, as that is what the user can change."""
+def _cuda() -> BackendStatus:
+    import onnxruntime  # noqa: PLC0415 - as above
+
+    if status := _without_driver("cuda"):
+        return status
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        remedy = "pip uninstall onnxruntime && pip install 'i2l-engines[cuda]'"
+        return BackendStatus("cuda", works=False, reason="onnxruntime is the build for the CPU", remedy=remedy)
+    for package in ("core", "bindings"):
+        if importlib.util.find_spec("cuda") is None or importlib.util.find_spec(f"cuda.{package}") is None:
+            reason = f"cuda.{package} of cuda-python is not installed"
+            return BackendStatus("cuda", works=False, reason=reason, remedy="pip install 'i2l-engines[cuda]'")
+    reason = f"onnxruntime {onnxruntime.__version__}; the code is there but was never run on a GPU: ask for it by name"
+    return BackendStatus("cuda", works=True, reason=reason, remedy="try --backend cuda", proven=False)
+
+
+def _tensorrt() -> BackendStatus:
+    if status := _without_driver("tensorrt"):
+        return status
+    if not any(importlib.util.find_spec(module) for module in ("tensorrt", "tensorrt_rtx")):
+        reason, remedy = "tensorrt or tensorrt_rtx is not installed", "pip install 'i2l-engines[tensorrt]'"
+        return BackendStatus("tensorrt", works=False, reason=reason, remedy=remedy)
+    reason = "this version of i2l builds plans for it but does not run them"
+    return BackendStatus("tensorrt", works=False, reason=reason, remedy="use --backend cpu")
+
+
+def _without_driver(name: str) -> BackendStatus | None:
+    """Name what the machine lacks first."""
     if ctypes.util.find_library("cuda") is None and ctypes.util.find_library("nvcuda") is None:
         return BackendStatus(name, works=False, reason="no NVIDIA driver on this machine", remedy="use --backend cpu")
-    if not any(importlib.util.find_spec(module) for module in modules):
-        install = f"pip install 'i2l-engines[{name}]'"
-        return BackendStatus(name, works=False, reason=f"{' or '.join(modules)} is not installed", remedy=install)
-    return BackendStatus(
-        name, works=False, reason="this version of i2l computes on the CPU only", remedy="use --backend cpu"
-    )
+    return None

@@ -19,6 +19,16 @@ class Device(Protocol):
     """One accelerator, used by one thread."""
 
     name: str
+    peak_bytes: int
+    """The most that was allocated at a time, as far as the device can tell."""
+
+    def pin(self, memory: memoryview) -> None:
+        """Chunks will be copied from this memory, which stays until :meth:`close`."""
+        ...
+
+    def close(self) -> None:
+        """Give back what is not given back by :meth:`free`."""
+        ...
 
     def free_bytes(self) -> int:
         """Bytes that an allocation could get now."""

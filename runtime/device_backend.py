@@ -46,24 +46,28 @@ class DeviceBackend:
         budget_bytes: int,
     ) -> None:
         self.name = name
-        self._device = device
+        self.device = device
         self._make_engine = make_engine
         self._engines: dict[str, Engine] = {}
         folder = directory / manifest.build
         self._maps = {family: mapped(folder / model.pack) for family, model in manifest.models.items()}
         chunks = {family: model.chunks for family, model in manifest.models.items()}
-        self._weights = DeviceWeights(
-            device,
-            manifest.models,
-            {family: memoryview(pack) for family, pack in self._maps.items()},
-            partial(plan_residency, chunks, graphs),
-            budget_bytes,
-        )
+        packs = {family: memoryview(pack) for family, pack in self._maps.items()}
+        plan = partial(plan_residency, chunks, graphs)
+        plan(budget_bytes)  # before 8 GB are pinned for nothing
+        for pack in packs.values():
+            device.pin(pack)
+        self._weights = DeviceWeights(device, manifest.models, packs, plan, budget_bytes)
 
     @property
     def residency(self) -> Residency:
         """The plan in force."""
         return self._weights.residency
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that the device saw in use."""
+        return self.device.peak_bytes
 
     def engine(self, graph: str) -> Engine:
         if graph not in self._engines:
@@ -74,10 +78,10 @@ class DeviceBackend:
         return self._weights.stores[family]
 
     def value(self, array: Array) -> Value:
-        return self._device.upload(array)
+        return self.device.upload(array)
 
     def array(self, value: Value) -> Array:
-        return self._device.download(value)
+        return self.device.download(value)
 
     def shrink(self, cause: OutOfDeviceMemory) -> None:
         self._weights.shrink(cause)
@@ -85,6 +89,7 @@ class DeviceBackend:
     def close(self) -> None:
         self._engines.clear()
         self._weights.close()
+        self.device.close()
         with contextlib.suppress(BufferError):  # an error's traceback still holds weights: the maps go when they go
             for pack in self._maps.values():
                 pack.close()

@@ -27,6 +27,8 @@ from ..errors import NoImages, OutOfDeviceMemory, PipelineClosed
 from ..files import Report, silent
 from ..specs import FAMILIES, AdapterSpec, EncoderSpec, Family
 from .cache import EmbeddingCache, encoders_id
+from .cuda_backend import open_cuda
+from .device_backend import DeviceBackend
 from .images import ImageSource, content_sha256, load_image, pixels_dinov3, pixels_siglip2, square_image
 from .lora import MODEL_METADATA, Lora, factors_by_module, joining_weights, lora_from_factors, require_finite
 from .residency import resident_chunks
@@ -73,6 +75,7 @@ class Pipeline:
         backend: ``auto``, ``cpu``, ``cuda`` or ``tensorrt``.
         threads: of the CPU backend; by default one for each physical core, within the container's quota.
         ram_budget_bytes: for the CPU backend's weights: what fits stays in memory between images; by default nothing.
+        vram_budget_bytes: for everything on a GPU; by default what is free there, less 2 GiB.
         report: told the steps done of the running stage; while the first opening of fp8 engines on the cpu backend
             converts them, MiB of packs.
         cache: a folder that keeps the embeddings of images that were seen, as :mod:`.cache` says; None keeps nothing.
@@ -92,6 +95,7 @@ class Pipeline:
         backend: str = "auto",
         threads: int | None = None,
         ram_budget_bytes: int | None = None,
+        vram_budget_bytes: int | None = None,
         report: Report = silent,
         cache: Path | None = None,
         trace: Trace | None = None,
@@ -103,7 +107,12 @@ class Pipeline:
         self._threads = threads
         self._ram_budget_bytes = ram_budget_bytes
         self._report = report
-        self._opened: Backend | None = self._open_cpu()
+        self._opened: Backend | None
+        if self.backend_name == "cuda":
+            self._running = self.manifest
+            self._opened = open_cuda(engines, self.manifest, IMAGES_PER_PASS, vram_budget_bytes)
+        else:
+            self._opened = self._open_cpu()
         self._may_fall_back = backend == "auto" and self.backend_name != "cpu"
         self.cache: EmbeddingCache | None = None
         if cache is not None:
@@ -205,6 +214,18 @@ class Pipeline:
             "i2l.engines": content_id(self.manifest, FAMILIES)[:16],
             "i2l.strength": f"{strength:.9g}",
             "i2l.weights": ",".join(f"{weight:.9g}" for weight in joining_weights(weights, images, "image")),
+        }
+
+    @property
+    def vram(self) -> dict[str, int] | None:
+        """VRAM in bytes: the budget, the peak by the plan and the peak as measured; None on the CPU."""
+        if not isinstance(self._opened, DeviceBackend):
+            return None
+        plan = self._opened.residency
+        return {
+            "budget_bytes": plan.budget_bytes,
+            "planned_peak_bytes": plan.peak_bytes,
+            "measured_peak_bytes": self._opened.peak_bytes,
         }
 
     def close(self) -> None:
@@ -353,6 +374,7 @@ def open_engines(
     backend: str = "auto",
     threads: int | None = None,
     ram_budget_bytes: int | None = None,
+    vram_budget_bytes: int | None = None,
     report: Report = silent,
     cache: Path | str | None = None,
 ) -> Pipeline:
@@ -367,6 +389,7 @@ def open_engines(
         backend=backend,
         threads=threads,
         ram_budget_bytes=ram_budget_bytes,
+        vram_budget_bytes=vram_budget_bytes,
         report=report,
         cache=folder,
     )

@@ -31,6 +31,7 @@ ONLY_IN = {
     "comfy": {"comfy_nodes", "comfy_host"},
     "folder_paths": {"comfy_host"},
     "tensorrt": {"engines"},
+    "cuda": {"engines"},
     "tensorrt_rtx": {"engines"},
 }
 CORE_DEPENDENCIES = {"numpy", "onnxruntime", "safetensors", "PIL", "click", "rich"}
@@ -116,7 +117,7 @@ def test_a_planted_import_is_found(path: str, source: str) -> None:
 @pytest.mark.parametrize("path", [path for path in sources() if not path.startswith("export/")])
 def test_what_runs_needs_core_dependencies_only(path: str) -> None:
     home = Path(path).parts[0].removesuffix(".py")
-    allowed = CORE_DEPENDENCIES | set(sys.stdlib_module_names) | {"cuda"}
+    allowed = CORE_DEPENDENCIES | set(sys.stdlib_module_names)
     allowed |= {name for name, homes in ONLY_IN.items() if home in homes}
     source = (ROOT / path).read_text(encoding="utf-8")
     foreign = {name.split(".")[0] for name, ours, _ in imports(source, path, is_package=False) if not ours}

@@ -1,0 +1,170 @@
+"""The cuda backend on a GPU: parity with the CPU, bandwidth, times, VRAM, prediction. One command.
+
+Makes synthetic checkpoints and engines in the work folder if they are not there. Without a GPU it says why and ends.
+Usage: python benchmarks/gpu.py --preset small|full [--work DIR] [--precision int8|fp8] [--json FILE]
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from i2l.engines.base import Array
+from i2l.engines.detect import choose_backend
+from i2l.errors import BackendUnavailable, BudgetTooSmall
+from i2l.export.build import build_engines
+from i2l.export.cuda_graphs import build_cuda_graphs
+from i2l.export.synthetic import make_checkpoints
+from i2l.runtime.device_backend import DeviceBackend
+from i2l.runtime.lora import Lora
+from i2l.runtime.pipeline import Pipeline
+from i2l.runtime.predict import Card, predict
+from i2l.runtime.streamer import stream
+from i2l.verification import step_error
+
+IMAGE = Path(__file__).parent.parent / "docs" / "photo.jpg"
+BUDGETS_GIB = {"small": (), "full": (2, 4, 8)}
+"""Beside the smallest that works and all that is free."""
+IMAGES = (1, 4, 8)
+CALLS = 5
+"""The median counts; one call before warms up."""
+TFLOPS = 400.0
+"""For the prediction: half of what an H100 reached in one large bfloat16 product."""
+
+
+def main() -> None:
+    """Measure in the order of what is most worth knowing; every finished part is written at once."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", choices=sorted(BUDGETS_GIB), default="small")
+    parser.add_argument("--precision", choices=["int8", "fp8"], default="int8")
+    parser.add_argument("--work", type=Path, default=Path("bench"), help="scratch folder; what is in it is reused")
+    parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="where the facts go")
+    arguments = parser.parse_args()
+    try:
+        choose_backend("cuda")
+    except BackendUnavailable as error:
+        print(error)
+        return
+    facts: dict[str, Any] = {"preset": arguments.preset, "precision": arguments.precision}
+    for name, value in measured(arguments.preset, arguments.precision, arguments.work):
+        facts[name] = value
+        print(f"{name}: {json.dumps(value)}", flush=True)
+        arguments.json.write_text(json.dumps(facts), encoding="utf-8")
+
+
+def measured(preset: str, precision: str, work: Path) -> Iterator[tuple[str, Any]]:
+    """``(what, facts)`` of every part."""
+    start = time.perf_counter()
+    engines = prepared(preset, precision, work)
+    yield "prepare_seconds", round(time.perf_counter() - start, 1)
+    with Pipeline(engines, backend="cpu") as cpu:
+        pixels = cpu.pixels([IMAGE])
+        stages: dict[str, Array] = {}
+        cpu.embed_pixels(pixels, observe=lambda step, outputs: stages.update({step: next(iter(outputs.values()))}))
+        wanted = cpu.lora_from_images([IMAGE])
+    with Pipeline(engines, backend="cuda") as pipeline:
+        backend = device_backend(pipeline)
+        yield "device", backend.device.name
+        errors: dict[str, float] = {}
+
+        def compare(step: str, outputs: dict[str, Array]) -> None:
+            errors[step] = step_error(step, next(iter(outputs.values())), stages[step]).relative_error
+
+        pipeline.embed_pixels(pixels, observe=compare)
+        yield "stage_errors", errors
+        bandwidth = backend.device.pinned_bandwidth()
+        yield "pinned_gbps", bandwidth / 1e9
+        first = pipeline.lora_from_images([IMAGE])
+    for name, budget_bytes in budgets(preset, engines):
+        with Pipeline(engines, backend="cuda", vram_budget_bytes=budget_bytes) as pipeline:
+            lora = pipeline.lora_from_images([IMAGE])
+            yield (
+                name,
+                {
+                    "lora_error": lora_error(lora, wanted),
+                    "same_as_unlimited": lora_error(lora, first) == 0,
+                    "streaming_fraction": streaming_bandwidth(pipeline) / bandwidth,
+                    "images": {count: timed(pipeline, count, bandwidth) for count in IMAGES},
+                    **(pipeline.vram or {}),
+                },
+            )
+
+
+def prepared(preset: str, precision: str, work: Path) -> Path:
+    """The engines, made of synthetic checkpoints where they are not there."""
+    models, engines = work / preset, work / f"{preset}-{precision}"
+    if not (engines / "manifest.json").is_file():
+        if not models.is_dir():
+            make_checkpoints(models, preset)
+        build_engines(models, engines, precision=precision)
+    build_cuda_graphs(engines)
+    return engines
+
+
+def budgets(preset: str, engines: Path) -> Iterator[tuple[str, int | None]]:
+    """The smallest budget that works, the preset's, and all."""
+    try:
+        Pipeline(engines, backend="cuda", vram_budget_bytes=1).close()
+    except BudgetTooSmall as error:
+        yield "smallest", error.needed_bytes
+    yield from ((f"{size} GiB", size << 30) for size in BUDGETS_GIB[preset])
+    yield "unlimited", None
+
+
+def device_backend(pipeline: Pipeline) -> Any:
+    """The backend behind a pipeline, with its device at hand."""
+    backend: Any = pipeline._backend  # noqa: SLF001 - what is measured is behind the pipeline
+    assert isinstance(backend, DeviceBackend)
+    return backend
+
+
+def streaming_bandwidth(pipeline: Pipeline) -> float:
+    """Bytes per second of DINOv3's streamed chunks, nothing computed; 0 where all stay."""
+    backend = device_backend(pipeline)
+    store, chunks = backend.store("dinov3"), pipeline.manifest.models["dinov3"].chunks
+    nbytes = sum(chunk.nbytes for chunk in chunks if chunk not in store.resident)
+    backend.device.finish()
+    start = time.perf_counter()
+    for _ in stream(store, chunks):
+        pass
+    backend.device.finish()
+    return float(nbytes / (time.perf_counter() - start))
+
+
+def timed(pipeline: Pipeline, images: int, bandwidth: float) -> dict[str, float]:
+    """Milliseconds per image of the models, reading the picture left out, beside the prediction."""
+    seconds = []
+    for _ in range(CALLS + 1):
+        pipeline.lora_from_images([IMAGE] * images)
+        stages = pipeline.timings.seconds
+        seconds.append(sum(stages[family] for family in ("siglip2", "dinov3", "adapter")))
+    residency = device_backend(pipeline).residency
+    predicted = predict(pipeline.manifest.models, residency, Card(bandwidth / 1e9, TFLOPS), images)
+    return {
+        "ms_per_image": 1000 * statistics.median(seconds[1:]) / images,
+        "predicted_ms_per_image": 1000 * predicted.seconds_per_image,
+    }
+
+
+def lora_error(found: Lora, wanted: Lora) -> float:
+    """The largest relative difference of ``B @ A`` over all modules, from the factors' Gram matrices."""
+    return max(product_difference(found.factors[name], factors) for name, factors in wanted.factors.items())
+
+
+def product_difference(found: tuple[Array, Array], wanted: tuple[Array, Array]) -> float:
+    """``|Y X - B A| / |B A|`` without forming the products."""
+    (x, y), (a, b) = ((f[0].astype(np.float64), f[1].astype(np.float64)) for f in (found, wanted))
+    if np.array_equal(x, a) and np.array_equal(y, b):
+        return 0.0
+    left, right = np.concatenate([y, -b], axis=1), np.concatenate([x, a], axis=0)
+    difference = np.sum((left.T @ left) * (right @ right.T))
+    return float(np.sqrt(max(difference, 0.0) / np.sum((b.T @ b) * (a @ a.T))))
+
+
+if __name__ == "__main__":
+    main()
