@@ -27,6 +27,13 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("I2L_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "caches" / uuid.uuid4().hex))
 
 
+def pytest_configure() -> None:
+    """torch makes its table of operators anew at every export, 0.8 s each time; nothing here changes the table."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
+
+
 def pytest_report_header() -> str:
     import onnx
     import onnxruntime
