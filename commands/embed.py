@@ -28,7 +28,8 @@ def embed(images: Sequence[Path], engines: Path, backend: str, threads: int | No
         raise click.UsageError(str(NoImages()))
     from ..runtime.cache import default_cache_folder  # noqa: PLC0415
     from ..runtime.folders import list_images, skipped_line  # noqa: PLC0415
-    from ..runtime.pipeline import Pipeline, load_squares  # noqa: PLC0415
+    from ..runtime.pipeline import Pipeline  # noqa: PLC0415
+    from ..runtime.sources import load_squares  # noqa: PLC0415
 
     chosen = list_images(images)
     if chosen.skipped:

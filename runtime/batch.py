@@ -18,7 +18,8 @@ from ..errors import FolderEmpty, ImageError, LoraNotFinite, LoraUnreadable, Out
 from ..files import Report, silent
 from .folders import SUFFIXES, images_in
 from .lora import DTYPES, Dtype, KeyFormat, describe_lora
-from .pipeline import ENCODERS, IMAGES_PER_PASS, Pipeline, images_mark, load_squares
+from .pipeline import ENCODERS, IMAGES_PER_PASS, Pipeline
+from .sources import images_mark, load_squares
 
 Per: TypeAlias = Literal["image", "folder"]
 UNITS = 100

@@ -4,9 +4,8 @@ The images of a call share passes over the weights, a few at a time: a pass move
 """
 
 import logging
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,15 +22,16 @@ from ..engines.detect import choose_backend
 from ..engines.integrity import check_files
 from ..engines.manifest import Chunk, Manifest, Step, content_id, read_manifest
 from ..engines.ort import CpuBackend
-from ..errors import NoImages, OutOfDeviceMemory, PipelineClosed
+from ..errors import OutOfDeviceMemory, PipelineClosed
 from ..files import Report, silent
 from ..specs import FAMILIES, AdapterSpec, EncoderSpec, Family
 from .cache import EmbeddingCache, encoders_id
 from .cuda_backend import open_cuda
 from .device_backend import DeviceBackend
-from .images import ImageSource, content_sha256, load_image, pixels_dinov3, pixels_siglip2, square_image
+from .images import ImageSource, load_image, pixels_dinov3, pixels_siglip2, square_image
 from .lora import MODEL_METADATA, Lora, factors_by_module, joining_weights, lora_from_factors, require_finite
 from .residency import resident_chunks
+from .sources import as_several, images_mark, load_squares
 from .streamer import stream
 from .trace import Trace, TracedEngine, TracedStore
 
@@ -158,7 +158,7 @@ class Pipeline:
         """
         _ = self._backend  # closed? Then not even what the cache knows
         with self.timings.stage("images"):
-            squares, _ = load_squares(images)
+            squares = [square_image(load_image(image)) for image in as_several(images)]
         if self.cache is None:
             self.from_cache = [False] * len(squares)
             return self._embed_squares(squares)
@@ -332,40 +332,6 @@ class Pipeline:
         spec = self.manifest.models[family].spec
         assert isinstance(spec, EncoderSpec)  # the manifest's families are checked when it is read
         return spec.image_size
-
-
-def as_several(images: Sequence[ImageSource] | ImageSource) -> list[ImageSource]:
-    """A single image is a list of one, as a text would otherwise be read letter by letter; an array may hold several.
-
-    Raises:
-        NoImages: nothing to read.
-    """
-    if isinstance(images, np.ndarray):
-        several: list[ImageSource] = list(images) if images.ndim == 4 else [images]
-    else:
-        several = [images] if isinstance(images, str | os.PathLike | Image.Image) else list(images)
-    if not several:
-        raise NoImages
-    return several
-
-
-def load_squares(images: Sequence[ImageSource] | ImageSource) -> tuple[list[Image.Image], list[str]]:
-    """Every image's square and the hash of its whole content; one decoded picture is in memory at a time.
-
-    Raises:
-        NoImages, ImageError: nothing to read, or an image that cannot be used.
-    """
-    squares, hashes = [], []
-    for source in as_several(images):
-        picture = load_image(source)
-        squares.append(square_image(picture))
-        hashes.append(content_sha256(picture))
-    return squares, hashes
-
-
-def images_mark(hashes: Iterable[str]) -> dict[str, str]:
-    """The metadata entry that names a LoRA's images by their content."""
-    return {"i2l.images": ",".join(hashes)}
 
 
 def open_engines(
