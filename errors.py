@@ -257,13 +257,15 @@ class PrecisionUnsupported(EnginesError, ValueError):
 
     def __init__(self, sm: int, precision: str, instead: str) -> None:
         super().__init__(
-            f"sm{sm} cannot compute with {precision} packs: build engines for it in a directory of their own with "
-            f"--backend tensorrt --sm {sm} --precision {instead}"
+            f"sm{sm} cannot compute with {precision} packs: leave --precision out, or give --precision {instead}"
         )
 
 
 def _build_plans(engines: Path, sm: int) -> str:
-    return f"i2l build-engines --models MODELS --engines {format_path(engines)} --backend tensorrt --sm {sm}"
+    return (
+        f"i2l build-engines --models MODELS --engines {format_path(engines)} --backend tensorrt --sm {sm}, and --sm "
+        "for every other card that shall use the directory"
+    )
 
 
 class PipelineClosed(EnginesError, RuntimeError):

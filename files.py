@@ -7,11 +7,10 @@ leaves what was there before. The temporary file is made first, so an unwritable
 import errno
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Protocol
 
 from .errors import DiskFull, OutputUnwritable
 
@@ -20,8 +19,6 @@ UNWRITABLE = frozenset(
     | {errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EINVAL, errno.EBUSY}
 )
 """What the operating system says of a place that cannot be written."""
-HELD_BY_ANOTHER = (BlockingIOError, PermissionError) if sys.platform == "win32" else (BlockingIOError,)
-"""What it raises for a lock that somebody else holds."""
 
 
 class Report(Protocol):
@@ -68,42 +65,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
             temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def exclusive(file: BinaryIO, *, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock on an open file: no other process, or other opening of it in this one, is in the body meanwhile.
-
-    The system drops the lock when its process dies.
-
-    Args:
-        file: open for writing; its content does not matter.
-        waiting: called once if somebody else holds the lock.
-    """
-    if sys.platform == "win32":
-        import msvcrt  # noqa: PLC0415
-
-        def lock(*, wait: bool) -> None:
-            file.seek(0)  # it locks bytes from here on, and waits ten seconds at most
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK if wait else msvcrt.LK_NBLCK, 1)
-
-    else:
-        import fcntl  # noqa: PLC0415
-
-        def lock(*, wait: bool) -> None:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-
-    held = False
-    with suppress(*HELD_BY_ANOTHER):
-        lock(wait=False)
-        held = True
-    if not held:
-        waiting()
-    while not held:
-        with suppress(*HELD_BY_ANOTHER):
-            lock(wait=True)
-            held = True
-    yield  # closing the file lets go
 
 
 def require_writable(path: Path) -> None:

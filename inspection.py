@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from .engines.detect import detect_backends
+from .engines.generations import fp8_engines
 from .engines.integrity import check_files
 from .engines.manifest import MANIFEST, read_manifest
+from .engines.plans import PlanFacts, planned_generations
 from .errors import CheckpointError, CheckpointForeign, LoraUnreadable, NothingToInspect, format_bytes
 from .export.checkpoints import checkpoint_paths, describe, recognise
 from .runtime.lora import describe_lora
@@ -19,7 +21,7 @@ from .specs import spec_to_dict
 EXTRAS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     "export": (
         ("build-engines", "verify", "make-checkpoints"),
-        ("torch", "onnx", "onnxscript", "onnx_ir", "filelock"),
+        ("torch", "onnx", "onnxscript", "onnx_ir"),
     ),
     "plot": (("plot", "plot-trace"), ("matplotlib",)),
 }
@@ -53,12 +55,13 @@ def inspect_path(path: Path) -> dict[str, Any]:
 def text_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     """The same for people: one fact a line, models as paragraphs."""
     for name, value in facts.items():
-        if name == "models":
+        if name in {"models", "engines"}:
             for model in value:
                 yield ""
                 yield from text_lines({key: item for key, item in model.items() if item is not None})
         elif isinstance(value, Mapping):
-            yield f"{name}:"
+            if value:
+                yield f"{name}:"
             yield from (
                 f"  {key}: {item if isinstance(item, str) else json.dumps(item)}" for key, item in value.items()
             )
@@ -134,9 +137,19 @@ def _engines_facts(directory: Path) -> dict[str, Any]:
         "created": manifest.created,
         "versions": dict(manifest.versions),
         "graphs": {name: f"{manifest.build}/{path}" for name, path in manifest.graphs.items()},
+        "plans": {
+            f"sm{sm}": _plans_facts(plans) for sm, plans in planned_generations(directory, manifest.precision).items()
+        },
         "nbytes": sum(facts.nbytes for facts in manifest.files.values()),
         "models": models,
+        "engines": [_engines_facts(inner)] if (inner := fp8_engines(directory)) else [],
     }
+
+
+def _plans_facts(plans: Mapping[str, PlanFacts]) -> str:
+    flavours = {f"{facts.key.flavour} {facts.key.version}" for facts in plans.values()}
+    size = format_bytes(sum(facts.nbytes for facts in plans.values()))
+    return f"{len(plans)} plans by {' and '.join(sorted(flavours))}, {size}"
 
 
 def _folder_facts(path: Path) -> dict[str, Any]:

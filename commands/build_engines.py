@@ -1,15 +1,20 @@
 """``i2l build-engines``."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from ..engines.gpus import GENERATIONS
+from ..engines.gpus import FLOAT8_FROM, GENERATIONS
 from ..errors import format_bytes, format_path
 from ..progress import show_progress
 from ..specs import DIFFUSION_MODELS, DiffusionModel
 from .options import debug_option, engines_option, models_option, needs_extra
+
+if TYPE_CHECKING:
+    from ..export.build import BuildResult
 
 
 @click.command()
@@ -24,7 +29,8 @@ from .options import debug_option, engines_option, models_option, needs_extra
 @click.option("--backend", type=click.Choice(["cpu", "cuda", "tensorrt"]), default="cpu", show_default=True,
               help="tensorrt: also plans for GPUs. cuda: also its graphs.")  # fmt: skip
 @click.option("--sm", "sms", type=click.Choice(["current", *map(str, GENERATIONS)]), multiple=True,
-              help="Generation of GPUs to make plans for, such as 89 for RTX 40; several are possible.")  # fmt: skip
+              help="Generation of GPUs to make plans for, such as 89 for RTX 40; several are possible. Each gets the "
+              "precision that it computes best with.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Build even if nothing changed.")
 @debug_option
 def build_engines(
@@ -45,26 +51,33 @@ def build_engines(
     if sms and backend != "tensorrt":
         raise click.UsageError("--sm is for --backend tensorrt")
     with needs_extra("export", "i2l build-engines"):
-        from ..export.build import build_engines as build  # noqa: PLC0415
+        from ..export.generations import build_parts, plan_parts  # noqa: PLC0415
+        from ..export.lock import only_build  # noqa: PLC0415
         from ..export.parallel import keep_freed_memory  # noqa: PLC0415
 
     keep_freed_memory()
-    targets = plan_targets(sms) if backend == "tensorrt" else []
-    if targets and precision == "auto":
-        from ..export.plans import plan_precision  # noqa: PLC0415
+    parts = plan_parts(precision, plan_targets(sms) if backend == "tensorrt" else ())
+    for part in parts:
+        if part.reason:
+            click.echo(f"precision {part.precision} for {', '.join(f'sm{sm}' for sm in part.sms)} ({part.reason})")
+    with nullcontext() if backend == "cpu" else only_build(engines):  # up-to-date packs need no lock
+        with show_progress("bytes") as report:
+            results = build_parts(
+                models, engines, parts, blocks_per_chunk=blocks_per_chunk, adapter=adapter, force=force, report=report
+            )
+        for part, result in zip(parts, results, strict=True):
+            tell_packs(engines / part.folder, result)
+        if len(parts) == 1:
+            tell_other_packs(engines, remove=backend == "tensorrt")
+        for part in parts:
+            if part.sms:
+                build_plans(engines / part.folder, part.sms)
+        if backend == "cuda":
+            build_graphs(engines)
 
-        precision, reason = plan_precision(targets)
-        click.echo(f"precision {precision} ({reason})")
-    with show_progress("bytes") as report:
-        result = build(
-            models,
-            engines,
-            precision=precision,
-            blocks_per_chunk=blocks_per_chunk,
-            adapter=adapter,
-            force=force,
-            report=report,
-        )
+
+def tell_packs(engines: Path, result: "BuildResult") -> None:
+    """Say what a part of the build is."""
     manifest = result.manifest
     size = format_bytes(sum(facts.nbytes for facts in manifest.files.values()))
     if result.rebuilt:
@@ -73,10 +86,18 @@ def build_engines(
         )
     else:
         click.echo(f"nothing to do: {format_path(engines)} is up to date ({size}, precision {manifest.precision})")
-    if targets:
-        build_plans(engines, targets)
-    if backend == "cuda":
-        build_graphs(engines)
+
+
+def tell_other_packs(engines: Path, *, remove: bool) -> None:
+    """Deal with FP8 engines from an earlier build for more generations: those named now are all there shall be."""
+    from ..engines.generations import FP8_FOLDER, fp8_engines, remove_fp8_engines  # noqa: PLC0415
+
+    inner = format_path(engines / FP8_FOLDER)
+    if remove:
+        if nbytes := remove_fp8_engines(engines):
+            click.echo(f"removed {inner}: {format_bytes(nbytes)}, for generations that are not named now")
+    elif fp8_engines(engines):
+        click.echo(f"kept {inner} for sm{FLOAT8_FROM} and later; without: name --sm with --backend tensorrt")
 
 
 def build_graphs(engines: Path) -> None:
@@ -110,5 +131,7 @@ def build_plans(engines: Path, sms: Sequence[int]) -> None:
             f"sm{sm} ({GENERATIONS.get(sm, 'this GPU')}): {len(plans)} plans by {result.flavour}, {size}, at most "
             f"{memory} of activations for {BATCHES[-1]} images; not run on a GPU by this command"
         )
+    if result.kept:
+        click.echo(f"kept plans from before: {', '.join(f'sm{sm}' for sm in result.kept)}")
     if not result.built:
         click.echo("nothing to do: all plans are up to date")

@@ -47,21 +47,28 @@ def plan(
     """
     if (engines is None) == (preset is None):
         raise click.UsageError("give either --engines or --preset")
-    models = models_of_engines(engines) if engines else models_of_preset(str(preset), precision)
-    rows = [row for budget in budgets for row in predicted(models, budget, links, tflops, images)]
+    found = models_of_engines(engines) if engines else {precision: models_of_preset(str(preset), precision)}
+    tables = {
+        name: [{"precision": name} | row for size in budgets for row in predicted(models, size, links, tflops, images)]
+        for name, models in found.items()
+    }
     if as_json:
-        click.echo(json.dumps(rows[0] if len(rows) == 1 else rows))
-    elif len(rows) == 1:
-        click.echo("\n".join(details(rows[0])))
-    else:
-        click.echo("\n".join(table(rows, links)))
+        every = [row for rows in tables.values() for row in rows]
+        click.echo(json.dumps(every[0] if len(every) == 1 else every))
+        return
+    for name, rows in tables.items():
+        if len(tables) > 1:
+            click.echo(f"{name} engines:")
+        click.echo("\n".join(details(rows[0]) if len(rows) == 1 else table(rows, links)))
 
 
-def models_of_engines(engines: Path) -> "dict[Family, Model]":
-    """What the manifest says."""
+def models_of_engines(engines: Path) -> "dict[str, dict[Family, Model]]":
+    """``precision -> models``: what the manifest says, and that of the FP8 engines inside, if there are any."""
+    from ..engines.generations import fp8_engines  # noqa: PLC0415
     from ..engines.manifest import read_manifest  # noqa: PLC0415
 
-    return dict(read_manifest(engines).models)
+    manifests = [read_manifest(folder) for folder in (engines, fp8_engines(engines)) if folder]
+    return {manifest.precision: dict(manifest.models) for manifest in manifests}
 
 
 def models_of_preset(preset: str, precision: str) -> "dict[Family, Model]":

@@ -16,12 +16,13 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from ..errors import CpuPacksUnwritable, EngineFileDamaged, EnginesError, ManifestInvalid, format_bytes, format_path
-from ..files import Report, atomic_path, exclusive, explained_os_errors, require_free, silent
+from ..files import Report, atomic_path, explained_os_errors, require_free, silent
+from ..lock import exclusive
 from .integrity import check_files, record_checked
 from .manifest import MANIFEST, FileFacts, Manifest, manifest_to_json, read_manifest
 from .threads import default_threads
@@ -108,13 +109,17 @@ def _current(folder: Path, plan: Manifest) -> Manifest | None:
 @contextmanager
 def _locked(directory: Path, folder: Path) -> Iterator[None]:
     """Hold the lock of the int8 form, its folder made if it is not there."""
-    try:
-        folder.mkdir(exist_ok=True)
-        lock = (folder / LOCK).open("ab")
-    except OSError as error:
-        raise CpuPacksUnwritable(directory, os.strerror(error.errno or 0)) from error
-    with lock, exclusive(lock, waiting=lambda: log.info("another process prepares the CPU's packs: waiting for it")):
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(exist_ok=True)
+            stack.enter_context(exclusive(folder / LOCK, waiting=_tell_waiting))
+        except OSError as error:
+            raise CpuPacksUnwritable(directory, os.strerror(error.errno or 0)) from error
         yield
+
+
+def _tell_waiting() -> None:
+    log.info("another process prepares the CPU's packs: waiting for it")
 
 
 def _convert(directory: Path, manifest: Manifest, plan: Manifest, threads: int, report: Report) -> Manifest:

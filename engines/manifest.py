@@ -56,7 +56,7 @@ class Model:
     """In the order of running; together they are the whole data of the pack."""
     tensors: Mapping[str, TensorInfo]
     checkpoint: Mapping[str, Any]
-    """What the model was built from: shape hash, dtype, bytes."""
+    """What the model was built from: shape hash, dtype, bytes, time of modification."""
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,16 @@ def read_plans(folder: Path) -> dict[str, PlanFacts]:
         return {}
 
 
+def planned_generations(engines: Path, precision: str) -> dict[int, dict[str, PlanFacts]]:
+    """``sm -> graph -> facts`` of every generation that there are plans of a precision for."""
+    names = (path.name for path in (engines / PLANS).glob(f"sm*-{precision}"))
+    numbers = (name.removeprefix("sm").removesuffix(f"-{precision}") for name in names)
+    found = {
+        sm: read_plans(plans_folder(engines, sm, precision)) for sm in sorted(map(int, filter(str.isdecimal, numbers)))
+    }
+    return {sm: plans for sm, plans in found.items() if plans}
+
+
 def plans_to_json(plans: Mapping[str, PlanFacts]) -> str:
     """The text of ``plans.json``."""
     return json.dumps({graph: asdict(facts) for graph, facts in plans.items()}, indent=1)

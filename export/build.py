@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import logging
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,9 +14,10 @@ from pathlib import Path
 
 from .. import __version__
 from ..engines.converted import PLAN_FOLDER, remove_cpu_engines
+from ..engines.generations import fp8_engines, remove_fp8_engines
 from ..engines.integrity import file_facts, record_checked
 from ..engines.manifest import FORMAT, MANIFEST, FileFacts, Manifest, Model, manifest_to_json, read_manifest
-from ..errors import EnginesError
+from ..errors import EnginesError, format_bytes, format_path
 from ..files import Report, atomic_path, explained_os_errors, require_free, silent
 from ..specs import FAMILIES, DiffusionModel, Family
 from .checkpoints import Checkpoint, find_checkpoints, require_fitting
@@ -26,8 +28,9 @@ from .packs import PackPlan, plan_pack, write_pack
 from .parallel import quantising_threads
 from .precision import precision_for
 
+log = logging.getLogger(__name__)
 BUILD_PREFIX = "build-"
-BUILD_VERSION = 4
+BUILD_VERSION = 5
 """Raised whenever the same inputs give other engines, so that an old directory is rebuilt."""
 
 
@@ -45,6 +48,7 @@ def build_engines(
     engines: Path,
     *,
     precision: str = "auto",
+    precision_reason: str = "",
     blocks_per_chunk: int = 1,
     adapter: DiffusionModel | None = None,
     force: bool = False,
@@ -56,6 +60,7 @@ def build_engines(
         models: folder with the three checkpoints, under any names; or the checkpoints, if they are found already.
         engines: the engines directory; made if absent, replaced as a whole if present.
         precision: ``auto``, ``fp8``, ``int8``, ``bf16`` or ``fp32``.
+        precision_reason: for the manifest, if somebody else than this function chose it for the user.
         blocks_per_chunk: transformer blocks that move as one copy.
         adapter: the diffusion model that LoRAs are made for; by default that of the one adapter under ``models``.
         force: build even if nothing changed.
@@ -65,7 +70,7 @@ def build_engines(
         CheckpointError: a checkpoint is missing or wrong, or the three do not fit together.
         OutputUnwritable, DiskFull: the directory cannot be written; what was there still works.
     """
-    precision, reason = choose_precision(precision)
+    precision, own_reason = choose_precision(precision)
     checkpoints = find_checkpoints(models, adapter=adapter) if isinstance(models, Path) else models
     require_fitting(checkpoints)
     key = build_key(checkpoints, precision, blocks_per_chunk)
@@ -74,11 +79,8 @@ def build_engines(
     with only_build(engines):
         if not force and (current := up_to_date(engines, key)):  # built by another process while this one waited
             return BuildResult(current, rebuilt=False)
-        plans = {
-            family: plan_pack(checkpoint.spec, precision_for(precision, checkpoint.spec), blocks_per_chunk)
-            for family, checkpoint in checkpoints.items()
-        }
-        with quantising_threads(), new_build_folder(engines, sum(p.layout.nbytes for p in plans.values())) as folder:
+        plans = plan_packs(checkpoints, precision, blocks_per_chunk)
+        with quantising_threads(), new_build_folder(engines, packs_bytes(plans)) as folder:
             progress = _Progress(report, sum(plan.weight_bytes for plan in plans.values()))
             graphs = write_graphs(folder, checkpoints, plans, precision)
             hashes = write_packs(folder, checkpoints, plans, precision, progress)
@@ -87,7 +89,7 @@ def build_engines(
                 build=folder.name,
                 build_key=key,
                 precision=precision,
-                precision_reason=reason,
+                precision_reason=precision_reason or own_reason,
                 blocks_per_chunk=blocks_per_chunk,
                 versions={"i2l-engines": __version__, **packages},
                 created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -107,6 +109,21 @@ def choose_precision(name: str) -> tuple[str, str]:
     if name != "auto":
         return name, "asked for"
     return "int8", "auto: int8 is the fastest precision of the CPU backend, the one this version runs"
+
+
+def plan_packs(
+    checkpoints: Mapping[Family, Checkpoint], precision: str, blocks_per_chunk: int
+) -> dict[Family, PackPlan]:
+    """The packs of every model before they are written."""
+    return {
+        family: plan_pack(checkpoint.spec, precision_for(precision, checkpoint.spec), blocks_per_chunk)
+        for family, checkpoint in checkpoints.items()
+    }
+
+
+def packs_bytes(plans: Mapping[Family, PackPlan]) -> int:
+    """What they will take on the disk."""
+    return sum(plan.layout.nbytes for plan in plans.values())
 
 
 def build_key(checkpoints: Mapping[Family, Checkpoint], precision: str, blocks_per_chunk: int) -> str:
@@ -149,8 +166,8 @@ def new_build_folder(engines: Path, nbytes: int) -> Iterator[Path]:
     with explained_os_errors(engines):
         remove_other_builds(engines, keep=(current.build,) if (current := current_manifest(engines)) else ())
         require_free(engines, nbytes)
-        folder = Path(tempfile.mkdtemp(prefix=BUILD_PREFIX, dir=engines))
-        folder.chmod(0o755)  # mkdtemp makes it private; engines are for everyone who may read the directory
+        folder = engines / f"{BUILD_PREFIX}{uuid.uuid4().hex[:8]}"
+        folder.mkdir()
     try:
         with explained_os_errors(engines):
             yield folder
@@ -206,6 +223,12 @@ def commit(engines: Path, manifest: Manifest) -> None:
         temporary.write_text(manifest_to_json(manifest), encoding="utf-8")
     remove_other_builds(engines, keep=(manifest.build,))
     remove_cpu_engines(engines, but_of=manifest.build)
+    if fp8_engines(engines) is None and (nbytes := remove_fp8_engines(engines)):
+        log.info(
+            "removed the fp8 engines in %s, which are of other checkpoints: %s",
+            format_path(engines),
+            format_bytes(nbytes),
+        )
 
 
 def remove_other_builds(engines: Path, keep: tuple[str, ...]) -> None:
@@ -222,7 +245,12 @@ def pack_path(family: Family) -> str:
 
 
 def _model(checkpoint: Checkpoint, plan: PackPlan) -> Model:
-    source = {"shape_hash": checkpoint.shape_hash, "dtype": checkpoint.dtype, "nbytes": checkpoint.nbytes}
+    source = {
+        "shape_hash": checkpoint.shape_hash,
+        "dtype": checkpoint.dtype,
+        "nbytes": checkpoint.nbytes,
+        "mtime_ns": checkpoint.path.stat().st_mtime_ns,
+    }
     return Model(checkpoint.spec, pack_path(checkpoint.spec.family), plan.chunks, plan.layout.tensors, source)
 
 

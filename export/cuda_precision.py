@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from ..specs import Spec
-from .gpu_precision import GpuLinear
+from .gpu_precision import GpuLinear, GpuRotatedInt8Linear
 from .precision import Float, Float8, LeftInt8, Linear, Precision, RotatedInt8, Weights
-from .rotation import rotate, rotation
 
 Compute: TypeAlias = torch.dtype
 
@@ -40,15 +39,18 @@ def gemm(x: Tensor, matrix: Tensor) -> Tensor:
     )
 
 
-class CudaScaledLinear(GpuLinear):
-    """``x W^T * scale`` with W cast from what the pack holds."""
+class CudaLinear(GpuLinear):
+    """``x W^T`` with W cast from what the pack holds."""
 
-    def matrix(self, weights: Weights) -> Tensor:
-        return self.weight(weights).to(self.compute)
+    def product(self, x: Tensor, weights: Weights) -> Tensor:
+        return gemm(x.to(self.compute), self.matrix(weights)).to(torch.float32)
 
-    def forward(self, x: Tensor, weights: Weights) -> Tensor:
-        y = gemm(x.to(self.compute), self.matrix(weights)).to(torch.float32) * self.scale(weights)
-        return self.finished(y, weights)
+
+class CudaScaledLinear(CudaLinear):
+    """The same times the scales of the output channels."""
+
+    def product(self, x: Tensor, weights: Weights) -> Tensor:
+        return super().product(x, weights) * self.scale(weights)
 
 
 @dataclass(frozen=True)
@@ -88,20 +90,11 @@ class CudaRotatedInt8(RotatedInt8):
         return CudaRotatedInt8Linear(name, self.compute, in_features)
 
 
-class CudaRotatedInt8Linear(GpuLinear):
-    """A batched product over the panels ``[out / p, in, p]``."""
+class CudaRotatedInt8Linear(GpuRotatedInt8Linear):
+    """The weights cast instead of dequantised."""
 
-    rotation: Tensor
-
-    def __init__(self, name: str, compute: Compute, in_features: int) -> None:
-        super().__init__(name, compute)
-        self.register_buffer("rotation", rotation(in_features))
-
-    def forward(self, x: Tensor, weights: Weights) -> Tensor:
-        rotated = rotate(x.to(self.compute), self.rotation.to(self.compute))
-        panels, _, width = self.weight(weights).shape
-        y = (rotated.unsqueeze(0) @ self.weight(weights).to(self.compute)).to(torch.float32) * self.scale(weights)
-        return self.finished(y.transpose(0, 1).reshape(-1, panels * width), weights)
+    def matrix(self, weights: Weights) -> Tensor:
+        return self.weight(weights).to(self.compute)
 
 
 @dataclass(frozen=True)
@@ -111,12 +104,4 @@ class CudaFloat(Float):
     compute: Compute = torch.bfloat16
 
     def linear(self, name: str, in_features: int, *, normed: bool) -> Linear:  # noqa: ARG002
-        return CudaFloatLinear(name, self.compute)
-
-
-class CudaFloatLinear(GpuLinear):
-    """A product in ``compute``."""
-
-    def forward(self, x: Tensor, weights: Weights) -> Tensor:
-        y = gemm(x.to(self.compute), self.weight(weights).to(self.compute))
-        return self.finished(y.to(torch.float32), weights)
+        return CudaLinear(name, self.compute)

@@ -9,7 +9,14 @@ turns into a product of eight-bit operands without a hidden 16-bit copy of the m
 - int8: activations stay in 16 bits; the weights are dequantised in front of the product.
 
 ``compute`` is bfloat16, float16 (sm75 has no bfloat16), or float32 for onnxruntime's CPU in the tests. Norms, residual
-stream, scales and biases are float32: with unit scales a product reaches 448 * 448 * channels, too large for float16.
+stream, scales and biases are float32.
+
+float16 ends at 65504, and massive activations do not respect that: behind LayerScale DINOv3's residual stream reaches
+thousands, before it and inside the gated MLP more. So in float16 only operands of products have 16 bits, and a product
+cannot overflow: each row is brought to the norm 4 first, and as a row of int8 weights has at most the norm 127 *
+sqrt(in), no sum exceeds 4 * 127 * sqrt(8192) = 45 979 (Cauchy and Schwarz; the rotation keeps norms). What leaves a
+linear is float32, but for q, k and v: sm75 has no float32 product for the attention, and they come from normed rows.
+The patches are multiplied in float16 there for the same reason.
 """
 
 from dataclasses import dataclass
@@ -36,6 +43,10 @@ FLOAT8_E4M3 = 17
 """Its number in ``onnx.TensorProto``."""
 LOW_LEVEL = 16.0
 """The second level of an activation counts steps this much finer: e4m3 keeps 4 significant bits."""
+ROW_NORM = 4.0
+"""Of every row that is multiplied in float16."""
+ATTENDED = frozenset({"attention.qkv", "attention.q", "attention.kv"})
+"""The linears whose output the attention multiplies."""
 Compute: TypeAlias = torch.dtype
 
 
@@ -66,16 +77,30 @@ def quantised_float8(x: Tensor) -> Tensor:
 
 
 class GpuLinear(Linear):
-    """A linear that multiplies in ``compute``; float32 or ``compute`` in, ``compute`` out."""
+    """A linear that multiplies in ``compute``: its form is :meth:`product`."""
 
     def __init__(self, name: str, compute: Compute) -> None:
         super().__init__(name)
         self.compute = compute
+        self.leaves = torch.float32 if compute is torch.float16 and name not in ATTENDED else compute
 
-    def finished(self, y: Tensor, weights: Weights) -> Tensor:
-        """Add the bias in float32, leave in ``compute``."""
+    def forward(self, x: Tensor, weights: Weights) -> Tensor:
+        if self.compute is torch.float16:
+            x = x.to(torch.float32)
+            size = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(SMALLEST) / ROW_NORM
+            y = self.product(x / size, weights) * size
+        else:
+            y = self.product(x, weights)
         bias = self.bias(weights)
-        return (y if bias is None else y + bias).to(self.compute)
+        return (y if bias is None else y + bias).to(self.leaves)
+
+    def product(self, x: Tensor, weights: Weights) -> Tensor:
+        """``x W^T`` in float32, of ``x`` in float32 or ``compute``."""
+        return torch.matmul(x.to(self.compute), self.matrix(weights).t()).to(torch.float32)
+
+    def matrix(self, weights: Weights) -> Tensor:
+        """What the pack holds, in ``compute``."""
+        return self.weight(weights).to(self.compute)
 
 
 @dataclass(frozen=True)
@@ -96,7 +121,7 @@ class GpuFloat8Linear(GpuLinear):
         super().__init__(name, compute)
         self.levels = levels
 
-    def forward(self, x: Tensor, weights: Weights) -> Tensor:
+    def product(self, x: Tensor, weights: Weights) -> Tensor:
         one = torch.ones((), dtype=self.compute)
         x = x.to(torch.float32)
         size = x.abs().amax(dim=1, keepdim=True).clamp_min(SMALLEST) / FLOAT8_LARGEST
@@ -107,7 +132,7 @@ class GpuFloat8Linear(GpuLinear):
             rounded = dequantised(quantised_float8(scaled), one, self.compute)
             y = y + (rounded @ matrix).to(torch.float32) / LOW_LEVEL**level
             scaled = (scaled - rounded) * LOW_LEVEL
-        return self.finished(y * size * self.scale(weights), weights)
+        return y * size * self.scale(weights)
 
 
 @dataclass(frozen=True)
@@ -119,9 +144,12 @@ class GpuRotatedInt8(RotatedInt8):
     def linear(self, name: str, in_features: int, *, normed: bool) -> Linear:  # noqa: ARG002
         return GpuRotatedInt8Linear(name, self.compute, in_features)
 
+    def patch(self) -> Linear:
+        return GpuLinear("patch", self.compute) if self.compute is torch.float16 else super().patch()
+
 
 class GpuRotatedInt8Linear(GpuLinear):
-    """A batched product over the panels ``[out / p, in, p]``."""
+    """A batched product over the panels ``[out / p, in, p]``; in float16 one over the panels side by side."""
 
     rotation: Tensor
 
@@ -129,13 +157,18 @@ class GpuRotatedInt8Linear(GpuLinear):
         super().__init__(name, compute)
         self.register_buffer("rotation", rotation(in_features))
 
-    def forward(self, x: Tensor, weights: Weights) -> Tensor:
-        one = torch.ones((), dtype=self.compute)
+    def product(self, x: Tensor, weights: Weights) -> Tensor:
         rotated = rotate(x.to(self.compute), self.rotation.to(self.compute))
-        panels, _, width = self.weight(weights).shape
-        matrix = dequantised(self.weight(weights), one, self.compute)
+        panels, channels, width = self.weight(weights).shape
+        matrix = self.matrix(weights)
+        if self.compute is torch.float16:  # for sm75 the planner would copy the activations once per panel, 1.7 GB
+            y = rotated @ matrix.permute(1, 0, 2).reshape(channels, panels * width)
+            return y.to(torch.float32) * self.scale(weights).reshape(-1)
         y = (rotated.unsqueeze(0) @ matrix).to(torch.float32) * self.scale(weights)
-        return self.finished(y.transpose(0, 1).reshape(-1, panels * width), weights)
+        return y.transpose(0, 1).reshape(-1, panels * width)
+
+    def matrix(self, weights: Weights) -> Tensor:
+        return dequantised(self.weight(weights), torch.ones((), dtype=self.compute), self.compute)
 
 
 @dataclass(frozen=True)
@@ -151,10 +184,11 @@ class GpuLeftInt8(LeftInt8):
 class GpuLeftInt8Linear(GpuLinear):
     """TensorRT only casts unsigned bytes, so the matrix becomes 16 bits: at most 29 MB at full size."""
 
-    def forward(self, x: Tensor, weights: Weights) -> Tensor:
-        matrix = self.weight(weights).to(self.compute) - 128  # at most 8 bits: exact in bfloat16
-        y = (x.to(self.compute) @ matrix.t()).to(torch.float32) * self.scale(weights)
-        return self.finished(y, weights)
+    def product(self, x: Tensor, weights: Weights) -> Tensor:
+        return super().product(x, weights) * self.scale(weights)
+
+    def matrix(self, weights: Weights) -> Tensor:
+        return super().matrix(weights) - 128  # at most 8 bits: exact in bfloat16
 
 
 @dataclass(frozen=True)
@@ -164,12 +198,4 @@ class GpuFloat(Float):
     compute: Compute = torch.bfloat16
 
     def linear(self, name: str, in_features: int, *, normed: bool) -> Linear:  # noqa: ARG002
-        return GpuFloatLinear(name, self.compute)
-
-
-class GpuFloatLinear(GpuLinear):
-    """A product in ``compute``."""
-
-    def forward(self, x: Tensor, weights: Weights) -> Tensor:
-        matrix = self.weight(weights).to(self.compute)
-        return self.finished((x.to(self.compute) @ matrix.t()).to(torch.float32), weights)
+        return GpuLinear(name, self.compute)

@@ -1,18 +1,13 @@
-"""One build at a time in an engines directory.
-
-The lock is the system's, on an open file: it ends with the process that holds it, however that ends. The file stays, as
-a build that waits has it open: were it removed, a third build would lock another file of the same name.
-"""
+"""One build at a time in an engines directory."""
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from ..errors import format_path
 from ..files import explained_os_errors
+from ..lock import exclusive
 
 log = logging.getLogger(__name__)
 LOCK = ".build.lock"
@@ -22,18 +17,17 @@ LOCK = ".build.lock"
 def only_build(engines: Path) -> Iterator[None]:
     """Make ``engines`` and hold it; if another process builds there, say so and wait until it is done.
 
+    Whoever holds it may take it again, so what consists of several builds holds it around them all.
+
     Raises:
         OutputUnwritable, DiskFull: the directory cannot be made or written.
     """
-    with explained_os_errors(engines):
-        engines.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(engines / LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.warning("another build is at work in %s: waiting for it", format_path(engines))
-            lock.acquire()
-    try:
+
+    def waiting() -> None:
+        log.warning("another build is at work in %s: waiting for it", format_path(engines))
+
+    with ExitStack() as stack:
+        with explained_os_errors(engines):
+            engines.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(exclusive(engines / LOCK, waiting=waiting))
         yield
-    finally:
-        lock.release()

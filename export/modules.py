@@ -24,12 +24,12 @@ def graph_modules(spec: Spec, precision: Precision) -> dict[str, nn.Module]:
         return {f"adapter.{kind}": AdapterBlock(spec, targets, precision) for kind, targets in spec.kinds}
     if spec.family == "siglip2":
         return {
-            "siglip2.embed": Siglip2Embed(spec),
+            "siglip2.embed": Siglip2Embed(spec, precision),
             "siglip2.block": Siglip2Block(spec, precision),
             "siglip2.head": Siglip2Head(spec, precision),
         }
     return {
-        "dinov3.embed": Dinov3Embed(spec),
+        "dinov3.embed": Dinov3Embed(spec, precision),
         "dinov3.block": Dinov3Block(spec, precision),
         "dinov3.head": Dinov3Head(spec),
     }
@@ -51,12 +51,13 @@ def layer_norm(x: Tensor, weights: Weights, name: str, eps: float) -> Tensor:
 class Siglip2Embed(nn.Module):
     """Patches through the projection, plus the learned positions."""
 
-    def __init__(self, spec: EncoderSpec) -> None:
+    def __init__(self, spec: EncoderSpec, precision: Precision) -> None:
         super().__init__()
         self.spec = spec
+        self.patch = precision.patch()
 
     def forward(self, pixel_values: Tensor, weights: Weights) -> Tensor:
-        x = torch.addmm(weights["patch.bias"], patches(pixel_values, self.spec), weights["patch.weight"].t())
+        x = self.patch(patches(pixel_values, self.spec), weights)
         return x.view(-1, self.spec.tokens, self.spec.hidden) + weights["position"]
 
 
@@ -112,12 +113,13 @@ class Siglip2Head(nn.Module):
 class Dinov3Embed(nn.Module):
     """CLS and register tokens, then the patches through the projection."""
 
-    def __init__(self, spec: EncoderSpec) -> None:
+    def __init__(self, spec: EncoderSpec, precision: Precision) -> None:
         super().__init__()
         self.spec = spec
+        self.patch = precision.patch()
 
     def forward(self, pixel_values: Tensor, weights: Weights) -> Tensor:
-        x = torch.addmm(weights["patch.bias"], patches(pixel_values, self.spec), weights["patch.weight"].t())
+        x = self.patch(patches(pixel_values, self.spec), weights)
         x = x.view(-1, self.spec.grid**2, self.spec.hidden)
         return torch.cat([weights["prefix"].unsqueeze(0).expand(x.shape[0], -1, -1), x], dim=1)
 

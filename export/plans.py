@@ -4,31 +4,34 @@ Needs neither checkpoints nor a GPU: a graph follows from the spec and the preci
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..engines.gpus import BFLOAT16_FROM, FLOAT8_FROM
 from ..engines.manifest import read_manifest
 from ..engines.plans import (
     BATCHES,
     FACTS,
+    PLANS,
     PlanFacts,
     PlanKey,
     differences,
+    planned_generations,
     plans_folder,
     plans_to_json,
     read_plans,
     spec_hash,
 )
 from ..engines.tensorrt import Flavour, build_plan, find_flavour
-from ..errors import PrecisionUnsupported
 from ..files import Report, atomic_path, silent
 from ..specs import Spec
+from .generations import compute_dtype, require_precision
 from .gpu_precision import gpu_precision
 from .graphs import export_graphs
+from .lock import only_build
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,14 @@ class PlansResult:
     """``sm -> graph -> facts``."""
     built: int
     """Plans made now; the others were up to date."""
+    kept: tuple[int, ...]
+    """Other generations that have plans for these packs from before."""
 
 
 def build_plans(engines: Path, sms: Sequence[int], *, report: Report = silent) -> PlansResult:
-    """Make the plans of an engines directory for some generations of GPUs.
+    """Make the plans of an engines directory for some generations of GPUs; no build is at work there meanwhile.
+
+    A plan that is finished counts, even if the next one is not made. Plans for packs of another precision go.
 
     Args:
         engines: the engines directory, built.
@@ -56,27 +63,29 @@ def build_plans(engines: Path, sms: Sequence[int], *, report: Report = silent) -
         PrecisionUnsupported: a generation cannot compute in the packs' precision.
         PlanBuildFailed: TensorRT refuses a graph; with its own words.
     """
-    manifest = read_manifest(engines)
-    for sm in sms:
-        require_precision(sm, manifest.precision)
     flavour = find_flavour()
-    specs = [model.spec for model in manifest.models.values()]
-    total = len(sms) * len(manifest.graphs)
-    plans: dict[int, dict[str, PlanFacts]] = {sm: {} for sm in sms}
-    built = done = 0
-    for compute in dict.fromkeys(compute_dtype(sm) for sm in sms):
-        for spec, name, model in gpu_graphs(specs, manifest.precision, compute):
-            for sm in (sm for sm in sms if compute_dtype(sm) is compute):
-                report(f"TensorRT plans, sm{sm}", done, total)
-                facts, new = renew_plan(engines, flavour, spec, name, model, sm, manifest.precision)
-                plans[sm][name] = facts
-                built += new
-                done += 1
-                report(f"TensorRT plans, sm{sm}", done, total)
-    for sm, facts_by_graph in plans.items():
-        with atomic_path(plans_folder(engines, sm, manifest.precision) / FACTS) as temporary:
-            temporary.write_text(plans_to_json(facts_by_graph), encoding="utf-8")
-    return PlansResult(flavour, plans, built)
+    read_manifest(engines)  # or else the lock would make the directory
+    with only_build(engines):
+        manifest = read_manifest(engines)
+        for sm in sms:
+            require_precision(sm, manifest.precision)
+        specs = [model.spec for model in manifest.models.values()]
+        total = len(sms) * len(manifest.graphs)
+        plans: dict[int, dict[str, PlanFacts]] = {sm: {} for sm in sms}
+        built = done = 0
+        for compute in dict.fromkeys(compute_dtype(sm) for sm in sms):
+            for spec, name, model in gpu_graphs(specs, manifest.precision, compute):
+                for sm in (sm for sm in sms if compute_dtype(sm) is compute):
+                    report(f"TensorRT plans, sm{sm}", done, total)
+                    plans[sm][name], new = renew_plan(engines, flavour, spec, name, model, sm, manifest.precision)
+                    built += new
+                    done += 1
+                    report(f"TensorRT plans, sm{sm}", done, total)
+        for sm, facts in plans.items():
+            write_facts(plans_folder(engines, sm, manifest.precision), facts)
+        remove_plans(engines, but_of=manifest.precision)
+        kept = tuple(sm for sm in planned_generations(engines, manifest.precision) if sm not in sms)
+    return PlansResult(flavour, plans, built, kept)
 
 
 def renew_plan(
@@ -101,7 +110,22 @@ def renew_plan(
     for target, data in ((folder / f"{name}.onnx", model), (path, plan.data)):
         with atomic_path(target) as temporary:
             temporary.write_bytes(data)
-    return PlanFacts(key, hashlib.sha256(plan.data).hexdigest(), len(plan.data), plan.activation_bytes), True
+    facts = PlanFacts(key, hashlib.sha256(plan.data).hexdigest(), len(plan.data), plan.activation_bytes)
+    write_facts(folder, read_plans(folder) | {name: facts})
+    return facts, True
+
+
+def write_facts(folder: Path, plans: Mapping[str, PlanFacts]) -> None:
+    """Write what the plans of a folder are."""
+    with atomic_path(folder / FACTS) as temporary:
+        temporary.write_text(plans_to_json(plans), encoding="utf-8")
+
+
+def remove_plans(engines: Path, *, but_of: str) -> None:
+    """Remove the plans for packs of other precisions, which the directory no longer holds."""
+    for facts in (engines / PLANS).glob(f"sm*-*/{FACTS}"):
+        if not facts.parent.name.endswith(f"-{but_of}"):
+            shutil.rmtree(facts.parent, ignore_errors=True)
 
 
 def gpu_graphs(specs: Sequence[Spec], precision: str, compute: torch.dtype) -> Iterator[tuple[Spec, str, bytes]]:
@@ -109,23 +133,3 @@ def gpu_graphs(specs: Sequence[Spec], precision: str, compute: torch.dtype) -> I
     for spec in specs:
         for name, model in export_graphs(spec, gpu_precision(precision, spec, compute)):
             yield spec, name, model.SerializeToString(deterministic=True)
-
-
-def compute_dtype(sm: int) -> torch.dtype:
-    """In what a generation multiplies."""
-    return torch.bfloat16 if sm >= BFLOAT16_FROM else torch.float16
-
-
-def plan_precision(sms: Sequence[int]) -> tuple[str, str]:
-    """``(precision, reason)`` of the packs that all these generations can compute with."""
-    old = [sm for sm in sms if sm < FLOAT8_FROM]
-    if old:
-        return "int8", f"auto: {', '.join(f'sm{sm}' for sm in old)} cannot multiply FP8"
-    return "fp8", f"auto: {', '.join(f'sm{sm}' for sm in sms)} multiply FP8"
-
-
-def require_precision(sm: int, precision: str) -> None:
-    """Raise :class:`PrecisionUnsupported` if a generation cannot compute with packs of this precision."""
-    least = {"fp8": FLOAT8_FROM, "bf16": BFLOAT16_FROM, "int8": 75}.get(precision)
-    if least is None or sm < least:
-        raise PrecisionUnsupported(sm, precision, plan_precision([sm])[0])

@@ -62,6 +62,10 @@ class Precision(Protocol):
         """The product with that matrix as a module; ``normed``: its input comes from a norm."""
         ...
 
+    def patch(self) -> "Linear":
+        """The product of the patches, whose matrix every pack keeps in float32."""
+        ...
+
 
 class Linear(nn.Module):
     """``(x [rows, in], weights) -> [rows, out]``: ``x @ matrix.T``, plus ``<name>.bias`` if there is one."""
@@ -118,8 +122,15 @@ def product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
     return x @ matrix.t() if bias is None else torch.addmm(bias, x, matrix.t())
 
 
+class Float32Patch:
+    """Patches multiplied in float32."""
+
+    def patch(self) -> Linear:
+        return FloatLinear("patch")
+
+
 @dataclass(frozen=True)
-class Float:
+class Float(Float32Patch):
     """float32 or bfloat16 as it came, ``[out, in]``. onnxruntime's CPU has no bfloat16 product: the graph casts."""
 
     dtype: str
@@ -144,7 +155,7 @@ class FloatLinear(Linear):
 
 
 @dataclass(frozen=True)
-class Float8:
+class Float8(Float32Patch):
     """FP8 e4m3 ``[out, in]``, one float32 scale per output channel: ``w = q * scale``, ``scale = max|row| / 448``.
 
     Equalised for the sake of FP8 activations, and as the CPU runs it as int8 (engines/transcode.py).
@@ -191,7 +202,7 @@ def panel_width(out_features: int) -> int:
 
 
 @dataclass(frozen=True)
-class RotatedInt8:
+class RotatedInt8(Float32Patch):
     """int8 of the rotated matrix in panels ``[out / p, in, p]``, one scale per output channel: the encoders' form.
 
     The kernel wants ``[in, p]`` and signed weights (unsigned ones ran at half the speed).
@@ -252,7 +263,7 @@ class RotatedInt8Linear(Linear):
 
 
 @dataclass(frozen=True)
-class LeftInt8:
+class LeftInt8(Float32Patch):
     """uint8 ``[out, in]`` around 128, one scale per output channel: the adapter's form, for one to eight rows.
 
     Such a product only waits for the weights. With the weights on the left onnxruntime reads them as they lie, at the

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -344,8 +345,18 @@ def test_a_build_waits_for_another_one(
 
 
 def test_up_to_date_engines_need_no_lock(models: MakeModels, own: Path) -> None:
-    with only_build(own):
-        assert not build_engines(models("tiny"), own, precision="fp32").rebuilt
+    with only_build(own), ThreadPoolExecutor(1) as other:  # the thread that holds the lock may take it again
+        building = other.submit(build_engines, models("tiny"), own, precision="fp32")
+        assert not building.result(timeout=60).rebuilt
+
+
+def test_another_user_may_build_where_the_folder_allows_it(tmp_path: Path) -> None:
+    old = os.umask(0o077)
+    try:
+        with only_build(tmp_path):
+            assert stat.S_IMODE((tmp_path / LOCK).stat().st_mode) == 0o666
+    finally:
+        os.umask(old)
 
 
 @pytest.mark.usefixtures("quick_export")

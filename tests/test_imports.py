@@ -13,7 +13,7 @@ import i2l
 from conftest import MakeEngines
 
 ROOT = Path(i2l.__file__).parent
-BASE = {"specs", "errors", "files", "sizes"}
+BASE = {"specs", "errors", "files", "lock", "sizes"}
 MAY_IMPORT = {
     "base": {"base"},
     "engines": {"base", "engines"},
@@ -34,7 +34,7 @@ ONLY_IN = {
     "cuda": {"engines"},
     "tensorrt_rtx": {"engines"},
 }
-CORE_DEPENDENCIES = {"numpy", "onnxruntime", "safetensors", "PIL", "click", "rich"}
+CORE_DEPENDENCIES = {"numpy", "onnxruntime", "safetensors", "PIL", "click", "rich", "filelock"}
 """What a machine that only runs has installed (pyproject.toml, dependencies)."""
 
 

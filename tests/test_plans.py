@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,24 @@ import onnxruntime as ort
 import pytest
 import torch
 from click.testing import CliRunner
+from filelock import FileLock, Timeout
 
-from conftest import MakeEngines, MakeModels
+from conftest import MakeEngines, MakeModels, graphs_once
 from i2l.cli import main
 from i2l.engines.manifest import Model, read_manifest
 from i2l.engines.ort import ELEMENT_TYPES
 from i2l.engines.plans import FACTS, PlanKey, checked_plan, plans_folder, read_plans
 from i2l.engines.tensorfile import read_header
-from i2l.engines.tensorrt import Flavour, build_plan, current_sm, find_flavour
+from i2l.engines.tensorrt import BuiltPlan, Flavour, build_plan, current_sm, find_flavour
 from i2l.errors import BackendUnavailable, PlanBuildFailed, PlanMissing, PlanStale, PrecisionUnsupported
 from i2l.export.checkpoints import find_checkpoints
+from i2l.export.generations import compute_dtype
 from i2l.export.gpu_precision import gpu_precision
 from i2l.export.graphs import export_graph, stored_tensors
+from i2l.export.lock import LOCK
 from i2l.export.modules import graph_modules
 from i2l.export.packs import planned_model
-from i2l.export.plans import build_plans, gpu_graphs, plan_precision, require_precision
+from i2l.export.plans import build_plans, gpu_graphs
 from i2l.export.reference import reference_steps
 from i2l.export.weights import graph_weights
 from i2l.runtime.predict import graph_memory
@@ -52,20 +56,27 @@ GRAPHS = [
 # --- building, without a GPU -------------------------------------------------------------------------------------
 
 
+BUILT = [("int8", 75), ("int8", 80), ("int8", 86), ("fp8", 89), ("fp8", 120), ("bf16", 89)]
+"""What is built for whom: sm75 multiplies in float16, the others in bfloat16."""
+
+
 @pytest.fixture(scope="module")
 def planned(engines: MakeEngines, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """``precision -> engines directory`` with all plans: FP8 for sm89 and sm120, int8 for sm86."""
+    """``precision -> engines directory`` with all plans of :data:`BUILT`."""
     directories = {}
-    for precision, sms in (("fp8", [89, 120]), ("int8", [86])):
-        target = tmp_path_factory.mktemp("planned") / precision
-        directories[precision] = Path(shutil.copytree(engines("tiny", precision), target))
-        result = build_plans(target, sms)
-        assert result.built == len(sms) * len(GRAPHS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("i2l.export.plans.export_graphs", graphs_once)
+        for precision in ("int8", "fp8", "bf16"):
+            sms = [sm for name, sm in BUILT if name == precision]
+            target = tmp_path_factory.mktemp("planned") / precision
+            directories[precision] = Path(shutil.copytree(engines("tiny", precision), target))
+            result = build_plans(target, sms)
+            assert result.built == len(sms) * len(GRAPHS)
     return directories
 
 
 @tensorrt_rtx
-@pytest.mark.parametrize(("precision", "sm"), [("fp8", 89), ("fp8", 120), ("int8", 86)])
+@pytest.mark.parametrize(("precision", "sm"), BUILT)
 def test_every_graph_becomes_a_plan(planned: Mapping[str, Path], precision: str, sm: int) -> None:
     facts = read_plans(plans_folder(planned[precision], sm, precision))
     assert sorted(facts) == sorted(GRAPHS)
@@ -78,7 +89,10 @@ def test_every_graph_becomes_a_plan(planned: Mapping[str, Path], precision: str,
 
 
 @tensorrt_rtx
-def test_the_command_builds_what_is_not_up_to_date(planned: Mapping[str, Path], models: MakeModels) -> None:
+def test_the_command_builds_what_is_not_up_to_date(
+    planned: Mapping[str, Path], models: MakeModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("i2l.export.plans.export_graphs", graphs_once)
     folder = plans_folder(planned["int8"], 86, "int8")
     facts = read_plans(folder)
     rows = json.loads((folder / FACTS).read_text())
@@ -88,7 +102,8 @@ def test_the_command_builds_what_is_not_up_to_date(planned: Mapping[str, Path], 
     arguments = ["build-engines", "--models", str(models("tiny")), "--engines", str(planned["int8"])]
     result = CliRunner().invoke(main, [*arguments, "--backend", "tensorrt", "--sm", "86"])
     assert result.exit_code == 0, result.output
-    assert "precision int8 (auto: sm86 cannot multiply FP8)" in result.output
+    assert "precision int8 for sm86 (auto: no FP8 products on sm86)" in result.output
+    assert "kept plans from before: sm75, sm80" in result.output
     assert "sm86 (RTX 30): 8 plans by tensorrt_rtx 1." in result.output
     after = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.plan")}
     assert {name for name in after if after[name] != before[name]} == {"dinov3.head.plan"}
@@ -100,10 +115,10 @@ def test_sm_without_tensorrt() -> None:
     assert (result.exit_code, "--sm is for --backend tensorrt" in result.output) == (2, True)
 
 
-def full_width_graph(family: str, graph: str, precision: str) -> bytes:
+def full_width_graph(family: str, graph: str, precision: str, sm: int) -> bytes:
     """A graph of the published size; it holds no weights."""
     spec = next(spec for spec in PRESETS["full"] if spec.family == family)
-    kept = gpu_precision(precision, spec)
+    kept = gpu_precision(precision, spec, compute_dtype(sm))
     module = graph_modules(spec, kept)[graph]
     model = export_graph(graph, module, spec, stored_tensors(graph_weights(spec)[graph], kept))
     return model.SerializeToString()
@@ -117,11 +132,12 @@ def full_width_graph(family: str, graph: str, precision: str) -> bytes:
         ("fp8", 89, 125e6),
         # 432 MB: int8 weights do become 16-bit copies, 335 MB for all four
         ("int8", 86, 500e6),
+        # 415 MB: the same copies; 2132 MB in the form of sm86, with the activations once per panel
+        ("int8", 75, 500e6),
     ],
 )
 def test_a_full_width_block_keeps_no_more_copies_than_known(precision: str, sm: int, limit_bytes: float) -> None:
-    model = full_width_graph("dinov3", "dinov3.block", precision)
-    plan = build_plan(find_flavour(), "dinov3.block", model, sm)
+    plan = build_plan(find_flavour(), "dinov3.block", full_width_graph("dinov3", "dinov3.block", precision, sm), sm)
     assert 20e6 < plan.activation_bytes < limit_bytes
     assert len(plan.data) < 4 << 20
     models: dict[Family, Model] = {"dinov3": planned_model(PRESETS["full"].dinov3, precision)}
@@ -138,22 +154,51 @@ def test_the_parsers_words_are_in_the_error() -> None:
 
 
 @tensorrt_rtx
-def test_fp8_is_refused_where_there_is_none(engines: MakeEngines) -> None:
-    ((_, name, model),) = [g for g in gpu_graphs([PRESETS["tiny"].dinov3], "fp8", torch.bfloat16) if "block" in g[1]]
-    with pytest.raises(PlanBuildFailed, match="fp8_e4m3"):
-        build_plan(find_flavour(), name, model, 86)
+@pytest.mark.parametrize(
+    ("precision", "compute", "sm", "words"),
+    [("fp8", torch.bfloat16, 86, "HW-specific datatypes: fp8_e4m3"), ("bf16", torch.bfloat16, 75, "datatypes: b16")],
+)
+def test_tensorrt_says_what_a_generation_lacks(precision: str, compute: torch.dtype, sm: int, words: str) -> None:
+    """The same is refused before any work: :func:`require_precision`."""
+    spec = PRESETS["tiny"].dinov3
+    model = dict(graphs_once(spec, gpu_precision(precision, spec, compute)))["dinov3.block"]
+    with pytest.raises(PlanBuildFailed, match=words):
+        build_plan(find_flavour(), "dinov3.block", model.SerializeToString(), sm)
+
+
+@tensorrt_rtx
+def test_plans_of_a_wrong_precision_are_refused(engines: MakeEngines) -> None:
     with pytest.raises(PrecisionUnsupported, match=r"sm86 cannot compute with fp8 packs: .* --precision int8"):
         build_plans(engines("tiny", "fp8"), [86])
 
 
-def test_which_precision_for_which_generation() -> None:
-    assert plan_precision([89, 120])[0] == "fp8"
-    assert plan_precision([89, 86]) == ("int8", "auto: sm86 cannot multiply FP8")
-    for sm, precision in [(75, "bf16"), (80, "fp8"), (120, "fp32")]:
-        with pytest.raises(PrecisionUnsupported):
-            require_precision(sm, precision)
-    for sm, precision in [(75, "int8"), (80, "bf16"), (89, "fp8"), (120, "int8")]:
-        require_precision(sm, precision)
+@tensorrt_rtx
+def test_plans_that_are_finished_count(engines: MakeEngines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the third: two may be used, and six are left to do. Meanwhile no other build gets in."""
+    own = Path(shutil.copytree(engines("tiny", "fp8"), tmp_path / "engines"))
+    stale = plans_folder(own, 86, "int8")
+    stale.mkdir(parents=True)
+    (stale / FACTS).write_text("{}")
+    calls = iter(range(100))
+
+    def interrupted(*arguments: Any) -> BuiltPlan:
+        with ThreadPoolExecutor(1) as other, pytest.raises(Timeout):
+            other.submit(FileLock(own / LOCK).acquire, timeout=0).result()
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return build_plan(*arguments)
+
+    monkeypatch.setattr("i2l.export.plans.export_graphs", graphs_once)
+    with monkeypatch.context() as patch:
+        patch.setattr("i2l.export.plans.build_plan", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            build_plans(own, [89])
+    finished = read_plans(plans_folder(own, 89, "fp8"))
+    assert len(finished) == 2
+    for graph, facts in finished.items():
+        assert len(checked_plan(own, graph, facts.key)) == facts.nbytes
+    assert build_plans(own, [89]).built == len(GRAPHS) - 2
+    assert not stale.exists(), "plans for int8 packs, where the packs are fp8"
 
 
 # --- which plan may be used --------------------------------------------------------------------------------------
@@ -259,18 +304,35 @@ TOLERANCES = {
 }
 
 
-@pytest.mark.parametrize(("precision", "families"), [("fp8", FAMILIES), ("int8", FAMILIES), ("bf16", ("dinov3",))])
+EXACT = torch.float32
+
+
+@pytest.mark.parametrize(
+    ("precision", "compute", "families", "options"),
+    [
+        ("fp8", EXACT, FAMILIES, {}),
+        ("int8", EXACT, FAMILIES, {}),
+        ("bf16", EXACT, ("dinov3",), {}),
+        ("int8", torch.float16, FAMILIES, {"outliers": True}),
+    ],
+)
 def test_the_gpu_graphs_compute_what_torch_does(
-    models: MakeModels, engines: MakeEngines, precision: str, families: tuple[Family, ...]
+    models: MakeModels,
+    engines: MakeEngines,
+    precision: str,
+    compute: torch.dtype,
+    families: tuple[Family, ...],
+    options: dict[str, Any],
 ) -> None:
-    """In float32 instead of bfloat16, as onnxruntime's CPU has no bfloat16; each step from the reference's input."""
-    manifest = read_manifest(engines("tiny", precision))
-    folder = engines("tiny", precision) / manifest.build
-    checkpoints = find_checkpoints(models("tiny"))
+    """Each step from the reference's input; in float32 for bfloat16, which onnxruntime's CPU cannot multiply."""
+    directory = engines("tiny", precision, **options)
+    manifest = read_manifest(directory)
+    folder = directory / manifest.build
+    checkpoints = find_checkpoints(models("tiny", **options))
     worst: dict[str, float] = {}
     for family in families:
         model = manifest.models[family]
-        graphs = {name: data for _, name, data in gpu_graphs([model.spec], precision, torch.float32)}
+        graphs = {name: data for _, name, data in gpu_graphs([model.spec], precision, compute)}
         sessions = {
             name: ort.InferenceSession(data, providers=["CPUExecutionProvider"]) for name, data in graphs.items()
         }

@@ -1,0 +1,37 @@
+"""One process at a time in a folder: a build of engines, a conversion of packs.
+
+The lock is the system's, on an open file: it ends with the process that holds it, however that ends. The file stays, as
+whoever waits has it open: were it removed, a third process would lock another file of the same name. Everybody may open
+it, whatever the umask of who made it: else only that user could ever build in a folder that several may write.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+EVERYBODY = 0o666
+
+
+@contextmanager
+def exclusive(path: Path, *, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock; the thread that holds it may take it again.
+
+    Args:
+        path: of the lock file, made if it is not there; its folder is.
+        waiting: called once if somebody else holds the lock.
+
+    Raises:
+        OSError: the file cannot be made or opened.
+    """
+    from filelock import FileLock, Timeout  # noqa: PLC0415 - 30 ms that most commands need not pay
+
+    lock = FileLock(path, mode=EVERYBODY, is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        waiting()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
