@@ -38,6 +38,7 @@ from i2l.export.modules import graph_modules
 from i2l.export.packs import planned_model
 from i2l.export.plans import build_plans, gpu_graphs
 from i2l.export.reference import reference_steps
+from i2l.export.rotation import rotate, rotation
 from i2l.export.weights import graph_weights
 from i2l.runtime.predict import graph_memory
 from i2l.specs import FAMILIES, PRESETS, Family
@@ -402,6 +403,21 @@ def linear_graph(module: torch.nn.Module, stored: list[tuple[str, str, tuple[int
     for value, name in zip(exported.model.graph.inputs, ["hidden_in", *weights], strict=True):
         value.name = name
     return bytes(exported.model_proto.SerializeToString())
+
+
+def test_no_row_overflows_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest sums there can be: the widest matrix, all its weights the largest, and rows parallel to them.
+
+    Half as much more, and the product were infinite. In torch, as onnxruntime's CPU keeps float16 products in float32.
+    """
+    monkeypatch.setattr("i2l.export.gpu_precision.dequantised", lambda weight, scale, dtype: weight.to(dtype) * scale)
+    width = PRESETS["full"].dinov3.intermediate
+    linear = gpu_precision("int8", PRESETS["full"].dinov3, torch.float16).linear("w", width, normed=False)
+    weights = {"w.weight": torch.full((1, width, 8), 127, dtype=torch.int8), "w.scale": torch.full((1, 1, 8), 1e-3)}
+    parallel = rotate(torch.ones(1, width), rotation(width).t().contiguous())
+    x = torch.tensor([[1e-6], [1.0], [3e5]]) * parallel  # 3e5 is more than float16 holds
+    wanted = rotate(x, rotation(width)).sum(dim=1, keepdim=True).expand(-1, 8) * 0.127
+    torch.testing.assert_close(linear(x, weights), wanted, rtol=4e-3, atol=0)  # a few roundings of 2^-11
 
 
 def test_polygraphy_runs_a_standalone_step(engines: MakeEngines) -> None:
