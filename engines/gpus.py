@@ -9,3 +9,4 @@ GENERATIONS: Mapping[int, str] = {
 FLOAT8_FROM = 89
 """The first generation with FP8 products; older ones refuse to build them."""
 BFLOAT16_FROM = 80
+"""The first with bfloat16; sm75 multiplies in float16, and no float32 products are built for it."""

@@ -7,6 +7,8 @@
         dinov3/weights.safetensors     the pack
         dinov3/dinov3.block.07.onnx    the same graph with external weights in the pack, for other tools
 
+For GPUs of several generations there may be another one inside (generations.py).
+
 A new build makes its own folder, replaces the manifest in one move and only then removes the old folder: a build that
 dies leaves the previous engines usable.
 """

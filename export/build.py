@@ -210,7 +210,7 @@ def write_packs(
     """Write the packs; return ``path in the build folder -> SHA-256``."""
     hashes = {}
     for family, checkpoint in checkpoints.items():
-        progress.stage = f"packing {family}"
+        progress.stage = f"packing {family}, {precision}"
         path, kept = pack_path(family), precision_for(precision, checkpoint.spec)
         hashes[path] = write_pack(folder / path, plans[family], checkpoint, kept, progress.advance)
     return hashes

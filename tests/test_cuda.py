@@ -9,7 +9,7 @@ import logging
 import shutil
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -367,6 +367,18 @@ def test_auto_never_takes_what_nobody_ran(monkeypatch: pytest.MonkeyPatch) -> No
     assert detect.choose_backend("cuda") == ("cuda", "asked for")
     text = CliRunner().invoke(main, ["doctor"]).output
     assert "backend cuda: untried" in text
+
+
+def test_graphs_that_are_not_finished_change_nothing(with_graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: Any) -> Iterator[tuple[str, onnx.ModelProto]]:
+        yield from islice(export_graphs(*arguments), 1)
+        raise KeyboardInterrupt
+
+    before = {path: path.stat().st_mtime_ns for path in with_graphs.rglob("*")}
+    monkeypatch.setattr("i2l.export.cuda_graphs.export_graphs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_cuda_graphs(with_graphs)
+    assert {path: path.stat().st_mtime_ns for path in with_graphs.rglob("*")} == before
 
 
 def test_the_command_makes_the_graphs(
