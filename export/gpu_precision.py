@@ -87,12 +87,13 @@ class GpuLinear(Linear):
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
         if self.compute is torch.float16:
             x = x.to(torch.float32)
-            size = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(SMALLEST) / ROW_NORM
+            size: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min(SMALLEST) / ROW_NORM
             y = self.product(x / size, weights) * size
         else:
             y = self.product(x, weights)
-        bias = self.bias(weights)
-        return (y if bias is None else y + bias).to(self.leaves)
+        if (bias := self.bias(weights)) is not None:
+            y = y + bias
+        return y.to(self.leaves)
 
     def product(self, x: Tensor, weights: Weights) -> Tensor:
         """``x W^T`` in float32, of ``x`` in float32 or ``compute``."""

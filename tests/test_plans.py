@@ -162,7 +162,8 @@ def test_the_parsers_words_are_in_the_error() -> None:
 def test_tensorrt_says_what_a_generation_lacks(precision: str, compute: torch.dtype, sm: int, words: str) -> None:
     """The same is refused before any work: :func:`require_precision`."""
     spec = PRESETS["tiny"].dinov3
-    model = dict(graphs_once(spec, gpu_precision(precision, spec, compute)))["dinov3.block"]
+    kept: Any = gpu_precision(precision, spec, compute)
+    model = dict(graphs_once(spec, kept))["dinov3.block"]
     with pytest.raises(PlanBuildFailed, match=words):
         build_plan(find_flavour(), "dinov3.block", model.SerializeToString(), sm)
 
