@@ -1,4 +1,4 @@
-"""How much memory this process has needed."""
+"""How much memory this process has needed, and how much there is."""
 
 import sys
 from pathlib import Path
@@ -19,3 +19,12 @@ def peak_resident_bytes() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_bytes() -> int | None:
+    """What could be used without swapping, the page cache's files included; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

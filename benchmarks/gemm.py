@@ -19,7 +19,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from i2l.engines.manifest import Manifest, Model, read_manifest
-from i2l.engines.ort import MappedPack
+from i2l.engines.ort import CpuBackend
 from i2l.engines.threads import default_threads
 from i2l.specs import EncoderSpec
 
@@ -77,7 +77,7 @@ def block_profile(engines: Path, manifest: Manifest, model: Model, threads: int)
         options.profile_file_prefix = f"{folder}/profile"
         graph = engines / manifest.build / manifest.graphs[steps[0].graph]
         session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-        pack = MappedPack(engines / manifest.build / model.pack, model.tensors, model.chunks)
+        pack = CpuBackend(engines, manifest).store(spec.family)
         x = np.random.default_rng(0).standard_normal((1, spec.tokens, spec.hidden)).astype(np.float32)
         feed = {session.get_inputs()[0].name: ort.OrtValue.ortvalue_from_numpy(x)}
         for index in range(PASSES):

@@ -1,13 +1,13 @@
 """The cpu backend: onnxruntime, weights fed from a memory-mapped pack.
 
 One session per graph, however many blocks it serves. A step's weights are ``OrtValue``s laid over the mapped file:
-nothing is copied or deserialised. Pages come in by ``madvise(WILLNEED)`` some chunks ahead and leave the process by
-``madvise(DONTNEED)`` behind: one chunk is resident, the next are in the page cache, which keeps all for the next run.
+nothing is copied or deserialised. A thread reads some chunks ahead, and what was used is given back: one chunk is
+resident, the next are in the page cache, which keeps all for the next run.
 """
 
 import contextlib
-import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,12 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ..errors import OutOfDeviceMemory, ShapeMismatch
-from ..specs import Family
+from ..memory import available_bytes
+from ..specs import FAMILIES, Family
 from .base import Array
-from .manifest import Chunk, Manifest, Step
-from .mapping import give_back, populate, read_ahead
+from .manifest import Chunk, Manifest, Model, Step
+from .mapping import give_back, open_mapped, populate
+from .readahead import ReadAhead
 from .tensorfile import TensorInfo
 from .threads import default_threads
 
@@ -31,8 +33,9 @@ ELEMENT_TYPES: Mapping[str, tuple[type[np.generic], int]] = {
     "BF16": (np.uint16, 16),
     "F8_E4M3": (np.uint8, 17),
 }
-AHEAD_BYTES = 512 << 20
-"""How far the disk reads ahead. Small chunks are used up before the disk has begun with the next ones."""
+AHEAD_BYTES = (512 << 20, 2 << 30)
+"""How far the disk reads ahead, at least and at most; between them a quarter of the memory that is available. SigLIP2
+computes longer than its pack is read; the disk uses that time for DINOv3's, where it is the other way round."""
 
 
 class CpuBackend:
@@ -51,11 +54,13 @@ class CpuBackend:
         self._threads = threads or default_threads()
         # Open from the start, so that a rebuild of the directory changes nothing here: 0.2 ms, where sessions take 80.
         self._graphs = {graph: (folder / path).read_bytes() for graph, path in manifest.graphs.items()}
-        kept = resident or {}
-        self._stores = {
-            family: MappedPack(folder / model.pack, model.tensors, model.chunks, kept.get(family, frozenset()))
-            for family, model in manifest.models.items()
-        }
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="i2l-read-ahead")
+        self._stores: dict[Family, MappedPack] = {}
+        following = None
+        for family in reversed([family for family in FAMILIES if family in manifest.models]):
+            model, kept = manifest.models[family], (resident or {}).get(family, frozenset())
+            following = MappedPack(folder / model.pack, model, self._reader, resident=kept, following=following)
+            self._stores[family] = following
         self._engines: dict[str, OrtEngine] = {}
 
     def engine(self, graph: str) -> "OrtEngine":
@@ -79,6 +84,7 @@ class CpuBackend:
         self._engines.clear()
         for store in self._stores.values():
             store.close()
+        self._reader.shutdown()
 
 
 class OrtEngine:
@@ -108,29 +114,42 @@ class MappedPack:
 
     Args:
         path: the pack.
-        tensors: where they lie in it.
-        chunks: all of the pack.
+        model: what is in it.
+        reader: one worker that reads ahead.
         resident: chunks that are not given back.
+        following: the pack that is used after this one; its first chunks are read behind the last ones of this.
     """
 
     def __init__(
         self,
         path: Path,
-        tensors: Mapping[str, TensorInfo],
-        chunks: Sequence[Chunk],
+        model: Model,
+        reader: Executor,
+        *,
         resident: frozenset[Chunk] = frozenset(),
+        following: "MappedPack | None" = None,
     ) -> None:
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._map = open_mapped(path)
+        self._ahead = ReadAhead(path, self._map, reader)
         self._values: dict[str, dict[str, ort.OrtValue]] = {}
-        self._tensors = tensors
+        self._tensors = model.tensors
+        self._chunks = model.chunks
+        self._following = following
         self.resident = resident
-        self.slots = max(2, AHEAD_BYTES // max(chunk.nbytes for chunk in chunks))
+        self.slots = max(2, ahead_bytes(available_bytes()) // max(chunk.nbytes for chunk in model.chunks))
 
     def prefetch(self, chunk: Chunk) -> None:
-        read_ahead(self._map, chunk.offset, chunk.nbytes)
+        self._ahead.begin(chunk.offset, chunk.nbytes)
+        if chunk == self._chunks[-1] and self._following:
+            self._following.prefetch_first()
+
+    def prefetch_first(self) -> None:
+        """Begin to bring in as many chunks as may be on their way."""
+        for chunk in self._chunks[: self.slots]:
+            self._ahead.begin(chunk.offset, chunk.nbytes)
 
     def acquire(self, chunk: Chunk) -> None:
+        self._ahead.wait(chunk.offset)
         populate(self._map, chunk.offset, chunk.nbytes)
 
     def weights(self, step: Step) -> Mapping[str, ort.OrtValue]:
@@ -141,10 +160,12 @@ class MappedPack:
         return self._values[step.name]
 
     def release(self, chunk: Chunk) -> None:
+        self._ahead.forget(chunk.offset)
         if chunk not in self.resident:
             give_back(self._map, chunk.offset, chunk.nbytes)
 
     def close(self) -> None:
+        self._ahead.close()
         self._values.clear()
         with contextlib.suppress(BufferError):  # an error's traceback still holds weights: the map goes when they go
             self._map.close()
@@ -154,3 +175,9 @@ class MappedPack:
         count = info.nbytes // np.dtype(dtype).itemsize
         flat: NDArray[np.generic] = np.frombuffer(self._map, dtype, count, info.offset)
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(flat.reshape(info.shape), element_type)
+
+
+def ahead_bytes(available: int | None) -> int:
+    """How far to read ahead with so much memory available: what is read too early is dropped before it is used."""
+    least, most = AHEAD_BYTES
+    return least if available is None else min(max(available // 4, least), most)

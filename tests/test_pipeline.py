@@ -20,9 +20,12 @@ import i2l
 from conftest import MakeEngines, picture
 from i2l.engines import detect, ort
 from i2l.engines.manifest import Chunk, Step, read_manifest
+from i2l.engines.mapping import give_back, read_ahead
+from i2l.engines.readahead import ReadAhead
 from i2l.errors import BackendUnavailable, BudgetTooSmall, EnginesMissing, NoImages, PipelineClosed, ShapeMismatch
 from i2l.runtime.pipeline import Pipeline, open_engines
 from i2l.runtime.streamer import stream
+from i2l.specs import Family
 
 SIZES = [(320, 240), (240, 700), (150, 40), (64, 64)]
 PICTURES = [picture(*size, seed=seed) for seed, size in enumerate(SIZES)]
@@ -70,9 +73,9 @@ def test_a_second_call_sets_nothing_up_again(engines: MakeEngines, monkeypatch: 
     def counted(kind: type) -> None:
         real = kind.__init__  # type: ignore[misc]
 
-        def init(self: object, *arguments: object) -> None:
+        def init(self: object, *arguments: object, **options: object) -> None:
             made.append(kind.__name__)
-            real(self, *arguments)
+            real(self, *arguments, **options)
 
         monkeypatch.setattr(kind, "__init__", init)
 
@@ -282,45 +285,54 @@ def test_a_pipeline_goes_on_after_an_error(pipeline: Pipeline, cut: Callable[[in
         np.testing.assert_array_equal(found.factors[module][0], a)
 
 
-def test_small_chunks_are_read_ahead_by_many(engines: MakeEngines) -> None:
+def test_small_chunks_are_read_ahead_by_many_into_the_next_pack(
+    engines: MakeEngines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While SigLIP2's last chunk is asked for, the disk goes on with DINOv3's; the adapter's pack is the last."""
+    begun: list[tuple[str, int]] = []
+    monkeypatch.setattr(
+        ReadAhead, "begin", lambda self, offset, _: begun.append((Path(self._file.name).parent.name, offset))
+    )
     manifest = read_manifest(engines("tiny", "fp32"))
-    model = manifest.models["dinov3"]
-    pack = ort.MappedPack(engines("tiny", "fp32") / manifest.build / model.pack, model.tensors, model.chunks)
-    assert 100 < pack.slots <= ort.AHEAD_BYTES // max(chunk.nbytes for chunk in model.chunks)
-    pack.close()
+    backend = ort.CpuBackend(engines("tiny", "fp32"), manifest)
+    pairs: list[tuple[Family, Family | None]] = [("siglip2", "dinov3"), ("dinov3", "adapter"), ("adapter", None)]
+    for family, following in pairs:
+        store, chunks = backend.store(family), manifest.models[family].chunks
+        assert store.slots > len(chunks)
+        begun.clear()
+        for chunk in chunks:
+            store.prefetch(chunk)
+        behind = [(following, chunk.offset) for chunk in manifest.models[following].chunks] if following else []
+        assert begun == [(family, chunk.offset) for chunk in chunks] + behind
+    backend.close()
 
 
 @pytest.mark.parametrize("page", [4096, 16384, 65536])
-def test_advice_covers_the_chunk_in_whole_pages(
-    engines: MakeEngines, monkeypatch: pytest.MonkeyPatch, page: int
-) -> None:
+def test_advice_covers_the_region_in_whole_pages(monkeypatch: pytest.MonkeyPatch, page: int) -> None:
     """The kernel refuses a start that is not on a page; Apple's pages are 16 KiB, some ARM servers' 64 KiB."""
-    manifest = read_manifest(engines("tiny", "fp32"))
-    model = manifest.models["dinov3"]
-    pack = ort.MappedPack(engines("tiny", "fp32") / manifest.build / model.pack, model.tensors, model.chunks)
     told: list[tuple[int, int, int]] = []
 
-    class Map:
-        def madvise(self, advice: int, start: int, length: int) -> None:
+    class Map(mmap.mmap):
+        def madvise(self, advice: int, start: int = 0, length: int = 0) -> None:
             told.append((advice, start, length))
 
-    monkeypatch.setattr(pack, "_map", Map())
     monkeypatch.setattr(mmap, "PAGESIZE", page)
-    for chunk in model.chunks:
-        pack.prefetch(chunk)
-        pack.release(chunk)
-        *needs, (drop, start, length) = told
-        told.clear()
-        assert drop == mmap.MADV_DONTNEED
-        assert all(advice == mmap.MADV_WILLNEED for advice, _, _ in needs)
-        assert start % page == 0
-        assert start <= chunk.offset
-        assert start + length == chunk.offset + chunk.nbytes
-        assert needs[0][1] == start
-        for (_, first, size), (_, second, _) in pairwise(needs):
-            assert second % page == 0
-            assert second <= first + size
-        assert sum(needs[-1][1:]) == chunk.offset + chunk.nbytes
+    with Map(-1, 65536) as mapped:
+        for offset, nbytes in ((4096, 300_000), (65536, 4096), (200_704, 1 << 20)):
+            told.clear()
+            read_ahead(mapped, offset, nbytes)
+            give_back(mapped, offset, nbytes)
+            *needs, (drop, start, length) = told
+            assert drop == mmap.MADV_DONTNEED
+            assert all(advice == mmap.MADV_WILLNEED for advice, _, _ in needs)
+            assert start % page == 0
+            assert start <= offset
+            assert start + length == offset + nbytes
+            assert needs[0][1] == start
+            for (_, first, size), (_, second, _) in pairwise(needs):
+                assert second % page == 0
+                assert second <= first + size
+            assert sum(needs[-1][1:]) == offset + nbytes
 
 
 # --- shapes and backends -----------------------------------------------------------------------------------------
