@@ -55,7 +55,7 @@ format: setup  ## Let ruff mend and format
 bench-cpu: setup  ## This project beside the torch reference (PRESET=small|full)
 	$(BIN)/python benchmarks/cpu.py --preset $(PRESET)
 
-bench-gpu: setup  ## The cuda backend on a GPU: parity, bandwidth, times, VRAM (PRESET=small|full)
+bench-gpu: setup  ## The backends of a GPU: parity, bandwidth, times, VRAM, kernels (PRESET=small|full)
 	$(BIN)/python benchmarks/gpu.py --preset $(PRESET)
 
 clean:  ## Remove the demo and all caches

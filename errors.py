@@ -215,19 +215,19 @@ class ShapeMismatch(EnginesError, ValueError):
 class PlanMissing(EnginesError, FileNotFoundError):
     """There is no TensorRT plan of a graph for this GPU."""
 
-    def __init__(self, graph: str, engines: Path, sm: int) -> None:
+    def __init__(self, graph: str, engines: Path, flavour: str, sm: int, target: str) -> None:
         super().__init__(
-            f"{format_path(engines)} has no TensorRT plan of {graph} for sm{sm}: build it with: "
-            f"{_build_plans(engines, sm)}"
+            f"{format_path(engines)} has no TensorRT plan of {graph} for sm{sm}, which {flavour} wants: build it with: "
+            f"{_build_plans(engines, target)}"
         )
 
 
 class PlanStale(EnginesError, ValueError):
     """A TensorRT plan is not the one that is wanted."""
 
-    def __init__(self, path: Path, parts: Sequence[str], engines: Path, sm: int) -> None:
+    def __init__(self, path: Path, parts: Sequence[str], engines: Path, target: str) -> None:
         super().__init__(
-            f"{format_path(path)} cannot be used ({'; '.join(parts)}): rebuild with: {_build_plans(engines, sm)}"
+            f"{format_path(path)} cannot be used ({'; '.join(parts)}): rebuild with: {_build_plans(engines, target)}"
         )
 
 
@@ -261,9 +261,9 @@ class PrecisionUnsupported(EnginesError, ValueError):
         )
 
 
-def _build_plans(engines: Path, sm: int) -> str:
+def _build_plans(engines: Path, target: str) -> str:
     return (
-        f"i2l build-engines --models MODELS --engines {format_path(engines)} --backend tensorrt --sm {sm}, and --sm "
+        f"i2l build-engines --models MODELS --engines {format_path(engines)} --backend tensorrt --sm {target}, and --sm "
         "for every other card that shall use the directory"
     )
 

@@ -1,7 +1,8 @@
-"""The cuda backend on a GPU: parity with the CPU, bandwidth, times, VRAM, prediction. One command.
+"""The backends of a GPU: parity with the CPU, bandwidth, times, VRAM, prediction, kernels. One command.
 
 Makes synthetic checkpoints and engines in the work folder if they are not there. Without a GPU it says why and ends.
-Usage: python benchmarks/gpu.py --preset small|full [--work DIR] [--precision int8|fp8] [--json FILE]
+Usage: python benchmarks/gpu.py --preset small|full [--backend cuda|tensorrt] [--precision int8|fp8] [--work DIR]
+       [--json FILE]
 """
 
 import argparse
@@ -9,22 +10,27 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from i2l.engines.base import Array
-from i2l.engines.detect import choose_backend
-from i2l.errors import BackendUnavailable, BudgetTooSmall
+from i2l.engines.detect import detect_backends
+from i2l.engines.tensorrt import current_sm
+from i2l.engines.tensorrt_layers import products
+from i2l.errors import BudgetTooSmall, I2LError
 from i2l.export.build import build_engines
 from i2l.export.cuda_graphs import build_cuda_graphs
+from i2l.export.plans import build_plans
 from i2l.export.synthetic import make_checkpoints
 from i2l.runtime.device_backend import DeviceBackend
 from i2l.runtime.lora import Lora
 from i2l.runtime.pipeline import Pipeline
 from i2l.runtime.predict import Card, predict
 from i2l.runtime.streamer import stream
+from i2l.runtime.tensorrt_backend import TensorRTBackend
 from i2l.verification import step_error
 
 IMAGE = Path(__file__).parent.parent / "docs" / "photo.jpg"
@@ -41,33 +47,44 @@ def main() -> None:
     """Measure in the order of what is most worth knowing; every finished part is written at once."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", choices=sorted(BUDGETS_GIB), default="small")
+    parser.add_argument("--backend", choices=["cuda", "tensorrt"], help="by default each that works")
     parser.add_argument("--precision", choices=["int8", "fp8"], default="int8")
     parser.add_argument("--work", type=Path, default=Path("bench"), help="scratch folder; what is in it is reused")
     parser.add_argument("--json", type=Path, default=Path("gpu.json"), help="where the facts go")
     arguments = parser.parse_args()
-    try:
-        choose_backend("cuda")
-    except BackendUnavailable as error:
-        print(error)
-        return
+    statuses = {status.name: status for status in detect_backends() if status.name != "cpu"}
+    backends = [arguments.backend] if arguments.backend else list(statuses)
     facts: dict[str, Any] = {"preset": arguments.preset, "precision": arguments.precision}
-    for name, value in measured(arguments.preset, arguments.precision, arguments.work):
-        facts[name] = value
-        print(f"{name}: {json.dumps(value)}", flush=True)
-        arguments.json.write_text(json.dumps(facts), encoding="utf-8")
+    for backend in backends:
+        facts[backend] = {}
+        if not statuses[backend].works:
+            facts[backend]["not measured"] = statuses[backend].reason
+            print(f"{backend}: {statuses[backend].reason}")
+            continue
+        try:
+            for name, value in measured(backend, arguments.preset, arguments.precision, arguments.work):
+                facts[backend][name] = value
+                print(f"{backend}: {name}: {json.dumps(value)}", flush=True)
+                arguments.json.write_text(json.dumps(facts), encoding="utf-8")
+        except I2LError as error:  # the other backend may do better
+            facts[backend]["stopped by"] = str(error)
+            print(f"{backend}: {error}")
+            arguments.json.write_text(json.dumps(facts), encoding="utf-8")
 
 
-def measured(preset: str, precision: str, work: Path) -> Iterator[tuple[str, Any]]:
-    """``(what, facts)`` of every part."""
+def measured(name: str, preset: str, precision: str, work: Path) -> Iterator[tuple[str, Any]]:
+    """``(what, facts)`` of every part of a backend."""
     start = time.perf_counter()
-    engines = prepared(preset, precision, work)
+    engines = prepared(name, preset, precision, work)
     yield "prepare_seconds", round(time.perf_counter() - start, 1)
     with Pipeline(engines, backend="cpu") as cpu:
         pixels = cpu.pixels([IMAGE])
         stages: dict[str, Array] = {}
         cpu.embed_pixels(pixels, observe=lambda step, outputs: stages.update({step: next(iter(outputs.values()))}))
         wanted = cpu.lora_from_images([IMAGE])
-    with Pipeline(engines, backend="cuda") as pipeline:
+    start = time.perf_counter()
+    with Pipeline(engines, backend=name) as pipeline:
+        yield "open_seconds_at_first", round(time.perf_counter() - start, 2)  # TensorRT-RTX compiles
         backend = device_backend(pipeline)
         yield "device", backend.device.name
         errors: dict[str, float] = {}
@@ -80,12 +97,17 @@ def measured(preset: str, precision: str, work: Path) -> Iterator[tuple[str, Any
         bandwidth = backend.device.pinned_bandwidth()
         yield "pinned_gbps", bandwidth / 1e9
         first = pipeline.lora_from_images([IMAGE])
-    for name, budget_bytes in budgets(preset, engines):
-        with Pipeline(engines, backend="cuda", vram_budget_bytes=budget_bytes) as pipeline:
+        if isinstance(backend, TensorRTBackend):
+            yield "products", kernels(backend, work)
+    for budget, budget_bytes in budgets(name, preset, engines):
+        start = time.perf_counter()
+        with Pipeline(engines, backend=name, vram_budget_bytes=budget_bytes) as pipeline:
+            open_seconds = time.perf_counter() - start
             lora = pipeline.lora_from_images([IMAGE])
             yield (
-                name,
+                budget,
                 {
+                    "open_seconds": round(open_seconds, 2),
                     "lora_error": lora_error(lora, wanted),
                     "same_as_unlimited": lora_error(lora, first) == 0,
                     "streaming_fraction": streaming_bandwidth(pipeline) / bandwidth,
@@ -95,21 +117,34 @@ def measured(preset: str, precision: str, work: Path) -> Iterator[tuple[str, Any
             )
 
 
-def prepared(preset: str, precision: str, work: Path) -> Path:
-    """The engines, made of synthetic checkpoints where they are not there."""
+def prepared(backend: str, preset: str, precision: str, work: Path) -> Path:
+    """The engines with what a backend needs of them, made of synthetic checkpoints where they are not there."""
     models, engines = work / preset, work / f"{preset}-{precision}"
     if not (engines / "manifest.json").is_file():
         if not models.is_dir():
             make_checkpoints(models, preset)
         build_engines(models, engines, precision=precision)
-    build_cuda_graphs(engines)
+    if backend == "cuda":
+        build_cuda_graphs(engines)
+    else:
+        build_plans(engines, [current_sm()])
     return engines
 
 
-def budgets(preset: str, engines: Path) -> Iterator[tuple[str, int | None]]:
+def kernels(backend: TensorRTBackend, work: Path) -> dict[str, Any]:
+    """``graph -> products by the type of their operands``; what the inspector said goes to files, for reading."""
+    found = {}
+    for graph, engine in backend.opened.items():
+        layers = engine.layers
+        (work / f"layers-{graph}.json").write_text(layers, encoding="utf-8")
+        found[graph] = asdict(products(layers))
+    return found
+
+
+def budgets(backend: str, preset: str, engines: Path) -> Iterator[tuple[str, int | None]]:
     """The smallest budget that works, the preset's, and all."""
     try:
-        Pipeline(engines, backend="cuda", vram_budget_bytes=1).close()
+        Pipeline(engines, backend=backend, vram_budget_bytes=1).close()
     except BudgetTooSmall as error:
         yield "smallest", error.needed_bytes
     yield from ((f"{size} GiB", size << 30) for size in BUDGETS_GIB[preset])

@@ -26,7 +26,11 @@ class Engine(Protocol):
     """Name of the one input that is not a weight."""
 
     def run(self, activation: Value, weights: Mapping[str, Value]) -> dict[str, Value]:
-        """Run the graph; the outputs by name."""
+        """Run the graph; the outputs by name.
+
+        They are good while the next graph reads them. On a device a later run may write over them: what is to stay is
+        taken as an array before.
+        """
         ...
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import BackendUnavailable, DeviceFailed, OutOfDeviceMemory
 from .base import Array
 from .device import Event, Lane
-from .ort_device import ELEMENT_TYPES, DeviceTensor
+from .ort_device import ELEMENT_TYPES, FLOAT32, DeviceTensor
 from .tensorfile import TensorInfo
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,6 @@ ALIGNMENT = 256
 """What cuMemAlloc promises and the graphs' kernels want."""
 BUFFERS = 2
 """Pinned buffers where packs cannot be pinned: one is filled while the other is copied."""
-FLOAT32 = 1
 
 
 @dataclass
@@ -43,14 +42,21 @@ class PinnedBuffer:
 class CudaDevice:
     """The card number ``index``; used by one thread.
 
+    Args:
+        index: among the cards that CUDA sees.
+        backend: what it is opened for, for errors.
+
     Raises:
-        BackendUnavailable: there is no driver, no such card, or one without bfloat16 products.
+        BackendUnavailable: there is no driver or no such card.
     """
 
-    def __init__(self, index: int = 0) -> None:
-        self._driver, self._device = open_card(index)
+    def __init__(self, index: int = 0, *, backend: str = "cuda") -> None:
+        self._driver, self._device = open_card(index, backend)
         self.index = index
         self.name = str(self._device.name)
+        major, minor = self._device.compute_capability
+        self.sm = 10 * int(major) + int(minor)
+        """The compute capability, 89 for 8.9."""
         options = _core().StreamOptions(nonblocking=True)
         self._streams: dict[Lane, Any] = {
             "copy": self._device.create_stream(options=options),
@@ -58,7 +64,6 @@ class CudaDevice:
         }
         self._pinned: dict[int, int] = {}
         self._buffers: list[PinnedBuffer] = []
-        self._input_address = self._input_bytes = 0
         self._free_at_start = self.free_bytes()
         self.peak_bytes = 0
         """The most by which free memory fell since this device was opened, seen at allocations and downloads. Other
@@ -66,7 +71,7 @@ class CudaDevice:
 
     @property
     def compute_stream(self) -> int:
-        """The compute lane's stream, as onnxruntime wants it."""
+        """The compute lane's stream, as onnxruntime and TensorRT want it."""
         return int(self._streams["compute"].handle)
 
     # --- memory ---------------------------------------------------------------------------------------------------
@@ -99,16 +104,13 @@ class CudaDevice:
             )  # fmt: skip
 
     def close(self) -> None:
-        """Give back what :meth:`allocate` did not give: pins, buffers, the input."""
+        """Give back what :meth:`allocate` did not give: pins and buffers."""
         self.finish()
         for address in self._pinned:
             self._call("cuMemHostUnregister", address)
         self._pinned.clear()
         while self._buffers:
             self._call("cuMemFreeHost", self._buffers.pop().address)
-        if self._input_bytes:
-            self.free(self._input_address)
-        self._input_address = self._input_bytes = 0
 
     def pinned_bandwidth(self, nbytes: int = 256 << 20, copies: int = 8) -> float:
         """Bytes per second of plain copies from pinned memory: what the streamer is measured against."""
@@ -156,18 +158,11 @@ class CudaDevice:
     def value(self, address: int, info: TensorInfo) -> DeviceTensor:
         return DeviceTensor(address, tuple(info.shape), ELEMENT_TYPES[info.dtype][1])
 
-    def upload(self, array: Array) -> DeviceTensor:
-        """Into the one input buffer: the value is good until the next upload."""
+    def upload(self, array: Array, address: int) -> DeviceTensor:
         array = np.ascontiguousarray(array, np.float32)
-        self._streams["compute"].sync()  # the last pass may still read its input
-        if array.nbytes > self._input_bytes:
-            if self._input_bytes:
-                self.free(self._input_address)
-            self._input_bytes = 0
-            self._input_address = self.allocate(array.nbytes)
-            self._input_bytes = array.nbytes
-        self._call("cuMemcpyHtoD", self._input_address, array.ctypes.data, array.nbytes)
-        return DeviceTensor(self._input_address, array.shape, FLOAT32)
+        self._streams["compute"].sync()  # the last pass may still read what lies there
+        self._call("cuMemcpyHtoD", address, array.ctypes.data, array.nbytes)
+        return DeviceTensor(address, array.shape, FLOAT32)
 
     def download(self, value: Any) -> Array:
         self._streams["compute"].sync()
@@ -205,22 +200,18 @@ class CudaDevice:
         return values[0] if len(values) == 1 else values
 
 
-def open_card(index: int) -> tuple[Any, Any]:
+def open_card(index: int, backend: str) -> tuple[Any, Any]:
     """``(driver functions, cuda-core's device)``, the device's context current in this thread."""
     from cuda.bindings import driver  # noqa: PLC0415 - the leaf: nobody else pays for it
 
     remedy = "see what nvidia-smi says, or use --backend cpu"
     status = driver.cuInit(0)[0]
     if status != driver.CUresult.CUDA_SUCCESS:
-        raise BackendUnavailable("cuda", f"the NVIDIA driver does not start ({status.name})", remedy)
+        raise BackendUnavailable(backend, f"the NVIDIA driver does not start ({status.name})", remedy)
     _, count = driver.cuDeviceGetCount()
     if index >= count:
-        raise BackendUnavailable("cuda", f"there is no GPU number {index} ({count} found)", remedy)
+        raise BackendUnavailable(backend, f"there is no GPU number {index} ({count} found)", remedy)
     device = _core().Device(index)
-    major, minor = device.compute_capability
-    if major < 8:
-        reason = f"its graphs multiply in bfloat16, which {device.name} (sm{major}{minor}) cannot"
-        raise BackendUnavailable("cuda", reason, "use --backend cpu")
     device.set_current()
     return driver, device
 

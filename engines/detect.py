@@ -4,7 +4,8 @@ import ctypes.util
 import importlib.util
 from dataclasses import dataclass
 
-from ..errors import BackendUnavailable
+from ..errors import BackendUnavailable, PackageMissing
+from .tensorrt import current_sm, find_flavour, knows
 
 NAMES = ("cpu", "cuda", "tensorrt")
 
@@ -61,22 +62,47 @@ def _cuda() -> BackendStatus:
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         remedy = "pip uninstall onnxruntime && pip install 'i2l-engines[cuda]'"
         return BackendStatus("cuda", works=False, reason="onnxruntime is the build for the CPU", remedy=remedy)
-    for package in ("core", "bindings"):
-        if importlib.util.find_spec("cuda") is None or importlib.util.find_spec(f"cuda.{package}") is None:
-            reason = f"cuda.{package} of cuda-python is not installed"
-            return BackendStatus("cuda", works=False, reason=reason, remedy="pip install 'i2l-engines[cuda]'")
-    reason = f"onnxruntime {onnxruntime.__version__}; the code is there but was never run on a GPU: ask for it by name"
-    return BackendStatus("cuda", works=True, reason=reason, remedy="try --backend cuda", proven=False)
+    return _without_cuda_python("cuda") or _untried("cuda", f"onnxruntime {onnxruntime.__version__}")
 
 
 def _tensorrt() -> BackendStatus:
-    if status := _without_driver("tensorrt"):
+    if status := _without_driver("tensorrt") or _without_tensorrt() or _without_cuda_python("tensorrt"):
         return status
-    if not any(importlib.util.find_spec(module) for module in ("tensorrt", "tensorrt_rtx")):
+    flavour = find_flavour()
+    try:
+        sm = current_sm()
+    except BackendUnavailable:
+        remedy = "see what nvidia-smi says, or use --backend cpu"
+        return BackendStatus("tensorrt", works=False, reason="the NVIDIA driver finds no GPU", remedy=remedy)
+    if not knows(flavour, sm):
+        reason = f"{flavour} does not know this GPU, sm{sm}"
+        return BackendStatus("tensorrt", works=False, reason=reason, remedy="use --backend cuda")
+    return _untried("tensorrt", f"{flavour}, sm{sm}")
+
+
+def _without_tensorrt() -> BackendStatus | None:
+    try:
+        find_flavour()
+    except PackageMissing:
         reason, remedy = "tensorrt or tensorrt_rtx is not installed", "pip install 'i2l-engines[tensorrt]'"
         return BackendStatus("tensorrt", works=False, reason=reason, remedy=remedy)
-    reason = "this version of i2l builds plans for it but does not run them"
-    return BackendStatus("tensorrt", works=False, reason=reason, remedy="use --backend cpu")
+    except (ImportError, OSError) as error:  # its libraries do not load
+        remedy = "install it again, or use --backend cuda"
+        return BackendStatus("tensorrt", works=False, reason=f"TensorRT does not load ({error})", remedy=remedy)
+    return None
+
+
+def _without_cuda_python(name: str) -> BackendStatus | None:
+    for package in ("core", "bindings"):
+        if importlib.util.find_spec("cuda") is None or importlib.util.find_spec(f"cuda.{package}") is None:
+            reason, remedy = f"cuda.{package} of cuda-python is not installed", f"pip install 'i2l-engines[{name}]'"
+            return BackendStatus(name, works=False, reason=reason, remedy=remedy)
+    return None
+
+
+def _untried(name: str, what: str) -> BackendStatus:
+    reason = f"{what}; the code is there but was never run on a GPU: ask for it by name"
+    return BackendStatus(name, works=True, reason=reason, remedy=f"try --backend {name}", proven=False)
 
 
 def _without_driver(name: str) -> BackendStatus | None:

@@ -5,10 +5,12 @@ events: ``record`` marks a point in a lane, ``wait`` keeps the later work of a l
 (On CUDA a lane is a stream.) So all rules of streaming can be stated, and tested on a fake device, in these few calls.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
 from .base import Array, Value
-from .tensorfile import TensorInfo
+from .tensorfile import TENSOR_ALIGN, TensorInfo
 
 Lane: TypeAlias = Literal["copy", "compute"]
 Event: TypeAlias = Any
@@ -62,8 +64,8 @@ class Device(Protocol):
         """The tensor at an address, for the engines of this device."""
         ...
 
-    def upload(self, array: Array) -> Value:
-        """An array as a value of this device."""
+    def upload(self, array: Array, address: int) -> Value:
+        """An array as a value at this address, once the computing that was enqueued is done."""
         ...
 
     def download(self, value: Value) -> Array:
@@ -73,3 +75,40 @@ class Device(Protocol):
     def finish(self) -> None:
         """Wait until all enqueued work is done."""
         ...
+
+
+@dataclass
+class Workspace:
+    """The memory that all engines of a device share, as they run one after another: scratch, then values.
+
+    A graph's outputs lie at the end of the values away from its input. An only output may be the next graph's input
+    there. So a value is good while the graph runs that reads it; what runs after that may write over it.
+    """
+
+    address: int = 0
+    scratch_bytes: int = 0
+    values_bytes: int = 0
+    """Enough for the input and the outputs of any one graph."""
+
+    @property
+    def values_address(self) -> int:
+        """The beginning of the values, where what the host uploads goes."""
+        return self.address + self.scratch_bytes
+
+    def place(self, input_address: int, input_bytes: int, sizes: Mapping[str, int]) -> dict[str, int]:
+        """``output -> address`` for outputs of these sizes, clear of the input."""
+        total = sum(map(aligned, sizes.values()))
+        start = self.values_address
+        if input_address < start + total and start < input_address + input_bytes:
+            start += self.values_bytes - total
+            assert input_address + input_bytes <= start, "the plan counted less than the input and the outputs"
+        addresses = {}
+        for name, nbytes in sizes.items():
+            addresses[name] = start
+            start += aligned(nbytes)
+        return addresses
+
+
+def aligned(nbytes: int) -> int:
+    """Rounded up to where the next tensor may begin."""
+    return -(-nbytes // TENSOR_ALIGN) * TENSOR_ALIGN

@@ -19,7 +19,8 @@ from onnxruntime.capi.onnxruntime_pybind11_state import Fail, RuntimeException
 from ..errors import OutOfDeviceMemory, ProviderMissing, ShapeMismatch
 from .ort import ELEMENT_TYPES
 
-__all__ = ["ELEMENT_TYPES", "CpuTarget", "CudaTarget", "DeviceTensor", "OrtDeviceEngine"]
+__all__ = ["ELEMENT_TYPES", "FLOAT32", "CpuTarget", "CudaTarget", "DeviceTensor", "OrtDeviceEngine"]
+FLOAT32 = ELEMENT_TYPES["F32"][1]
 NO_MEMORY = re.compile(r"out of memory|failed to allocate memory|available memory of \d+ is smaller", re.IGNORECASE)
 """How the CUDA provider and its arena say that memory ran out; they have no error class for it."""
 

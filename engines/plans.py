@@ -17,12 +17,15 @@ from pathlib import Path
 
 from ..errors import PlanMissing, PlanStale
 from ..specs import Spec, spec_to_dict
+from .gpus import GENERATIONS
 from .integrity import file_facts
 
 PLANS = "plans"
 FACTS = "plans.json"
 BATCHES = (1, 1, 8)
 """Smallest, usual and largest number of images of a plan."""
+FORM = 1
+"""Raised whenever the arithmetic or the names of the graphs change: a machine without torch cannot compare them."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class PlanKey:
     """Compute capability, 89 for 8.9."""
     precision: str
     profile: tuple[int, int, int]
+    form: int = FORM
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,18 @@ def plans_to_json(plans: Mapping[str, PlanFacts]) -> str:
     return json.dumps({graph: asdict(facts) for graph, facts in plans.items()}, indent=1)
 
 
+def wanted_key(engines: Path, graph: str, spec: Spec, precision: str, flavour: str, version: str, sm: int) -> PlanKey:
+    """The key that the plan of a graph must have to run here.
+
+    Raises:
+        PlanMissing: the graph that TensorRT got is not there.
+    """
+    path = plans_folder(engines, sm, precision) / f"{graph}.onnx"
+    if not path.is_file():
+        raise PlanMissing(graph, engines, f"{flavour} {version}", sm, target_of(sm))
+    return PlanKey(file_facts(path).sha256, spec_hash(spec), flavour, version, sm, precision, BATCHES)
+
+
 def checked_plan(engines: Path, graph: str, wanted: PlanKey) -> bytes:
     """The plan of a graph, if it is exactly what is wanted.
 
@@ -98,12 +114,17 @@ def checked_plan(engines: Path, graph: str, wanted: PlanKey) -> bytes:
     facts = read_plans(folder).get(graph)
     path = folder / f"{graph}.plan"
     if facts is None or not path.is_file():
-        raise PlanMissing(graph, engines, wanted.sm)
+        raise PlanMissing(graph, engines, f"{wanted.flavour} {wanted.version}", wanted.sm, target_of(wanted.sm))
     if parts := differences(facts.key, wanted):
-        raise PlanStale(path, parts, engines, wanted.sm)
+        raise PlanStale(path, parts, engines, target_of(wanted.sm))
     if file_facts(path).sha256 != facts.sha256:
-        raise PlanStale(path, ["its content is not what was built"], engines, wanted.sm)
+        raise PlanStale(path, ["its content is not what was built"], engines, target_of(wanted.sm))
     return path.read_bytes()
+
+
+def target_of(sm: int) -> str:
+    """What to give ``--sm`` for a generation: only TensorRT proper builds for others, and only for the GPU at hand."""
+    return str(sm) if sm in GENERATIONS else "current"
 
 
 def differences(found: PlanKey, wanted: PlanKey) -> list[str]:
@@ -120,4 +141,4 @@ def differences(found: PlanKey, wanted: PlanKey) -> list[str]:
 def _facts(row: dict[str, object]) -> PlanFacts:
     values = {field.name: row[field.name] for field in fields(PlanFacts)}
     key = dict(values["key"])  # type: ignore[call-overload]  # a mapping, or the caller's except
-    return PlanFacts(**{**values, "key": PlanKey(**{**key, "profile": tuple(key["profile"])})})  # type: ignore[arg-type]
+    return PlanFacts(**{**values, "key": PlanKey(**{"form": 0, **key, "profile": tuple(key["profile"])})})  # type: ignore[arg-type]

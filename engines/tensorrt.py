@@ -7,13 +7,16 @@ the device when a plan is opened; TensorRT builds on and for the GPU at hand. Ne
 import ctypes
 import importlib
 import importlib.util
+import logging
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from ..errors import BackendUnavailable, PackageMissing, PlanBuildFailed
 from .plans import BATCHES
 
+log = logging.getLogger(__name__)
 FLAVOURS = ("tensorrt_rtx", "tensorrt")
 """In the order of preference: the first that is installed."""
 ACTIVATION = re.compile(r"Total Activation Memory: (\d+) bytes")
@@ -48,7 +51,7 @@ def find_flavour() -> Flavour:
     """
     for name in FLAVOURS:
         if importlib.util.find_spec(name) is not None:
-            return Flavour(name, str(_module(name).__version__))
+            return Flavour(name, str(tensorrt_module(name).__version__))
     raise PackageMissing("tensorrt_rtx or tensorrt", "the tensorrt backend", "tensorrt")
 
 
@@ -87,16 +90,18 @@ def build_plan(flavour: Flavour, graph: str, model: bytes, sm: int) -> BuiltPlan
     Raises:
         PlanBuildFailed: TensorRT refuses; with its own words.
     """
-    trt = _module(flavour.name)
-    log = _log(trt)
-    builder = trt.Builder(log)
+    trt = tensorrt_module(flavour.name)
+    words = tensorrt_log(trt)
+    words.take()  # what was said before is not about this graph
+    builder = trt.Builder(words)
     network = builder.create_network(_network_flags(trt))
-    parser = trt.OnnxParser(network, log)
+    parser = trt.OnnxParser(network, words)
     if not parser.parse(model):
         errors = (parser.get_error(index) for index in range(parser.num_errors))
         reasons = [f"{error.node_operator()} {error.node_name()}: {error.desc()}" for error in errors]
         raise PlanBuildFailed(graph, str(flavour), sm, reasons)
     config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspector; not a byte more
     if flavour.name == "tensorrt_rtx":
         _target(trt, flavour, config, graph, sm)
     elif sm != current_sm():
@@ -104,12 +109,49 @@ def build_plan(flavour: Flavour, graph: str, model: bytes, sm: int) -> BuiltPlan
     config.add_optimization_profile(_profile(builder, network))
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        raise PlanBuildFailed(graph, str(flavour), sm, log.errors)
-    return BuiltPlan(bytes(plan), log.activation_bytes)
+        raise PlanBuildFailed(graph, str(flavour), sm, words.take())
+    return BuiltPlan(bytes(plan), words.activation_bytes)
 
 
-def _module(name: str) -> Any:
+def tensorrt_module(name: str) -> Any:
+    """The package of a flavour."""
     return importlib.import_module(name)
+
+
+def knows(flavour: Flavour, sm: int) -> bool:
+    """Whether a flavour makes and runs plans for a generation; TensorRT proper does for whatever is at hand."""
+    if flavour.name == "tensorrt":
+        return True
+    return hasattr(tensorrt_module(flavour.name).ComputeCapability, f"SM{sm}")
+
+
+@cache
+def tensorrt_log(trt: Any) -> Any:
+    """The logger of this process: errors are kept until somebody takes them, the rest goes to ``logging``.
+
+    One for all, as TensorRT goes on with the logger of its first object and ignores the later ones.
+    """
+
+    class Log(trt.ILogger):  # type: ignore[misc]  # the module is known only here
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+            self.activation_bytes = 0
+
+        def take(self) -> list[str]:
+            """The errors since the last time."""
+            errors, self.errors, self.activation_bytes = self.errors, [], 0
+            return errors
+
+        def log(self, severity: Any, message: str) -> None:
+            # how much memory was missing is only a warning
+            if severity in {trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR} or "could not be allocated" in message:
+                self.errors.append(message)
+            log.debug("TensorRT: %s", message)
+            if found := ACTIVATION.search(message):
+                self.activation_bytes = max(self.activation_bytes, int(found[1]))
+
+    return Log()
 
 
 def _network_flags(trt: Any) -> int:
@@ -120,11 +162,10 @@ def _network_flags(trt: Any) -> int:
 
 def _target(trt: Any, flavour: Flavour, config: Any, graph: str, sm: int) -> None:
     """Build for one generation, whatever is at hand."""
-    capability = getattr(trt.ComputeCapability, f"SM{sm}", None)
-    if capability is None:
+    if not knows(flavour, sm):
         raise PlanBuildFailed(graph, str(flavour), sm, [f"it does not know sm{sm}: use --backend cuda there"])
     config.num_compute_capabilities = 1
-    config.set_compute_capability(capability, 0)
+    config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{sm}"), 0)
 
 
 def _profile(builder: Any, network: Any) -> Any:
@@ -135,21 +176,3 @@ def _profile(builder: Any, network: Any) -> Any:
         if -1 in shape:
             profile.set_shape(tensor.name, *(tuple(n if size == -1 else size for size in shape) for n in BATCHES))
     return profile
-
-
-def _log(trt: Any) -> Any:
-    """A logger that keeps errors and the planner's memory; its class needs the module, which is imported late."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-            self.activation_bytes = 0
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in {trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR}:
-                self.errors.append(message)
-            if found := ACTIVATION.search(message):
-                self.activation_bytes = max(self.activation_bytes, int(found[1]))
-
-    return Log()

@@ -5,19 +5,18 @@ counts a graph's activations as its context: all graphs' add up, where TensorRT'
 """
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
 from ..engines.cuda_graphs import checked_graphs
+from ..engines.gpus import BFLOAT16_FROM
 from ..engines.manifest import Manifest, Model
-from ..errors import OutOfDeviceMemory
-from ..specs import Family
-from .device_backend import DeviceBackend
+from ..errors import BackendUnavailable
+from ..specs import AdapterSpec, Family, Spec
+from .device_backend import DeviceBackend, vram_budget
 from .predict import graph_memory
 from .residency import CONTEXT_BYTES, GraphMemory
-
-MARGIN_BYTES = 2 << 30
-"""What ``auto`` leaves free for other programs and the desktop."""
 
 
 def open_cuda(engines: Path, manifest: Manifest, images: int, budget_bytes: int | None) -> DeviceBackend:
@@ -27,11 +26,11 @@ def open_cuda(engines: Path, manifest: Manifest, images: int, budget_bytes: int 
         engines: the engines directory, built with ``--backend cuda``.
         manifest: its manifest.
         images: the most that share a pass.
-        budget_bytes: VRAM for all of it; None takes what is free, less :data:`MARGIN_BYTES`.
+        budget_bytes: VRAM for all of it; None takes what is free, less the margin.
 
     Raises:
         CudaGraphsUnusable: there are no graphs for it, or others.
-        BackendUnavailable, DeviceFailed: the driver or the card.
+        BackendUnavailable, DeviceFailed: the driver or the card, such as one without bfloat16 products.
         ProviderMissing: this onnxruntime has no CUDA.
         BudgetTooSmall, OutOfDeviceMemory: they need more.
     """
@@ -41,28 +40,41 @@ def open_cuda(engines: Path, manifest: Manifest, images: int, budget_bytes: int 
     # read now, so that an open pipeline outlives a rebuild
     models = {graph: path.read_bytes() for graph, path in checked_graphs(engines, manifest).items()}
     memory = arena_memory(manifest.models, images)
-    device = CudaDevice()
-    target = CudaTarget(device.compute_stream, device.index)
+    with ExitStack() as undo:
+        device = CudaDevice()
+        undo.callback(device.close)
+        if device.sm < BFLOAT16_FROM:
+            reason = f"its graphs multiply in bfloat16, which {device.name} (sm{device.sm}) cannot"
+            raise BackendUnavailable("cuda", reason, "use --backend cpu")
+        target = CudaTarget(device.compute_stream, device.index)
 
-    def make(graph: str) -> OrtDeviceEngine:
-        return OrtDeviceEngine(graph, models[graph], target, memory[graph].context_bytes - CONTEXT_BYTES)
+        def make(graph: str) -> OrtDeviceEngine:
+            return OrtDeviceEngine(graph, models[graph], target, memory[graph].context_bytes - CONTEXT_BYTES)
 
-    if budget_bytes is None:
-        budget_bytes = device.free_bytes() - MARGIN_BYTES
-        if budget_bytes <= 0:
-            raise OutOfDeviceMemory(device.name, MARGIN_BYTES, device.free_bytes())
-    return DeviceBackend("cuda", device, make, engines, manifest, memory, budget_bytes)
+        budget = vram_budget(device, budget_bytes)
+        backend = DeviceBackend("cuda", device, make, engines, manifest, memory, budget)
+        undo.pop_all()
+        return backend
 
 
 def arena_memory(models: Mapping[Family, Model], images: int) -> dict[str, GraphMemory]:
-    """The memory of every graph where each session keeps its arena: matrices in 16 bits, activations, outputs."""
+    """The memory of every graph where each session keeps its arena: matrices in 16 bits, activations, outputs.
+
+    What the host uploads lies outside, in memory that all share.
+    """
     memories = graph_memory(models, images)
+    inputs = max(input_bytes(model.spec, images) for model in models.values())
     return {
         graph: replace(
             memory,
             activation_bytes=0,
-            value_bytes=0,
+            value_bytes=inputs,
             context_bytes=memory.context_bytes + memory.activation_bytes + memory.value_bytes,
         )
         for graph, memory in memories.items()
     }
+
+
+def input_bytes(spec: Spec, images: int) -> int:
+    """Bytes of what the host uploads for a model, in float32."""
+    return 4 * images * (spec.embedding if isinstance(spec, AdapterSpec) else 3 * spec.image_size**2)

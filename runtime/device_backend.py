@@ -10,12 +10,15 @@ from functools import partial
 from pathlib import Path
 
 from ..engines.base import Array, Engine, Value
-from ..engines.device import Device
+from ..engines.device import Device, Workspace
 from ..engines.manifest import Manifest
-from ..errors import OutOfDeviceMemory
+from ..errors import OutOfDeviceMemory, ShapeMismatch
 from ..specs import Family
 from .residency import GraphMemory, Residency, plan_residency
 from .slots import DeviceStore, DeviceWeights
+
+MARGIN_BYTES = 2 << 30
+"""What ``auto`` leaves free for other programs and the desktop."""
 
 
 class DeviceBackend:
@@ -29,6 +32,7 @@ class DeviceBackend:
         manifest: its manifest.
         graphs: memory of every graph.
         budget_bytes: for weights, activations and all.
+        workspace: of engines that compute in the memory that the plan counts for them.
 
     Raises:
         BudgetTooSmall: these engines need more.
@@ -44,6 +48,7 @@ class DeviceBackend:
         manifest: Manifest,
         graphs: Mapping[str, GraphMemory],
         budget_bytes: int,
+        workspace: Workspace | None = None,
     ) -> None:
         self.name = name
         self.device = device
@@ -57,7 +62,7 @@ class DeviceBackend:
         plan(budget_bytes)  # before 8 GB are pinned for nothing
         for pack in packs.values():
             device.pin(pack)
-        self._weights = DeviceWeights(device, manifest.models, packs, plan, budget_bytes)
+        self._weights = DeviceWeights(device, manifest.models, packs, plan, budget_bytes, workspace)
 
     @property
     def residency(self) -> Residency:
@@ -78,7 +83,10 @@ class DeviceBackend:
         return self._weights.stores[family]
 
     def value(self, array: Array) -> Value:
-        return self.device.upload(array)
+        """An array at the beginning of the workspace's values; it stays there until the next."""
+        if array.nbytes > self._weights.workspace.values_bytes:
+            raise ShapeMismatch(self.name, "value", str(list(array.shape)), "fewer images at once")
+        return self.device.upload(array, self._weights.workspace.values_address)
 
     def array(self, value: Value) -> Array:
         return self.device.download(value)
@@ -87,12 +95,27 @@ class DeviceBackend:
         self._weights.shrink(cause)
 
     def close(self) -> None:
+        self.device.finish()  # an engine must not go while it computes
         self._engines.clear()
         self._weights.close()
         self.device.close()
         with contextlib.suppress(BufferError):  # an error's traceback still holds weights: the maps go when they go
             for pack in self._maps.values():
                 pack.close()
+
+
+def vram_budget(device: Device, budget_bytes: int | None) -> int:
+    """The budget; None takes what is free on the device, less :data:`MARGIN_BYTES`.
+
+    Raises:
+        OutOfDeviceMemory: no more than that is free.
+    """
+    if budget_bytes is not None:
+        return budget_bytes
+    free = device.free_bytes()
+    if free <= MARGIN_BYTES:
+        raise OutOfDeviceMemory(device.name, MARGIN_BYTES, free)
+    return free - MARGIN_BYTES
 
 
 def mapped(path: Path) -> mmap.mmap:

@@ -33,6 +33,7 @@ from .lora import MODEL_METADATA, Lora, factors_by_module, joining_weights, lora
 from .residency import resident_chunks
 from .sources import as_several, images_mark, load_squares
 from .streamer import stream
+from .tensorrt_backend import open_tensorrt
 from .trace import Trace, TracedEngine, TracedStore
 
 log = logging.getLogger(__name__)
@@ -108,11 +109,7 @@ class Pipeline:
         self._ram_budget_bytes = ram_budget_bytes
         self._report = report
         self._opened: Backend | None
-        if self.backend_name == "cuda":
-            self._running = self.manifest
-            self._opened = open_cuda(engines, self.manifest, IMAGES_PER_PASS, vram_budget_bytes)
-        else:
-            self._opened = self._open_cpu()
+        self._opened = self._open_cpu() if self.backend_name == "cpu" else self._open_gpu(vram_budget_bytes)
         self._may_fall_back = backend == "auto" and self.backend_name != "cpu"
         self.cache: EmbeddingCache | None = None
         if cache is not None:
@@ -253,12 +250,20 @@ class Pipeline:
             return self._backend.array(hidden)
 
     def _factors(self, embeddings: Array) -> dict[str, tuple[Array, Array]]:
-        """The adapter's factors of all images, by module."""
+        """The adapter's factors of all images, by module.
+
+        All share one pass over the weights, a few at a time: a device's memory is planned for those.
+        """
         factors: dict[str, tuple[Array, Array]] = {}
+        starts = range(0, len(embeddings), IMAGES_PER_PASS)
+        groups = [np.ascontiguousarray(embeddings[i : i + IMAGES_PER_PASS], np.float32) for i in starts]
         with self.timings.stage("adapter"):
-            value = self._backend.value(np.ascontiguousarray(embeddings, np.float32))
             for step, engine, weights in self._stream("adapter"):
-                outputs = {name: self._backend.array(y) for name, y in engine.run(value, weights).items()}
+                parts = [
+                    {name: self._backend.array(y) for name, y in engine.run(value, weights).items()}
+                    for value in map(self._backend.value, groups)
+                ]
+                outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
                 factors |= factors_by_module(step.name, outputs)
         return factors
 
@@ -285,6 +290,12 @@ class Pipeline:
                 self.cache.folder, encoders_id(content_id(self._running, ENCODERS), self.backend_name)
             )
         self._may_fall_back = False
+
+    def _open_gpu(self, vram_budget_bytes: int | None) -> Backend:
+        """The backend on the first card."""
+        self._running = self.manifest
+        open_backend = {"cuda": open_cuda, "tensorrt": open_tensorrt}[self.backend_name]
+        return open_backend(self._engines, self._running, IMAGES_PER_PASS, vram_budget_bytes)
 
     def _open_cpu(self) -> Backend:
         """The cpu backend, over the int8 form of fp8 engines."""

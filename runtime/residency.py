@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from ..engines.device import aligned
 from ..engines.manifest import Chunk
-from ..engines.tensorfile import TENSOR_ALIGN
 from ..errors import BudgetTooSmall
 from ..specs import AdapterSpec, Family, Spec
 
@@ -185,11 +185,6 @@ def spread(count: int) -> list[int]:
     """``0 ... count - 1`` in an order whose every beginning is spread evenly: van der Corput's, bits reversed."""
     digits = max(count - 1, 0).bit_length()
     return sorted(range(count), key=lambda index: f"{index:0{digits}b}"[::-1])
-
-
-def aligned(nbytes: int) -> int:
-    """Rounded up to where the next tensor may begin."""
-    return -(-nbytes // TENSOR_ALIGN) * TENSOR_ALIGN
 
 
 def estimated_memory(spec: Spec, images: int) -> dict[str, GraphMemory]:

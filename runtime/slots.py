@@ -15,12 +15,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..engines.base import Value
-from ..engines.device import Device, Event
+from ..engines.device import Device, Event, Workspace, aligned
 from ..engines.manifest import Chunk, Model, Step
 from ..engines.tensorfile import TensorInfo
 from ..errors import OutOfDeviceMemory, format_bytes
 from ..specs import Family
-from .residency import Residency, aligned
+from .residency import Residency
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class DeviceWeights:
         packs: the packs' bytes, mapped.
         plan: a budget to a residency.
         budget_bytes: to begin with.
+        workspace: told where the engines' memory lies, again after every :meth:`shrink`.
 
     Raises:
         BudgetTooSmall: the smallest plan is over the budget.
@@ -56,8 +57,10 @@ class DeviceWeights:
         packs: Mapping[Family, memoryview],
         plan: Callable[[int], Residency],
         budget_bytes: int,
+        workspace: Workspace | None = None,
     ) -> None:
         self.device = device
+        self.workspace = workspace or Workspace()
         self.residency = plan(budget_bytes)
         self._models = models
         self._packs = packs
@@ -117,7 +120,8 @@ class DeviceWeights:
         for nbytes in (working, plan.weight_bytes):
             if nbytes:
                 self._allocations.append(self.device.allocate(nbytes))
-        self.working_address = self._allocations[0] if working else 0
+        self.workspace.address = self._allocations[0] if working else 0
+        self.workspace.scratch_bytes, self.workspace.values_bytes = plan.activation_bytes, plan.value_bytes
         address = self._allocations[-1] if plan.weight_bytes else 0
         slots = deque(Slot(address + index * plan.slot_bytes) for index in range(plan.slots))
         address += plan.slots * plan.slot_bytes

@@ -5,6 +5,7 @@ halves. So work that is not ordered by an event does, under some seed, see bytes
 onnxruntime's, on the host.
 """
 
+import ctypes
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnxruntime as ort
 
+from i2l.engines import ort_device
 from i2l.engines.base import Array
 from i2l.engines.device import Lane
+from i2l.engines.ort import ELEMENT_TYPES
 from i2l.engines.tensorfile import TensorInfo
 from i2l.errors import OutOfDeviceMemory
 
@@ -116,7 +119,7 @@ class FakeDevice:
         assert address % 256 == 0, "TensorRT refuses such an address"
         return DeviceTensor(self, address, info)
 
-    def upload(self, array: Array) -> ort.OrtValue:
+    def upload(self, array: Array, address: int) -> ort.OrtValue:  # noqa: ARG002 - activations are on the host
         return ort.OrtValue.ortvalue_from_numpy(array)
 
     def download(self, value: ort.OrtValue) -> Array:
@@ -169,3 +172,33 @@ class FakeDevice:
             if base <= address and address + nbytes <= base + len(memory):
                 return memory, address - base
         raise AssertionError(f"{nbytes} bytes at {address:#x} are not allocated")
+
+
+class HostDevice(FakeDevice):
+    """The fake device over real addresses, so that engines over pointers read what late work wrote."""
+
+    sm = 89
+    compute_stream = 77
+
+    def allocate(self, nbytes: int) -> int:
+        marker = super().allocate(nbytes)
+        del self._memory[marker]
+        raw = np.full(nbytes + 256, 0xEE, np.uint8)
+        start = -raw.ctypes.data % 256
+        address = raw.ctypes.data + start
+        self._memory[address] = memoryview(raw)[start : start + nbytes]  # type: ignore[assignment, arg-type]
+        return address
+
+    def value(self, address: int, info: TensorInfo) -> ort_device.DeviceTensor:  # type: ignore[override]
+        return ort_device.DeviceTensor(address, tuple(info.shape), ELEMENT_TYPES[info.dtype][1])
+
+    def upload(self, array: Array, address: int) -> ort_device.DeviceTensor:
+        self.drain("compute")
+        self._write(address, memoryview(np.ascontiguousarray(array, np.float32).tobytes()))
+        return ort_device.DeviceTensor(address, array.shape, ort_device.FLOAT32)
+
+    def download(self, value: ort.OrtValue | ort_device.DeviceTensor) -> Array:
+        self.drain("compute")
+        array = np.empty(value.shape(), np.float32)
+        ctypes.memmove(array.ctypes.data, value.data_ptr(), array.nbytes)
+        return array

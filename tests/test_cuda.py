@@ -22,41 +22,31 @@ import torch
 from click.testing import CliRunner
 
 from conftest import MakeEngines, MakeModels, picture
-from fake_device import FakeDevice
+from fake_device import HostDevice
 from i2l.cli import main
 from i2l.engines import cuda_device, detect
 from i2l.engines.cuda_graphs import FACTS, checked_graphs, graphs_folder
 from i2l.engines.manifest import read_manifest
-from i2l.engines.ort import ELEMENT_TYPES
 from i2l.engines.ort_device import CpuTarget, CudaTarget, DeviceTensor, OrtDeviceEngine
 from i2l.engines.tensorfile import TensorInfo
-from i2l.errors import BudgetTooSmall, CudaGraphsUnusable, OutOfDeviceMemory, ProviderMissing, ShapeMismatch
+from i2l.errors import (
+    BackendUnavailable,
+    BudgetTooSmall,
+    CudaGraphsUnusable,
+    OutOfDeviceMemory,
+    ProviderMissing,
+    ShapeMismatch,
+)
 from i2l.export.cuda_graphs import build_cuda_graphs
 from i2l.export.cuda_precision import cuda_precision
 from i2l.export.graphs import export_graphs
-from i2l.runtime.cuda_backend import arena_memory
+from i2l.runtime.cuda_backend import arena_memory, open_cuda
 from i2l.runtime.device_backend import DeviceBackend
 from i2l.runtime.lora import Lora
 from i2l.runtime.pipeline import Pipeline
 from i2l.specs import PRESETS
 
 PICTURES = [picture(90, 70, seed=1), picture(64, 64, seed=2)]
-
-
-class HostDevice(FakeDevice):
-    """The fake device over real addresses, so that onnxruntime reads what late copies wrote."""
-
-    def allocate(self, nbytes: int) -> int:
-        marker = super().allocate(nbytes)
-        del self._memory[marker]
-        raw = np.full(nbytes + 256, 0xEE, np.uint8)
-        start = -raw.ctypes.data % 256
-        address = raw.ctypes.data + start
-        self._memory[address] = memoryview(raw)[start : start + nbytes]  # type: ignore[assignment, arg-type]
-        return address
-
-    def value(self, address: int, info: TensorInfo) -> DeviceTensor:  # type: ignore[override]
-        return DeviceTensor(address, tuple(info.shape), ELEMENT_TYPES[info.dtype][1])
 
 
 class LateEngine:
@@ -307,8 +297,10 @@ class Stream:
 def device_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[cuda_device.CudaDevice, Driver]]:
     def open_(**options: Any) -> tuple[cuda_device.CudaDevice, Driver]:
         driver = Driver(**options)
-        card = types.SimpleNamespace(name="a played card", create_stream=lambda **_: Stream())
-        monkeypatch.setattr(cuda_device, "open_card", lambda _: (driver, card))
+        card = types.SimpleNamespace(
+            name="a played card", compute_capability=(8, 9), create_stream=lambda **_: Stream()
+        )
+        monkeypatch.setattr(cuda_device, "open_card", lambda *_: (driver, card))
         monkeypatch.setattr(cuda_device, "_core", lambda: types.SimpleNamespace(StreamOptions=dict))
         return cuda_device.CudaDevice(), driver
 
@@ -342,9 +334,10 @@ def test_chunks_arrive_pinned_or_through_buffers(
 
 def test_values_go_up_and_come_down(device_with: Callable[..., Any]) -> None:
     device, _ = device_with(pins=True)
+    address = device.allocate(80)
     for shape in ((2, 3), (4, 5), (1, 2)):
         array = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-        np.testing.assert_array_equal(device.download(device.upload(array)), array)
+        np.testing.assert_array_equal(device.download(device.upload(array, address)), array)
     assert device.peak_bytes == 80
 
 
@@ -352,6 +345,26 @@ def test_cudas_out_of_memory_is_ours(device_with: Callable[..., Any]) -> None:
     device, _ = device_with(pins=True, free_bytes=1000)
     with pytest.raises(OutOfDeviceMemory, match="a played card has no room"):
         device.allocate(2000)
+
+
+@pytest.mark.parametrize(
+    ("sm", "budget_bytes", "error", "words"),
+    [
+        (75, None, BackendUnavailable, r"multiply in bfloat16, which fake device \(sm75\) cannot: use --backend cpu"),
+        (89, None, OutOfDeviceMemory, "no room for 2.00 GiB"),
+        (89, 1, BudgetTooSmall, "give --vram-budget"),
+        (89, 64 << 30, OutOfDeviceMemory, "no room for"),
+    ],
+)
+def test_a_card_that_does_not_do_is_given_back(
+    with_graphs: Path, monkeypatch: pytest.MonkeyPatch, sm: int, budget_bytes: int, error: type[Exception], words: str
+) -> None:
+    device = HostDevice(1000)
+    device.sm, device.index = sm, 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(cuda_device, "CudaDevice", lambda: device)
+    with pytest.raises(error, match=words):
+        open_cuda(with_graphs, read_manifest(with_graphs), 4, budget_bytes)
+    assert device.used_bytes == device.pinned_bytes == 0
 
 
 # --- which backend ------------------------------------------------------------------------------------------------

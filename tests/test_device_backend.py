@@ -57,7 +57,7 @@ def opened(engines: MakeEngines) -> Iterator[Opened]:
     """``opened(spare_bytes)``: a pipeline on a fake device with that much more than the smallest budget."""
     directory = engines("tiny", "int8")
     manifest = read_manifest(directory)
-    graphs = {graph: GraphMemory(5000, 4000, 100) for graph in manifest.graphs}
+    graphs = {graph: GraphMemory(5000, 200_000, 100) for graph in manifest.graphs}
     pipelines = []
 
     def open_(

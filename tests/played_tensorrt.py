@@ -1,0 +1,238 @@
+"""A TensorRT played over host memory: its plans are ONNX files, its contexts compute with onnxruntime, late.
+
+It has what i2l calls of ``tensorrt_rtx`` and no more, and is strict where the real one is undefined: pointers must be
+aligned and set, scratch must be large enough. A context overwrites the scratch that it was given.
+"""
+
+import ctypes
+import importlib.machinery
+import itertools
+import json
+import math
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from fake_device import HostDevice
+from i2l.engines.ort_device import CpuTarget, DeviceTensor, OrtDeviceEngine
+
+ELEMENTS = {"tensor(float)": 1, "tensor(uint8)": 2, "tensor(int8)": 3, "tensor(bfloat16)": 16}
+LARGEST_BATCH = 8
+Fail = Callable[[str], str]
+"""Told ``load``, ``context``, ``size`` or ``run`` before that is done; an error message makes it fail."""
+
+
+class Played:
+    """One played TensorRT and what happened to it.
+
+    Args:
+        device: whose memory it computes in.
+        fail: see :data:`Fail`.
+        scratch: bytes of scratch for a number of images.
+        rtx: play TensorRT-RTX, or else TensorRT, which has no runtime cache.
+    """
+
+    def __init__(
+        self,
+        device: HostDevice,
+        *,
+        fail: Fail = lambda _: "",
+        scratch: Callable[[int], int] = lambda images: 1000 * images,
+        rtx: bool = True,
+    ) -> None:
+        self.device, self.fail, self.scratch = device, fail, scratch
+        self.name = "tensorrt_rtx" if rtx else "tensorrt"
+        self.accepts_cache = True
+        self.loaded_cache = b""
+        self.configs: list[PlainConfig] = []
+        self.said: Callable[[str], None] = lambda _: None
+        self.compiled: set[tuple[str, int]] = set()
+        self.module = types.ModuleType(self.name)
+        self.module.__spec__ = importlib.machinery.ModuleSpec(self.name, None)
+        members: dict[str, Any] = {
+            "__version__": "1.7.1",
+            "ILogger": Logger,
+            "float32": "float32",
+            "Runtime": lambda log: Runtime(self, log),
+            "TensorIOMode": types.SimpleNamespace(INPUT="input", OUTPUT="output"),
+            "ProfilingVerbosity": types.SimpleNamespace(NONE="none", DETAILED="detailed"),
+            "ExecutionContextAllocationStrategy": types.SimpleNamespace(USER_MANAGED="user managed"),
+            "LayerInformationFormat": types.SimpleNamespace(JSON="json"),
+        }
+        if rtx:
+            members["ComputeCapability"] = types.SimpleNamespace(SM86=86, SM89=89, SM120=120)
+            members["DynamicShapesKernelSpecializationStrategy"] = types.SimpleNamespace(EAGER="eager")
+        vars(self.module).update(members)
+
+    def fails(self, what: str) -> bool:
+        """Whether a step fails; then it is in the log."""
+        if message := self.fail(what):
+            self.said(message)
+        return bool(message)
+
+
+class Logger:
+    ERROR, INTERNAL_ERROR = "error", "internal error"
+
+
+class Runtime:
+    def __init__(self, played: Played, log: Any) -> None:
+        self._played = played
+        played.said = lambda message: log.log(Logger.ERROR, message)
+
+    def deserialize_cuda_engine(self, plan: bytes) -> "Engine | None":
+        return None if self._played.fails("load") else Engine(self._played, plan)
+
+
+class Engine:
+    def __init__(self, played: Played, plan: bytes) -> None:
+        self.played = played
+        self.runner = OrtDeviceEngine("played", plan, CpuTarget(), 0)
+        session: ort.InferenceSession = self.runner._session
+        self.inputs = {value.name: value for value in session.get_inputs()}
+        self.tensors = {value.name: value for value in (*session.get_inputs(), *session.get_outputs())}
+        self.num_io_tensors = len(self.tensors)
+
+    def get_tensor_name(self, index: int) -> str:
+        return str(list(self.tensors)[index])
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "input" if name in self.inputs else "output"
+
+    def get_tensor_shape(self, name: str) -> Iterator[int]:
+        return iter(size if isinstance(size, int) else -1 for size in self.tensors[name].shape)
+
+    def get_tensor_dtype(self, name: str) -> str:
+        return {"tensor(float)": "float32"}.get(self.tensors[name].type, "other")
+
+    def create_runtime_config(self) -> "PlainConfig":
+        self.played.configs.append(Config(self.played) if self.played.name == "tensorrt_rtx" else PlainConfig())
+        return self.played.configs[-1]
+
+    def create_execution_context(self, config: "PlainConfig") -> "Context | None":
+        assert config.strategy == "user managed"
+        return None if self.played.fails("context") else Context(self)
+
+    def create_engine_inspector(self) -> "Inspector":
+        return Inspector()
+
+
+class PlainConfig:
+    """TensorRT's."""
+
+    strategy = ""
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
+
+
+class Config(PlainConfig):
+    """TensorRT-RTX's."""
+
+    dynamic_shapes_kernel_specialization_strategy = "lazy"
+
+    def __init__(self, played: Played) -> None:
+        self._played = played
+        self.cache: Cache | None = None
+
+    def create_runtime_cache(self) -> "Cache":
+        return Cache(self._played)
+
+    def set_runtime_cache(self, cache: "Cache") -> bool:
+        self.cache = cache
+        return True
+
+
+class Cache:
+    def __init__(self, played: Played) -> None:
+        self._played = played
+
+    def deserialize(self, data: bytes) -> bool:
+        if self._played.accepts_cache:
+            self._played.loaded_cache = data
+        return self._played.accepts_cache
+
+    def serialize(self) -> bytes:
+        return json.dumps(sorted(self._played.compiled)).encode()
+
+
+class Inspector:
+    execution_context: Any = None
+
+    def get_engine_information(self, form: str) -> str:
+        assert (form, self.execution_context is not None) == ("json", True)
+        return '{"Layers": ["product_gemm"]}'
+
+
+class Context:
+    nvtx_verbosity = "detailed"
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._played = engine, engine.played
+        self._images = 0
+        self._sized = False
+        self._scratch = (0, 0)
+        self._addresses: dict[str, int] = {}
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert name == self._engine.runner.activation
+        assert list(shape[1:]) == self._engine.inputs[name].shape[1:]
+        self._images, self._sized = shape[0], False
+        return 1 <= self._images <= LARGEST_BATCH
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        self._sized = True
+        return 0 if self._played.fails("size") else self._played.scratch(self._images)
+
+    def set_device_memory(self, address: int, nbytes: int) -> None:
+        assert self._sized, "its parts of the scratch are those of other shapes"
+        assert nbytes >= self._played.scratch(self._images)
+        self._scratch = (address, nbytes)
+
+    def get_tensor_shape(self, name: str) -> Iterator[int]:
+        return iter(size if isinstance(size, int) else self._images for size in self._engine.tensors[name].shape)
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address % 256 == 0
+        self._addresses[name] = address
+        return name in self._engine.tensors
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert stream == self._played.device.compute_stream
+        assert self._addresses.keys() == self._engine.tensors.keys()
+        assert self._sized
+        if self._played.fails("run"):
+            return False
+        self._played.compiled.add((self._engine.runner.activation, self._images))
+        work = self._work(dict(self._addresses), self._scratch)
+        self._played.device.enqueue("compute", work)
+        return True
+
+    def _work(self, addresses: dict[str, int], scratch: tuple[int, int]) -> Callable[[], None]:
+        shapes = {name: tuple(self.get_tensor_shape(name)) for name in addresses}
+        values = {
+            name: DeviceTensor(address, shapes[name], ELEMENTS.get(self._engine.tensors[name].type, 17))
+            for name, address in addresses.items()
+        }
+        activation = self._engine.runner.activation
+
+        def work() -> None:
+            weights = {name: values[name] for name in self._engine.inputs if name != activation}
+            ctypes.memset(scratch[0], 0xDD, scratch[1])
+            for name in set(shapes) - set(self._engine.inputs):  # before the input is read: they may not overlap
+                ctypes.memset(addresses[name], 0xCC, 4 * math.prod(shapes[name]))
+            outputs = self._engine.runner.run(values[activation], weights)
+            for name, value in outputs.items():
+                array = np.ascontiguousarray(value.numpy(), np.float32)
+                ctypes.memmove(addresses[name], array.ctypes.data, array.nbytes)
+
+        return work
+
+
+def failing(what: str, message: str, *, at: int = 0, times: int = 1) -> Fail:
+    """The ``at``-th time of ``what``, and so many after it, fail."""
+    count = itertools.count()
+    return lambda step: message if step == what and at <= next(count) < at + times else ""
