@@ -40,6 +40,11 @@ def engines_for(engines: Path, sm: int) -> Path:
     return inner if sm >= FLOAT8_FROM and (inner := fp8_engines(engines)) else engines
 
 
+def build_target(engines: Path) -> Path:
+    """The directory that ``i2l build-engines`` is given for engines that :func:`engines_for` found."""
+    return engines.parent if engines.name == FP8_FOLDER else engines
+
+
 def fp8_engines(engines: Path) -> Path | None:
     """The FP8 engines inside an engines directory; None if there are none, or none of the same checkpoints.
 

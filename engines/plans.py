@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..errors import PlanMissing, PlanStale
 from ..specs import Spec, spec_to_dict
+from .generations import build_target
 from .gpus import GENERATIONS
 from .integrity import file_facts
 
@@ -99,7 +100,7 @@ def wanted_key(engines: Path, graph: str, spec: Spec, precision: str, flavour: s
     """
     path = plans_folder(engines, sm, precision) / f"{graph}.onnx"
     if not path.is_file():
-        raise PlanMissing(graph, engines, f"{flavour} {version}", sm, target_of(sm))
+        raise PlanMissing(graph, build_target(engines), f"{flavour} {version}", sm, target_of(sm))
     return PlanKey(file_facts(path).sha256, spec_hash(spec), flavour, version, sm, precision, BATCHES)
 
 
@@ -114,11 +115,13 @@ def checked_plan(engines: Path, graph: str, wanted: PlanKey) -> bytes:
     facts = read_plans(folder).get(graph)
     path = folder / f"{graph}.plan"
     if facts is None or not path.is_file():
-        raise PlanMissing(graph, engines, f"{wanted.flavour} {wanted.version}", wanted.sm, target_of(wanted.sm))
+        raise PlanMissing(
+            graph, build_target(engines), f"{wanted.flavour} {wanted.version}", wanted.sm, target_of(wanted.sm)
+        )
     if parts := differences(facts.key, wanted):
-        raise PlanStale(path, parts, engines, target_of(wanted.sm))
+        raise PlanStale(path, parts, build_target(engines), target_of(wanted.sm))
     if file_facts(path).sha256 != facts.sha256:
-        raise PlanStale(path, ["its content is not what was built"], engines, target_of(wanted.sm))
+        raise PlanStale(path, ["its content is not what was built"], build_target(engines), target_of(wanted.sm))
     return path.read_bytes()
 
 

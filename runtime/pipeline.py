@@ -19,9 +19,11 @@ from PIL import Image
 from ..engines.base import Array, Backend, Engine, Value, WeightStore
 from ..engines.converted import cpu_engines
 from ..engines.detect import choose_backend
+from ..engines.generations import engines_for
 from ..engines.integrity import check_files
 from ..engines.manifest import Chunk, Manifest, Step, content_id, read_manifest
 from ..engines.ort import CpuBackend
+from ..engines.tensorrt import current_sm
 from ..errors import OutOfDeviceMemory, PipelineClosed
 from ..files import Report, silent
 from ..specs import FAMILIES, AdapterSpec, EncoderSpec, Family
@@ -102,6 +104,8 @@ class Pipeline:
         trace: Trace | None = None,
     ) -> None:
         self.manifest: Manifest = read_manifest(engines)
+        """Of the engines that run; those for a GPU may lie in an engines directory inside the other."""
+        self._for_cpu = self.manifest
         self.backend_name, self.backend_reason = choose_backend(backend)
         check_files(engines, self.manifest)
         self._engines = engines
@@ -293,12 +297,19 @@ class Pipeline:
 
     def _open_gpu(self, vram_budget_bytes: int | None) -> Backend:
         """The backend on the first card."""
+        if self.backend_name == "cuda":
+            self._running = self.manifest
+            return open_cuda(self._engines, self.manifest, IMAGES_PER_PASS, vram_budget_bytes)
+        directory = engines_for(self._engines, current_sm())
+        if directory != self._engines:
+            self.manifest = read_manifest(directory)
+            check_files(directory, self.manifest)
         self._running = self.manifest
-        open_backend = {"cuda": open_cuda, "tensorrt": open_tensorrt}[self.backend_name]
-        return open_backend(self._engines, self._running, IMAGES_PER_PASS, vram_budget_bytes)
+        return open_tensorrt(directory, self.manifest, IMAGES_PER_PASS, vram_budget_bytes)
 
     def _open_cpu(self) -> Backend:
         """The cpu backend, over the int8 form of fp8 engines."""
+        self.manifest = self._for_cpu
         directory, self._running = cpu_engines(self._engines, self.manifest, threads=self._threads, report=self._report)
         return CpuBackend(directory, self._running, self._threads, self._kept(self._running))
 

@@ -31,6 +31,7 @@ from fake_device import HostDevice
 from i2l.cli import main
 from i2l.engines import cuda_device, detect
 from i2l.engines.device import Workspace
+from i2l.engines.generations import FP8_FOLDER
 from i2l.engines.manifest import read_manifest
 from i2l.engines.ort_device import DeviceTensor
 from i2l.engines.plans import BATCHES, FACTS, PlanFacts, PlanKey, plans_folder, plans_to_json, spec_hash
@@ -48,6 +49,7 @@ from i2l.errors import (
     ShapeMismatch,
 )
 from i2l.export.gpu_precision import gpu_precision
+from i2l.runtime import pipeline as pipeline_module
 from i2l.runtime.lora import Lora
 from i2l.runtime.pipeline import IMAGES_PER_PASS, Pipeline
 from i2l.runtime.residency import CONTEXT_BYTES
@@ -118,7 +120,8 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Play:
         monkeypatch.setattr(cuda_device, "CudaDevice", lambda **_: device)
         monkeypatch.setattr(detect, "_without_driver", lambda _: None)
         monkeypatch.setattr(detect, "_without_cuda_python", lambda _: None)
-        monkeypatch.setattr(detect, "current_sm", lambda: sm)
+        for module in (detect, pipeline_module):
+            monkeypatch.setattr(module, "current_sm", lambda: sm)
         return played
 
     return begin
@@ -317,6 +320,29 @@ def test_tensorrt_proper_runs_on_what_is_there(engines_dir: Path, wanted: Lora, 
     with open_with(engines_dir, 0) as pipeline:
         assert_same(pipeline.lora_from_images(PICTURES), wanted)
     assert not list(engines_dir.rglob("*.jit"))
+
+
+def test_each_generation_runs_the_engines_that_serve_it(
+    engines_dir: Path, engines: MakeEngines, wanted: Lora, play: Play
+) -> None:
+    """Any two precisions do: the outer engines are float32's here, the inner ones int8's."""
+    inner = Path(shutil.copytree(engines("tiny", "int8"), engines_dir / FP8_FOLDER))
+    played = play(sm=89)
+    with pytest.raises(PlanMissing, match=rf"--engines \S*{engines_dir.name} --backend tensorrt --sm 89"):
+        Pipeline(engines_dir, backend="tensorrt")
+    write_plans(inner, own_graphs(inner))
+    with open_with(engines_dir, 0) as pipeline:
+        lora = pipeline.lora_from_images(PICTURES)
+        assert (pipeline.manifest.precision, pipeline.runs_as) == ("int8", "int8")
+        assert lora.metadata["i2l.precision"] == "int8"
+        pipeline._may_fall_back, pipeline._threads = True, 1
+        played.fail = failing("run", OOM, times=99)
+        assert_same(pipeline.lora_from_images(PICTURES), wanted)
+        assert (pipeline.backend_name, pipeline.manifest.precision) == ("cpu", "fp32")
+    play(sm=86)
+    write_plans(engines_dir, own_graphs(engines_dir), sm=86)
+    with open_with(engines_dir, 0) as pipeline:
+        assert_same(pipeline.lora_from_images(PICTURES), wanted)
 
 
 # --- compiled kernels ---------------------------------------------------------------------------------------------
