@@ -263,8 +263,8 @@ class PrecisionUnsupported(EnginesError, ValueError):
 
 def _build_plans(engines: Path, target: str) -> str:
     return (
-        f"i2l build-engines --models MODELS --engines {format_path(engines)} --backend tensorrt --sm {target}, and --sm "
-        "for every other card that shall use the directory"
+        f"i2l build-engines --models MODELS --engines {format_path(engines)} --backend tensorrt --sm {target}, and "
+        "--sm for every other card that shall use the directory"
     )
 
 
