@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from .cgroups import memory_limit
+
 
 def peak_resident_bytes() -> int:
     """The highest resident set of this process; 0 where the system does not tell.
@@ -22,9 +24,10 @@ def peak_resident_bytes() -> int:
 
 
 def available_bytes() -> int | None:
-    """What could be used without swapping, the page cache's files included; None where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    """What could be used without swapping, cached files included, within the container's limit; None where unknown."""
+    limits = [memory_limit()]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = meminfo.read_text(encoding="ascii").splitlines()
+        limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    return min((limit for limit in limits if limit is not None), default=None)

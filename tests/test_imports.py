@@ -13,7 +13,7 @@ import i2l
 from conftest import MakeEngines
 
 ROOT = Path(i2l.__file__).parent
-BASE = {"specs", "errors", "files", "lock", "memory", "sizes"}
+BASE = {"cgroups", "specs", "errors", "files", "lock", "memory", "sizes"}
 MAY_IMPORT = {
     "base": {"base"},
     "engines": {"base", "engines"},

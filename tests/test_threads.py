@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from i2l.engines.threads import cgroup_quota, default_threads, physical_cores, usable_cpus
+from i2l.cgroups import cpu_quota
+from i2l.engines.threads import default_threads, physical_cores, usable_cpus
 
 
 def write(path: Path, text: str) -> None:
@@ -31,38 +32,6 @@ def test_every_cpu_is_a_core_where_the_system_does_not_tell(tmp_path: Path) -> N
     assert physical_cores(frozenset({0, 3, 5}), tmp_path) == 3
 
 
-QUOTAS = {
-    "version 2": ({"a/b/cpu.max": "150000 100000\n"}, "0::/a/b\n", 1.5),
-    "version 2, of the group above": ({"a/cpu.max": "50000 100000\n", "a/b/cpu.max": "max 100000\n"}, "0::/a/b\n", 0.5),
-    "version 2, no limit": ({"a/b/cpu.max": "max 100000\n"}, "0::/a/b\n", None),
-    "version 2, seen from inside a container": ({"cpu.max": "200000 100000\n"}, "0::/docker/1234\n", 2.0),
-    "version 1": (
-        {"cpu,cpuacct/a/cpu.cfs_quota_us": "300000\n", "cpu,cpuacct/a/cpu.cfs_period_us": "100000\n"},
-        "4:memory:/a\n3:cpu,cpuacct:/a\n",
-        3.0,
-    ),
-    "version 1, no limit": (
-        {"cpu/a/cpu.cfs_quota_us": "-1\n", "cpu/a/cpu.cfs_period_us": "100000\n"},
-        "3:cpu:/a\n",
-        None,
-    ),
-    "no control groups": ({}, "", None),
-}
-
-
-@pytest.mark.parametrize("case", QUOTAS)
-def test_the_quota_of_a_control_group(tmp_path: Path, case: str) -> None:
-    files, membership, wanted = QUOTAS[case]
-    for name, text in files.items():
-        write(tmp_path / "groups" / name, text)
-    write(tmp_path / "membership", membership)
-    assert cgroup_quota(tmp_path / "membership", tmp_path / "groups") == wanted
-
-
-def test_no_proc_no_quota(tmp_path: Path) -> None:
-    assert cgroup_quota(tmp_path / "absent", tmp_path) is None
-
-
 @pytest.mark.parametrize(("quota", "wanted"), [("50000 100000", 1), ("150000 100000", 2), ("99900000 100000", 4)])
 def test_threads_are_cores_within_the_quota(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, wanted: int
@@ -71,14 +40,10 @@ def test_threads_are_cores_within_the_quota(
 
     write(tmp_path / "cpu.max", quota)
     monkeypatch.setattr(threads, "SYSTEM_CPUS", tmp_path)
-    monkeypatch.setattr(threads, "cgroup_quota", lambda *_: cgroup_quota_of(tmp_path))
+    write(tmp_path / "membership", "0::/\n")
+    monkeypatch.setattr(threads, "cpu_quota", lambda: cpu_quota(tmp_path / "membership", tmp_path))
     monkeypatch.setattr(threads, "usable_cpus", lambda: frozenset(range(4)))
     assert default_threads() == wanted
-
-
-def cgroup_quota_of(root: Path) -> float | None:
-    write(root / "membership", "0::/\n")
-    return cgroup_quota(root / "membership", root)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no CPU affinity")
