@@ -1,16 +1,12 @@
 """A cold run beside plain reading: what does `i2l run` cost when nothing of the packs is in memory?
 
 In each round the packs are read with `dd` through the page cache, with `dd` past it, and by a run of `i2l` that makes a
-LoRA, in turn; before each the page cache is dropped. Then as much memory as the packs need is touched once: a virtual
-machine may have given free memory back to its host, and getting it again costs more than the disk (10 microseconds a
-page where this was written), in whichever of the three comes first. Prints one JSON line.
+LoRA; before each the page cache is dropped. Then a warm run. Prints one JSON line.
 Usage: python benchmarks/cold.py --engines DIR --image FILE --output FILE [--rounds N]
 """
 
 import argparse
 import json
-import mmap
-import os
 import statistics
 import subprocess
 import sys
@@ -19,11 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from i2l.benchmarks.build import drop_page_cache
-
-SPARE_BYTES = 4 << 30
-"""Touched beside the packs' size, for the processes themselves; and left alone."""
-POPULATE_WRITE = 23
-"""Linux's ``MADV_POPULATE_WRITE``, which Python's mmap does not name."""
 
 
 def main() -> None:
@@ -41,11 +32,11 @@ def main() -> None:
     seconds: dict[str, list[float]] = {"run": [], "through_page_cache": [], "past_page_cache": [], "warm_run": []}
     cold = True
     for _ in range(arguments.rounds):
-        cold = fresh(nbytes) and cold
+        cold = drop_page_cache() and cold
         seconds["through_page_cache"].append(timed(*(dd(pack) for pack in packs)))
-        fresh(nbytes)
+        drop_page_cache()
         seconds["past_page_cache"].append(timed(*(dd(pack, "iflag=direct") for pack in packs)))
-        fresh(nbytes)
+        drop_page_cache()
         seconds["run"].append(timed(run))
         seconds["warm_run"].append(timed(run))
     middle = {name: statistics.median(values) for name, values in seconds.items()}
@@ -60,16 +51,6 @@ def main() -> None:
         },
     }
     print(json.dumps(facts))
-
-
-def fresh(nbytes: int) -> bool:
-    """Drop the page cache, if this process may, and touch so much memory that what follows finds it there."""
-    dropped = drop_page_cache()
-    free = os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE
-    with mmap.mmap(-1, min(nbytes + SPARE_BYTES, free - SPARE_BYTES)) as memory:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        memory.madvise(POPULATE_WRITE)
-    return dropped
 
 
 def dd(pack: Path, *flags: str) -> list[str]:

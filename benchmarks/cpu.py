@@ -20,8 +20,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from i2l.benchmarks.build import drop_page_cache
-
 HERE = Path(__file__).parent
 IMAGE = HERE.parent / "docs" / "photo.jpg"
 CALLS = 4
@@ -57,13 +55,8 @@ def speed(preset: str, work: Path) -> dict[str, Any]:
     models = checkpoints(preset, work, outliers=False)
     engines = build(models, work / f"{preset}-int8", "int8")
     common = ["--image", IMAGE, "--output", work / "lora.safetensors"]
-    cold = drop_page_cache()
-    disk = disk_seconds(engines) if cold else {}
-    drop_page_cache()
     facts: dict[str, Any] = {
-        "page_cache": "dropped before cold runs" if cold else "could not be dropped: cold runs are warm",
-        "disk": disk,
-        "cold": command_line(engines, work),
+        "cold": script("cold.py", "--engines", engines, *common),
         "warm": [command_line(engines, work) for _ in range(CALLS)][1:],
         "ours": script("ours.py", "--engines", engines, *common, "--calls", CALLS),
         "ours_four_images": script("ours.py", "--engines", engines, *common, "--calls", 3, "--copies", 4),
@@ -130,22 +123,6 @@ def run(*arguments: object) -> str:
     return done.stdout
 
 
-def disk_seconds(engines: Path) -> dict[str, float]:
-    """Seconds to read all packs from the disk: through the page cache as `cat` does, and past it."""
-    seconds = {}
-    for name, flag in (("through_page_cache", 0), ("past_page_cache", getattr(os, "O_DIRECT", 0))):
-        drop_page_cache()
-        start = time.perf_counter()
-        for pack in sorted(engines.glob("build-*/*/weights.safetensors")):
-            subprocess.run(
-                ["dd", f"if={pack}", "of=/dev/null", "bs=4M", *(["iflag=direct"] if flag else [])],  # noqa: S607
-                check=True,
-                capture_output=True,
-            )
-        seconds[name] = round(time.perf_counter() - start, 2)
-    return seconds
-
-
 def machine() -> dict[str, Any]:
     """What the numbers depend on."""
     cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
@@ -168,14 +145,19 @@ def show_speed(facts: dict[str, Any]) -> None:
     nothing = facts["reference"]["load_seconds"] + facts["reference"]["calls"][0]["total"]
     warm = statistics.median(run["process"] for run in facts["warm"])
     table.add_row("a new process, warm", f"{nothing:.1f}", f"{warm:.2f}", f"{nothing / warm:.1f}")
-    table.add_row("a new process, cold", "", f"{facts['cold']['process']:.2f}", "")
-    table.add_row("  packs read from the disk", "", " / ".join(f"{value}" for value in facts["disk"].values()), "")
     start = statistics.median(run["outside_stages"] for run in facts["warm"])
     table.add_row("  of it outside the stages (start, imports, open, exit)", "", f"{start:.2f}", "")
+    cold = facts["cold"]
+    table.add_row(f"a new process, page cache {cold['page_cache']}", "", f"{cold['median_seconds']['run']:.2f}", "")
+    for way, ratio in cold["ratio"].items():
+        words = way.replace("_", " ")
+        table.add_row(f"  packs read {words}; cold run beside it", "", f"{cold['median_seconds'][way]:.2f}", f"{ratio}")
     four = middle(facts["ours_four_images"]["calls"])["total"]
     table.add_row("four images in one call / one image", "", f"{four:.2f}", f"{four / ours['total']:.2f}")
     peaks = facts["reference"]["peak_resident_bytes"], max(run["peak_resident_bytes"] for run in facts["warm"])
     table.add_row("peak resident GB", *(f"{peak / 1e9:.2f}" for peak in peaks), f"{peaks[0] / peaks[1]:.0f}")
+    floor = sum(profile["blocks"] * profile["linears_at_peak_ms"] / 1e3 for profile in facts["gemm"].values())
+    table.add_row("the encoders' linears alone at the int8 peak", "", f"{floor:.2f}", f"{theirs['total'] / floor:.1f}")
     for family, profile in facts["gemm"].items():
         table.add_row(f"int8 peak in linears, {family}", "", f"{profile['fraction_of_peak']:.0%}", "")
     Console().print(table)

@@ -44,6 +44,7 @@ def main() -> None:
         operators = block_profile(arguments.engines, manifest, model, arguments.threads)
         peak = sum(peak_ms(rows, *shape, arguments.threads) for rows, shape in linear_shapes(model))
         facts[family] = {
+            "blocks": len(block_steps(model)),
             "block_ms": round(sum(operators.values()), 2),
             "operators_ms": {name: round(ms, 2) for name, ms in operators.most_common(12)},
             "linears_at_peak_ms": round(peak, 2),
