@@ -278,6 +278,16 @@ class PipelineClosed(EnginesError, RuntimeError):
         )
 
 
+class EnginesReplaced(EnginesError, RuntimeError):
+    """The CPU would have to go on with fp8 engines that a rebuild has removed."""
+
+    def __init__(self, directory: Path, backend: str) -> None:
+        super().__init__(
+            f"{backend} ran out of memory, and {format_path(directory)} was rebuilt since it was opened, so the CPU "
+            f"cannot go on with the same fp8 engines: open it again with: i2l.open_engines({str(directory)!r})"
+        )
+
+
 class BackendUnavailable(I2LError, RuntimeError):
     """The backend that was named cannot run here."""
 

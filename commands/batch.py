@@ -20,6 +20,7 @@ from .options import (
     key_format_option,
     no_cache_option,
     ram_budget_option,
+    require_gpu_for_budget,
     strength_option,
     threads_option,
     vram_budget_option,
@@ -64,6 +65,7 @@ def batch(
     It can be stopped and started again: what is finished is skipped, a changed image is done anew. What cannot be made
     is listed at the end, with exit code 1.
     """
+    require_gpu_for_budget(backend, vram_budget_bytes)
     from ..files import explained_os_errors  # noqa: PLC0415
     from ..runtime.batch import BatchProgress, plan_jobs, run_jobs  # noqa: PLC0415
     from ..runtime.folders import skipped_line  # noqa: PLC0415

@@ -124,6 +124,14 @@ vram_budget_option = click.option(
     "--vram-budget", "vram_budget_bytes", type=Budget(), default="auto", show_default=True,
     help="VRAM for everything, such as 8GiB; acts on GPU backends. auto: what is free, less 2 GiB.",
 )  # fmt: skip
+
+
+def require_gpu_for_budget(backend: str, vram_budget_bytes: int | None) -> None:
+    """Refuse a VRAM budget beside a backend that holds nothing there."""
+    if backend == "cpu" and vram_budget_bytes is not None:
+        raise click.UsageError("--vram-budget has no effect on --backend cpu: leave one of the two out")
+
+
 no_cache_option = click.option(
     "--no-cache",
     is_flag=True,

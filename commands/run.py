@@ -22,6 +22,7 @@ from .options import (
     no_cache_option,
     ram_budget_option,
     reduce_rank_option,
+    require_gpu_for_budget,
     require_weights,
     strength_option,
     threads_option,
@@ -72,6 +73,7 @@ def run(
     """
     if not images:
         raise click.UsageError(str(NoImages()))
+    require_gpu_for_budget(backend, vram_budget_bytes)
     from ..files import require_writable  # noqa: PLC0415
     from ..memory import peak_resident_bytes  # noqa: PLC0415
     from ..runtime.folders import list_images, skipped_line  # noqa: PLC0415

@@ -24,7 +24,7 @@ from ..engines.integrity import check_files
 from ..engines.manifest import Chunk, Manifest, Step, content_id, read_manifest
 from ..engines.ort import CpuBackend
 from ..engines.tensorrt import current_sm
-from ..errors import OutOfDeviceMemory, PipelineClosed
+from ..errors import EnginesReplaced, OutOfDeviceMemory, PipelineClosed, format_bytes
 from ..files import Report, silent
 from ..specs import FAMILIES, AdapterSpec, EncoderSpec, Family
 from .cache import EmbeddingCache, encoders_id
@@ -78,7 +78,8 @@ class Pipeline:
         backend: ``auto``, ``cpu``, ``cuda`` or ``tensorrt``.
         threads: of the CPU backend; by default one for each physical core, within the container's quota.
         ram_budget_bytes: for the CPU backend's weights: what fits stays in memory between images; by default nothing.
-        vram_budget_bytes: for everything on a GPU; by default what is free there, less 2 GiB.
+        vram_budget_bytes: for everything on a GPU; by default what is free there, less 2 GiB. On the cpu backend it has
+            no effect, which is logged as a warning.
         report: told the steps done of the running stage; while the first opening of fp8 engines on the cpu backend
             converts them, MiB of packs.
         cache: a folder that keeps the embeddings of images that were seen, as :mod:`.cache` says; None keeps nothing.
@@ -114,7 +115,13 @@ class Pipeline:
         self._report = report
         self._opened: Backend | None
         self._opened = self._open_cpu() if self.backend_name == "cpu" else self._open_gpu(vram_budget_bytes)
+        if vram_budget_bytes is not None and self.backend_name == "cpu":
+            budget, reason = format_bytes(vram_budget_bytes), self.backend_reason
+            log.warning("a VRAM budget of %s has no effect: the backend is cpu (%s)", budget, reason)
         self._may_fall_back = backend == "auto" and self.backend_name != "cpu"
+        self._standby: Backend | None = None
+        if self._may_fall_back and self._for_cpu.precision != "fp8":  # files opened, no session made: 0.2 ms
+            self._standby = CpuBackend(engines, self._for_cpu, threads, self._kept(self._for_cpu))
         self.cache: EmbeddingCache | None = None
         if cache is not None:
             self.cache = EmbeddingCache(cache, encoders_id(content_id(self._running, ENCODERS), self.backend_name))
@@ -231,9 +238,10 @@ class Pipeline:
 
     def close(self) -> None:
         """Give sessions and mapped packs back."""
-        if self._opened is not None:
-            self._opened.close()
-            self._opened = None
+        for backend in (self._opened, self._standby):
+            if backend is not None:
+                backend.close()
+        self._opened = self._standby = None
 
     def __enter__(self) -> "Pipeline":
         return self
@@ -285,9 +293,20 @@ class Pipeline:
                     self._fall_back(error)
 
     def _fall_back(self, cause: OutOfDeviceMemory) -> None:
+        """Go on with the CPU, on the build that was opened.
+
+        Raises:
+            EnginesReplaced: it must first be converted from fp8, and a rebuild has removed it. The pipeline is closed.
+        """
         log.warning("%s: going on with the CPU", cause)
         self._backend.close()
-        self._opened = self._open_cpu()
+        self._opened, self._standby = self._standby, None
+        if self._opened:
+            self.manifest = self._running = self._for_cpu
+        elif (self._engines / self._for_cpu.build).is_dir():
+            self._opened = self._open_cpu()
+        else:
+            raise EnginesReplaced(self._engines, self.backend_name) from cause
         self.backend_name, self.backend_reason = "cpu", f"{self.backend_name} ran out of memory"
         if self.cache is not None:  # its entries are of one backend
             self.cache = EmbeddingCache(

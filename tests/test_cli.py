@@ -336,6 +336,14 @@ def test_a_disk_that_fills_up_while_saving(place: Place, monkeypatch: pytest.Mon
     assert place.output.read_bytes() == b"old"
 
 
+@pytest.mark.parametrize(("budget", "times"), [(["--vram-budget", "8GiB"], 1), (["--vram-budget", "auto"], 0), ([], 0)])
+def test_a_vram_budget_without_a_gpu_is_said_once(place: Place, budget: list[str], times: int) -> None:
+    result = i2l(*place.run(), *budget)
+    assert result.exit_code == 0
+    assert result.stderr.count("a VRAM budget of 8.00 GiB has no effect: the backend is cpu (auto: the best") == times
+    assert result.stderr.count("VRAM") == times
+
+
 def test_a_disk_too_small_for_the_engines(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "free_bytes", lambda _: 1 << 20)
     line = error_line(i2l(*place.build(place.models), "--precision", "fp32"))
@@ -370,6 +378,8 @@ def test_verify_against_other_checkpoints(place: Place, models: MakeModels) -> N
         ["run", "photo.jpg", "--engines", "e", "--output", "o", "--dtype", "fp8"],
         ["run", "photo.jpg", "--engines", "e", "--output", "o", "--key-format", "kohya"],
         ["run", "photo.jpg", "--engines", "e", "--output", "o", "--nonsense"],
+        ["run", "photo.jpg", "--engines", "e", "--output", "o", "--backend", "cpu", "--vram-budget", "8GiB"],
+        ["batch", "photos", "--engines", "e", "--output-dir", "o", "--vram-budget", "8GiB", "--backend", "cpu"],
         ["run", "photo.jpg", "--engines", "x" * 300, "--output", "o"],
         ["build-engines", "--models", "m", "--engines", "e", "--precision", "int4"],
         ["build-engines", "--models", "m", "--engines", "e", "--blocks-per-chunk", "0"],

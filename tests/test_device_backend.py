@@ -4,6 +4,7 @@ Engines are onnxruntime's, fed with what the fake device's memory holds when the
 """
 
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import pytest
 
 from conftest import MakeEngines, picture
 from fake_device import DeviceTensor, FakeDevice
-from i2l.engines.manifest import read_manifest
+from i2l.engines.manifest import Manifest, read_manifest
 from i2l.engines.ort import ELEMENT_TYPES, OrtEngine
-from i2l.errors import BudgetTooSmall, OutOfDeviceMemory
+from i2l.errors import BudgetTooSmall, EnginesReplaced, OutOfDeviceMemory, PipelineClosed
 from i2l.runtime.device_backend import DeviceBackend
 from i2l.runtime.lora import Lora
 from i2l.runtime.pipeline import Pipeline
@@ -91,6 +92,35 @@ def wanted(engines: MakeEngines) -> Lora:
         return pipeline.lora_from_images(PICTURES)
 
 
+Rebuilt = Callable[[str], tuple[Pipeline, Path]]
+
+
+@pytest.fixture
+def on_auto(engines: MakeEngines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rebuilt]:
+    """``on_auto(precision)``: what ``auto`` opens where there is a GPU, and the directory; no run finds memory."""
+    pipelines = []
+
+    def open_(precision: str) -> tuple[Pipeline, Path]:
+        directory = Path(shutil.copytree(engines("tiny", precision), tmp_path / "engines"))
+
+        def open_gpu(engines: Path, manifest: Manifest, *_: object) -> DeviceBackend:
+            graphs = {graph: GraphMemory(5000, 4000, 100) for graph in manifest.graphs}
+            device = FakeDevice(1 << 30, seed=0)
+            first = "siglip2.embed"
+            path = engines / manifest.build / manifest.graphs[first]
+            engine = FakeEngine(device, first, path, failing(0, first, 1000))
+            return DeviceBackend("cuda", device, {first: engine}.__getitem__, engines, manifest, graphs, 1 << 30)
+
+        monkeypatch.setattr("i2l.runtime.pipeline.choose_backend", lambda _: ("cuda", "auto: a card"))
+        monkeypatch.setattr("i2l.runtime.pipeline.open_cuda", open_gpu)
+        pipelines.append(Pipeline(directory, threads=1))
+        return pipelines[-1], directory
+
+    yield open_
+    for pipeline in pipelines:
+        pipeline.close()
+
+
 def assert_same(found: Lora, wanted: Lora) -> None:
     for module, factors in wanted.factors.items():
         for x, y in zip(found.factors[module], factors, strict=True):
@@ -146,3 +176,30 @@ def test_the_cpu_goes_on_only_if_allowed(
     assert [record.message.split(": ")[-1] for record in caplog.records] == ["going on with the CPU"]
     assert (pipeline.backend_name, pipeline.backend_reason) == ("cpu", "fake ran out of memory")
     assert device.used_bytes == 0
+
+
+def test_the_cpu_goes_on_with_the_build_that_was_opened(
+    on_auto: Rebuilt, engines: MakeEngines, wanted: Lora, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline, directory = on_auto("int8")
+    shutil.rmtree(directory)  # what a rebuild leaves of the old build
+    shutil.copytree(engines("tiny", "fp32"), directory)
+    assert_same(pipeline.lora_from_images(PICTURES), wanted)
+    assert pipeline.backend_name == "cpu"
+    assert "going on with the CPU" in caplog.text
+
+
+@pytest.mark.parametrize("rebuilt", [False, True])
+def test_fp8_engines_that_are_gone_are_an_error(on_auto: Rebuilt, engines: MakeEngines, *, rebuilt: bool) -> None:
+    """The CPU's form of fp8 engines is made when it is needed: with the engines that were opened, or not at all."""
+    pipeline, directory = on_auto("fp8")
+    if not rebuilt:
+        assert pipeline.lora_from_images(PICTURES).rank == 8
+        assert (pipeline.backend_name, pipeline.runs_as) == ("cpu", "int8")
+        return
+    shutil.rmtree(directory)
+    shutil.copytree(engines("tiny", "fp32"), directory)
+    with pytest.raises(EnginesReplaced, match=r"cuda ran out of memory, and .* was rebuilt .*open_engines\("):
+        pipeline.lora_from_images(PICTURES)
+    with pytest.raises(PipelineClosed):
+        pipeline.lora_from_images(PICTURES)
