@@ -30,7 +30,7 @@ from .comfy_host.folders import (
 )
 from .comfy_host.pipelines import OpenPipelines
 from .comfy_host.progress import comfy_report, total_steps
-from .errors import LoraDataForeign, LoraNotApplied, format_path
+from .errors import GIB, LoraDataForeign, LoraNotApplied, format_path
 from .runtime.lora import KEYS, KeyFormat, Lora, converted
 from .runtime.lowrank import reduce_lora
 
@@ -111,7 +111,7 @@ class Apply:
                         "min": 0.0,
                         "max": 256.0,
                         "step": 0.5,
-                        "tooltip": "For GPU backends only. No effect on the CPU, where this version computes.",
+                        "tooltip": "For GPU backends; 0 leaves it to i2l. No effect on the CPU.",
                     },
                 ),
                 "precision": (
@@ -153,18 +153,17 @@ class Apply:
             engines, manifest = prepare_engines(adapter, roots, precision, comfy_report())
         backend = "cpu" if use_cpu_for_vision else "auto"
         report = comfy_report(total_steps(manifest, len(images)))
-        with open_pipelines.use(engines, manifest, backend, report, I2LPipeline()) as pipeline:
+        budget_bytes = round(vram_budget_gib * GIB) or None
+        with open_pipelines.use(engines, manifest, backend, budget_bytes, report, I2LPipeline()) as pipeline:
             lora = pipeline.lora_from_images(arrays_from_images(images), strength=strength)
         if rank:
             lora, reduction = reduce_lora(lora, rank)
             log.info("i2l: %s", reduction)
         log.info(
-            "i2l: rank %d from %d images in %.1f s, backend %s (%s)",
-            *(lora.rank, len(images), sum(pipeline.timings.seconds.values())),
+            "i2l: rank %d from %d images (%d known before) in %.1f s, backend %s (%s)",
+            *(lora.rank, len(images), sum(pipeline.from_cache), sum(pipeline.timings.seconds.values())),
             *(pipeline.backend_name, pipeline.backend_reason),
         )
-        if vram_budget_gib and pipeline.backend_name == "cpu":
-            log.info("i2l: vram_budget_gib=%g had no effect, as the backend is cpu", vram_budget_gib)
         return (
             None if model is None else patched_model(model, tensors_from_lora(lora, "comfyui")),
             tensors_from_lora(lora, "diffsynth"),

@@ -1,7 +1,9 @@
 """Where ComfyUI keeps what the nodes read and write.
 
 ``models/I2L`` and every ``I2L:`` folder of extra_model_paths.yaml are one search path, as for ComfyUI's own model
-types. LoRAs go to ``output/loras``, which ComfyUI itself searches for LoRAs, so Load LoRA lists them.
+types. LoRAs go to ``output/loras``, which ComfyUI itself searches for LoRAs, so Load LoRA lists them. Embeddings go to
+``user/__i2l``: a portable ComfyUI takes them along, and the search for models, which reads the header of every
+safetensors file below ``models/I2L``, does not meet them.
 """
 
 import os
@@ -18,6 +20,8 @@ ADAPTERS = "Z-Image"
 """The folder of the adapters in each of them."""
 DEFAULT_ADAPTER = "Z-Image-i2L.safetensors"
 EXTENSION = ".safetensors"
+OWN_USER = "__i2l"
+"""ComfyUI keeps user folders that begin so out of its HTTP interface (from 0.3.76 on; older ones serve one user)."""
 
 
 def register_folders() -> None:
@@ -54,6 +58,15 @@ def adapter_path(name: str) -> Path:
 def root_of(adapter: Path) -> Path:
     """The folder of the search path that holds an adapter, or the adapter's own folder if it lies elsewhere."""
     return next((root for root in model_roots() if adapter.is_relative_to(root.absolute())), adapter.parent)
+
+
+def embeddings_folder() -> Path:
+    """Where the embeddings of pictures are kept: ``user/__i2l/embeddings``, or where ``$I2L_CACHE_DIR`` says."""
+    from ..runtime.cache import FOLDER_VARIABLE, default_cache_folder  # noqa: PLC0415 - starting ComfyUI must not pay
+
+    if os.environ.get(FOLDER_VARIABLE):
+        return default_cache_folder()
+    return Path(folder_paths.get_user_directory()).absolute() / OWN_USER / "embeddings"
 
 
 def free_lora_path(filename: str) -> Path:

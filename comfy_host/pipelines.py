@@ -20,6 +20,8 @@ from ..engines.manifest import Manifest
 from ..errors import format_path
 from ..files import Report, silent
 from .engines import pack_requirements
+from .folders import embeddings_folder
+from .progress import comfy_report
 
 if TYPE_CHECKING:
     from ..runtime.pipeline import Pipeline
@@ -28,11 +30,11 @@ log = logging.getLogger(__name__)
 
 
 class OpenPipelines:
-    """At most one pipeline, open for one build of engines on one backend."""
+    """At most one pipeline, open for one build of engines on one backend within one budget."""
 
     def __init__(self) -> None:
         self._pipeline: Pipeline | None = None
-        self._key: tuple[Path, str, str] | None = None
+        self._key: tuple[object, ...] | None = None
         # ComfyUI's list refers to it weakly and must not lose it while it unloads models (it then pops from a list that
         # has become shorter, which ends its worker thread): so it stays until the next one takes its place.
         self._patcher: Any = None
@@ -40,7 +42,13 @@ class OpenPipelines:
 
     @contextmanager
     def use(
-        self, engines: Path, manifest: Manifest, backend: str, report: Report, placeholder: Any
+        self,
+        engines: Path,
+        manifest: Manifest,
+        backend: str,
+        vram_budget_bytes: int | None,
+        report: Report,
+        placeholder: Any,
     ) -> Iterator["Pipeline"]:
         """The pipeline for these engines, opened if it is not.
 
@@ -48,21 +56,29 @@ class OpenPipelines:
             engines: the engines directory.
             manifest: its manifest.
             backend: ``auto`` or a backend's name.
-            report: told the steps done while the body runs.
+            vram_budget_bytes: for a GPU backend; None leaves it to the pipeline.
+            report: told the steps done while the body runs; opening has the bar to itself.
             placeholder: a ``torch.nn.Module`` without weights, which stands for a newly opened pipeline in ComfyUI's
                 list of models.
         """
-        key = (engines, manifest.build, backend)
-        if self._pipeline is None or self._key != key:
-            self.close()
-            with pack_requirements():
-                from ..runtime.pipeline import Pipeline  # noqa: PLC0415 - onnxruntime
-            self._pipeline = Pipeline(engines, backend=backend, report=self._tell)
-            self._key = key
-            log.info("i2l: opened %s on %s", format_path(engines), self._pipeline.backend_name)
-            self._enter_list(placeholder)
-        self._report = report
+        key = (engines, manifest.build, backend, vram_budget_bytes)
         try:
+            if self._pipeline is None or self._key != key:
+                self.close()
+                with pack_requirements():
+                    from ..runtime.pipeline import Pipeline  # noqa: PLC0415 - onnxruntime
+                self._report = comfy_report()  # fp8 engines are converted for the CPU here, once
+                self._pipeline = Pipeline(
+                    engines,
+                    backend=backend,
+                    vram_budget_bytes=vram_budget_bytes,
+                    report=self._tell,
+                    cache=embeddings_folder(),
+                )
+                self._key = key
+                log.info("i2l: opened %s on %s", format_path(engines), self._pipeline.backend_name)
+                self._enter_list(placeholder)
+            self._report = report
             yield self._pipeline
         finally:
             self._report = silent

@@ -19,8 +19,9 @@ def comfy_report(total: int | None = None) -> Report:
     """A :class:`Report` that moves the running node's bar and raises ComfyUI's interrupt.
 
     Args:
-        total: units of all stages together, which then count one after the other towards one bar; without it every
-            report's ``done`` and ``total`` are of the whole.
+        total: units of all stages together, which then count one after the other towards one bar; the adapter ends it,
+            as pictures whose embeddings are known skip the encoders. Without it every report's ``done`` and ``total``
+            are of the whole.
     """
     context = copy_context()
     bar = ProgressBar(total or 1)
@@ -31,6 +32,8 @@ def comfy_report(total: int | None = None) -> Report:
         throw_exception_if_processing_interrupted()
         goes_on = stage == stage_before and done >= done_before
         position += done - done_before if goes_on else done
+        if total is not None and stage == "adapter":
+            position = total - stage_total + done
         stage_before, done_before = stage, done
         bar.update_absolute(*((done, stage_total) if total is None else (position, total)))
 

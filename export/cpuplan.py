@@ -3,7 +3,7 @@
 The packs themselves would double the build for machines that may never use them; see engines/converted.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,13 +17,16 @@ from .packs import plan_pack
 from .precision import precision_for
 
 
-def write_cpu_plan(build: Path, manifest: Manifest, checkpoints: Mapping[Family, Checkpoint]) -> None:
+def write_cpu_plan(
+    build: Path, manifest: Manifest, checkpoints: Mapping[Family, Checkpoint], tell: Callable[[str], None]
+) -> None:
     """Write ``cpu/manifest.json`` and the graphs that it names.
 
     Args:
         build: the build folder.
         manifest: of the fp8 build; its files do not matter.
         checkpoints: what the build is made from.
+        tell: told the stage before the first graph of a model and after each.
     """
     folder = build / PLAN_FOLDER
     (folder / "graphs").mkdir(parents=True)
@@ -32,10 +35,12 @@ def write_cpu_plan(build: Path, manifest: Manifest, checkpoints: Mapping[Family,
         precision = precision_for("int8", checkpoint.spec)
         pack = plan_pack(checkpoint.spec, precision, manifest.blocks_per_chunk)
         models[family] = replace(manifest.models[family], chunks=pack.chunks, tensors=pack.layout.tensors)
+        tell(stage := f"exporting {family} for the CPU")
         for name, graph in export_graphs(checkpoint.spec, precision):
             graphs[name] = path = f"graphs/{name}.onnx"
             (folder / path).write_bytes(graph.SerializeToString())
             files[path] = file_facts(folder / path)
+            tell(stage)
     plan = replace(
         manifest,
         precision="int8",

@@ -72,6 +72,7 @@ class Host:
             get_filename_list=self._names,
             get_full_path=self._full_path,
             get_output_directory=lambda: str(self.base / "output"),
+            get_user_directory=lambda: str(self.base / "user"),
             get_save_image_path=self._save_path,
         )
         host = self

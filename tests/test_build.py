@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import i2l
-from conftest import MakeEngines, MakeModels
+from conftest import MakeEngines, MakeModels, graphs_once
 from i2l import files
 from i2l.engines.manifest import (
     MANIFEST,
@@ -47,7 +47,7 @@ from i2l.errors import (
     format_bytes,
     format_path,
 )
-from i2l.export import build
+from i2l.export import build, cpuplan
 from i2l.export.build import build_engines
 from i2l.export.lock import LOCK, only_build
 from i2l.export.packs import plan_pack, write_pack
@@ -286,8 +286,8 @@ def test_interrupted_while_removing_the_old_build(
 KILLED_BUILD = """
 import sys
 from pathlib import Path
-from i2l.export import build
-def write_graphs(folder, checkpoints, plans, precision):
+from i2l.export import build, cpuplan
+def write_graphs(folder, checkpoints, *_):
     for family in checkpoints:
         (folder / family).mkdir()
     return {}
@@ -366,6 +366,36 @@ def test_progress_ends_at_its_total(models: MakeModels, own: Path) -> None:
     build_engines(models("tiny"), own, precision="int8", force=True, report=report)
     assert [total for _, _, total in told] == [told[-1][1]] * len(told)
     assert [done for _, done, _ in told] == sorted(done for _, done, _ in told)
+
+
+@pytest.mark.parametrize(
+    ("precision", "last"), [("int8", "exporting adapter"), ("fp8", "exporting adapter for the CPU")]
+)
+def test_a_report_may_stop_the_build_after_any_graph(
+    models: MakeModels, own: Path, monkeypatch: pytest.MonkeyPatch, precision: str, last: str
+) -> None:
+    before, exported, seen = times(own), [0], set()
+
+    def export(spec: Spec, kept: Precision) -> Iterator[tuple[str, onnx.ModelProto]]:
+        for named in graphs_once(spec, kept):
+            exported[0] += 1
+            yield named
+
+    class Stopped(Exception):
+        pass
+
+    def report(stage: str, *_: int) -> None:
+        seen.add(exported[0])
+        if stage == last:
+            raise Stopped
+
+    for module in (build, cpuplan):
+        monkeypatch.setattr(module, "export_graphs", export)
+    with pytest.raises(Stopped):
+        build_engines(models("tiny"), own, precision=precision, force=True, report=report)
+    assert exported[0] >= 6  # both encoders' at least
+    assert seen == set(range(exported[0] + 1))
+    assert times(own) == before
 
 
 def test_checkpoints_that_do_not_fit_together(models: MakeModels, tmp_path: Path) -> None:

@@ -7,18 +7,20 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from comfy_standins import Host, InterruptProcessingException, ModelPatcher
-from conftest import MakeEngines, MakeModels, picture
+from conftest import MakeEngines, MakeModels, graphs_once, picture
+from i2l.engines.converted import CPU_FOLDER
 from i2l.engines.ort import OrtEngine
 from i2l.errors import (
     BackendUnavailable,
@@ -29,9 +31,11 @@ from i2l.errors import (
     NodePackIncomplete,
     OutputOutside,
 )
+from i2l.export.precision import Precision
+from i2l.runtime.cache import FOLDER_VARIABLE, default_cache_folder
 from i2l.runtime.lora import describe_lora
 from i2l.runtime.pipeline import Pipeline
-from i2l.specs import PRESETS
+from i2l.specs import PRESETS, Spec
 from real_comfyui import prompt_from_workflow
 
 ROOT = Path(__file__).parents[1]
@@ -256,6 +260,94 @@ def test_a_second_run_opens_nothing(apply: Callable[..., Any], monkeypatch: pyte
     assert opened == []
 
 
+def test_known_pictures_need_only_the_adapter(
+    apply: Callable[..., Any], host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    _, before = apply(batch(2))
+    host.unload_all_models()
+    host.progress.clear()
+    monkeypatch.delattr(Pipeline, "embed_pixels")
+    _, after = apply(batch(2), 0.5)
+    for key, value in before.items():
+        assert torch.equal(after[key], value * (0.5 if ".lora_A." in key else 1.0))
+    assert "rank 8 from 2 images (2 known before)" in caplog.text
+    assert host.progress[0][0] > 0
+    assert host.progress[-1][0] == host.progress[-1][1]  # the bar ends where it ends after a whole run
+
+
+def test_embeddings_lie_in_comfyuis_user_folder(
+    apply: Callable[..., Any], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = default_cache_folder()
+    apply()
+    assert len(list(chosen.iterdir())) == 1
+    assert not (home / "user").exists()
+    monkeypatch.delenv(FOLDER_VARIABLE)
+    monkeypatch.setenv("HOME", str(home / "nobody"))
+    importlib.import_module("i2l.comfy_nodes").open_pipelines.close()
+    apply()
+    assert len(list((home / "user" / "__i2l" / "embeddings").iterdir())) == 1
+    assert not (home / "nobody").exists()
+
+
+def test_a_vram_budget_without_a_gpu_is_said_once(apply: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        apply(vram_budget_gib=8.0)
+    assert caplog.text.count("a VRAM budget of 8.00 GiB has no effect: the backend is cpu") == 1
+
+
+@pytest.fixture
+def fp8(home: Path, engines: MakeEngines) -> Path:
+    """The home's engines are fp8, and no CPU has run them yet."""
+    folder = home / "models" / "I2L" / "engines"
+    folder.unlink()
+    shutil.copytree(engines("tiny", "fp8"), folder, ignore=shutil.ignore_patterns(CPU_FOLDER))
+    return folder
+
+
+def test_converting_fp8_moves_the_bar(apply: Callable[..., Any], host: Host, fp8: Path) -> None:
+    apply()
+    assert (fp8 / CPU_FOLDER / "manifest.json").is_file()
+    steps = host.progress[-1][1]
+    opening = [value for value, total in host.progress if total != steps]
+    assert len(opening) > 10
+    assert opening == sorted(opening)
+    assert host.progress[: len(opening)] == [(value, host.progress[0][1]) for value in opening]
+
+
+def test_an_interrupt_stops_the_conversion_of_fp8(
+    apply: Callable[..., Any], nodes: ModuleType, host: Host, fp8: Path
+) -> None:
+    host.interrupt_at = 3
+    with pytest.raises(InterruptProcessingException):
+        apply()
+    assert len(host.progress) == 3
+    assert not (fp8 / CPU_FOLDER / "manifest.json").exists()
+    assert nodes.open_pipelines._pipeline is None
+    assert len(apply()[1]) == 2 * len(MODULES)
+
+
+def test_an_interrupt_acts_between_two_graphs(
+    apply: Callable[..., Any], host: Host, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported = []
+
+    def export(spec: Spec, precision: Precision) -> Iterator[tuple[str, onnx.ModelProto]]:
+        for named in graphs_once(spec, precision):
+            exported.append(named)
+            yield named
+
+    monkeypatch.setattr("i2l.export.build.export_graphs", export)
+    host.interrupt_at = 2
+    try:
+        with pytest.raises(InterruptProcessingException):
+            apply(precision="int8")
+        assert len(exported) == 2
+    finally:
+        shutil.rmtree(home / "models" / "I2L" / "engines" / "Z-Image-i2L-int8")  # the folder is the session's
+
+
 def test_freeing_memory_closes_the_pipeline(
     nodes: ModuleType, apply: Callable[..., Any], host: Host, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -273,6 +365,7 @@ def test_an_interrupt_acts_within_one_step(
     apply: Callable[..., Any], host: Host, monkeypatch: pytest.MonkeyPatch, moves: int
 ) -> None:
     _, whole = apply()
+    shutil.rmtree(default_cache_folder())  # or only the adapter would be left to do
     runs: list[int] = []
     run = OrtEngine.run
 
