@@ -1,4 +1,5 @@
-# Every target sets up what it needs. PYTHON chooses the interpreter (3.10 to 3.13).
+# Every target sets up what it needs. PYTHON chooses the interpreter: 3.11 to 3.13, as transformers 5.23 and numpy 2.4, which
+# the tests compare with, have nothing for 3.10.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

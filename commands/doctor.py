@@ -1,21 +1,42 @@
 """``i2l doctor``."""
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import click
 
-from .options import debug_option, json_option
+from .options import PATH, debug_option, json_option
 
 
 @click.command()
+@click.option("--engines", type=PATH, metavar="DIR", help="An engines directory to check for use on this machine.")
 @json_option
 @debug_option
-def doctor(*, as_json: bool) -> None:
+def doctor(engines: Path | None, *, as_json: bool) -> None:
     """Say what works on this machine, and what is missing.
 
     For each backend and each command that needs an optional package: does it work here, and if not, why and what to do?
+    With --engines also: may that directory be used here, and what does that take? Exit code 1 if it may not.
     """
     from ..inspection import diagnose, diagnosis_lines  # noqa: PLC0415
 
     facts = diagnose()
-    click.echo(json.dumps(facts) if as_json else "\n".join(diagnosis_lines(facts)))
+    lines = list(diagnosis_lines(facts))
+    if engines:
+        checked, more = engines_checked(engines)
+        facts["engines"] = checked
+        lines += more
+    click.echo(json.dumps(facts) if as_json else "\n".join(lines))
+    if engines and (problem := facts["engines"]["problem"]):
+        click.echo(f"error: {problem}", err=True)
+        raise click.exceptions.Exit(1)
+
+
+def engines_checked(engines: Path) -> tuple[Mapping[str, Any], list[str]]:
+    """The facts of an engines directory, and their lines for people."""
+    from ..checkup import check_engines, check_lines  # noqa: PLC0415
+
+    checked = check_engines(engines)
+    return checked, list(check_lines(checked))

@@ -67,6 +67,18 @@ def cpu_engines(
     return folder, current
 
 
+def bytes_to_convert(directory: Path, manifest: Manifest) -> int:
+    """What :func:`cpu_engines` would write now: 0 where nothing is to convert, or all of it is done.
+
+    Raises:
+        ManifestInvalid: the build has no plan for the CPU.
+    """
+    if manifest.precision != "fp8":
+        return 0
+    plan = _plan(directory, manifest)
+    return 0 if _current(directory / CPU_FOLDER, plan) else _packs_bytes(plan)
+
+
 def remove_cpu_engines(directory: Path, *, but_of: str) -> None:
     """Remove the int8 form of an fp8 build that is no longer the directory's.
 
@@ -88,6 +100,10 @@ def _plan(directory: Path, manifest: Manifest) -> Manifest:
         return read_manifest(directory / manifest.build / PLAN_FOLDER)
     except EnginesError as error:
         raise ManifestInvalid(directory / MANIFEST, "its fp8 build has no plan for the CPU") from error
+
+
+def _packs_bytes(plan: Manifest) -> int:
+    return sum(layout_of(model).nbytes for model in plan.models.values())
 
 
 def _current(folder: Path, plan: Manifest) -> Manifest | None:
@@ -125,7 +141,7 @@ def _tell_waiting() -> None:
 def _convert(directory: Path, manifest: Manifest, plan: Manifest, threads: int, report: Report) -> Manifest:
     """Make the int8 form; called with the lock held."""
     folder = directory / CPU_FOLDER
-    total = sum(layout_of(model).nbytes for model in plan.models.values())
+    total = _packs_bytes(plan)
     done = 0
 
     def advance(nbytes: int) -> None:

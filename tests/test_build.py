@@ -377,14 +377,14 @@ def test_a_report_may_stop_the_build_after_any_graph(
     before, exported, seen = times(own), [0], set()
 
     def export(spec: Spec, kept: Precision) -> Iterator[tuple[str, onnx.ModelProto]]:
-        for named in graphs_once(spec, kept):
+        for named in graphs_once(spec, kept):  # type: ignore[arg-type]  # frozen, so it has a hash
             exported[0] += 1
             yield named
 
     class Stopped(Exception):
         pass
 
-    def report(stage: str, *_: int) -> None:
+    def report(stage: str, done: int, total: int) -> None:  # noqa: ARG001 - a Report
         seen.add(exported[0])
         if stage == last:
             raise Stopped

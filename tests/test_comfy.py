@@ -334,7 +334,7 @@ def test_an_interrupt_acts_between_two_graphs(
     exported = []
 
     def export(spec: Spec, precision: Precision) -> Iterator[tuple[str, onnx.ModelProto]]:
-        for named in graphs_once(spec, precision):
+        for named in graphs_once(spec, precision):  # type: ignore[arg-type]  # frozen, so it has a hash
             exported.append(named)
             yield named
 

@@ -104,7 +104,7 @@ def on_auto(engines: MakeEngines, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         directory = Path(shutil.copytree(engines("tiny", precision), tmp_path / "engines"))
 
         def open_gpu(engines: Path, manifest: Manifest, *_: object) -> DeviceBackend:
-            graphs = {graph: GraphMemory(5000, 4000, 100) for graph in manifest.graphs}
+            graphs = {graph: GraphMemory(5000, 200_000, 100) for graph in manifest.graphs}
             device = FakeDevice(1 << 30, seed=0)
             first = "siglip2.embed"
             path = engines / manifest.build / manifest.graphs[first]
