@@ -183,7 +183,9 @@ def describe_lora(path: Path) -> dict[str, object]:
     """
     try:
         tensors, metadata = read_header(path)
-    except (SafetensorError, OSError, ValueError) as error:
+    except OSError as error:
+        raise LoraUnreadable(path, error.strerror or str(error)) from error
+    except (SafetensorError, ValueError) as error:
         raise LoraUnreadable(path, str(error)) from error
     modules = {key_format: _modules(tensors, *keys) for key_format, keys in KEYS.items()}
     key_format = next((name for name, found in modules.items() if found), None)

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import signal
 import struct
@@ -263,6 +264,10 @@ OTHER_FAILURES: dict[str, tuple[Case, Sequence[str]]] = {
     "checkpoints under a file": (
         lambda p: ["make-checkpoints", p.photo / "models"],
         ["cannot write", "Not a directory"],
+    ),
+    "merge nothing": (
+        lambda p: ["merge", p.folder / "a.safetensors", p.folder / "b.safetensors", "--output", p.output],
+        ["a.safetensors is not a LoRA that i2l understands (No such file or directory)"],
     ),
     "inspect nothing": (lambda p: ["inspect", p.folder / "no"], ["neither a checkpoint, nor an engines directory"]),
     "inspect an empty folder": (lambda p: ["inspect", empty_folder(p)], ["neither a checkpoint"]),
@@ -642,6 +647,22 @@ def test_help_lists_the_commands_as_they_are_used() -> None:
     lines = i2l("--help").stdout.split("Commands:\n")[1].splitlines()
     assert [line.split()[0] for line in lines][:3] == ["build-engines", "run", "batch"]
     assert [line for line in lines if not line.endswith(".") or line.endswith("...")] == []  # nothing is cut off
+
+
+def commands_of(page: Path) -> Iterator[list[str]]:
+    """Every line of a page that is an ``i2l`` command, continued lines joined, without its comment."""
+    for line in page.read_text(encoding="utf-8").replace("\\\n", "").splitlines():
+        if line.strip().startswith("i2l "):
+            yield shlex.split(line, comments=True)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/gpu.md"])
+def test_the_commands_of_the_pages_exist(page: str) -> None:
+    """Parsed, not run: an option that was renamed is found here."""
+    lines = list(commands_of(Path(__file__).parents[1] / page))
+    assert lines
+    for _, name, *arguments in lines:
+        main.commands[name].make_context(name, arguments)
 
 
 @pytest.mark.parametrize("name", main.commands)
