@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from .errors import TraceUnreadable
 from .files import atomic_path
 
-COLOURS = {"prefetch": "tab:green", "acquire": "tab:orange", "run": "tab:blue"}
+COLOURS = {"prefetch": "tab:green", "copy": "tab:green", "acquire": "tab:orange", "run": "tab:blue"}
 
 
 def draw_trace(source: Path, target: Path) -> None:
@@ -30,8 +30,12 @@ def draw_trace(source: Path, target: Path) -> None:
             above.broken_barh(bars, (row - 0.4, 0.8), color=colour, label=kind if bars else None)
     above.set_yticks(range(len(lanes)), list(lanes.values()))
     above.legend(loc="upper left")
-    below.step([e["ts"] / 1e6 for e in memory], [e["args"]["weights"] / 2**20 for e in memory], where="post")
-    below.set_ylabel("weights held, MiB")
+    for name, value, label in (("memory", "weights", "weights held"), ("VRAM", "used", "VRAM used")):
+        points = [(e["ts"] / 1e6, e["args"][value] / 2**20) for e in memory if e["name"] == name]
+        if points:
+            below.step(*zip(*points, strict=True), where="post", label=label)
+    below.legend(loc="upper left")
+    below.set_ylabel("MiB")
     below.set_xlabel("seconds")
     with atomic_path(target) as temporary:
         figure.savefig(temporary, format="png", dpi=120)

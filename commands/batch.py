@@ -24,6 +24,7 @@ from .options import (
     strength_option,
     threads_option,
     vram_budget_option,
+    vram_margin_option,
 )
 
 
@@ -38,6 +39,7 @@ from .options import (
 @threads_option
 @ram_budget_option
 @vram_budget_option
+@vram_margin_option
 @strength_option
 @dtype_option
 @key_format_option
@@ -53,6 +55,7 @@ def batch(
     threads: int | None,
     ram_budget_bytes: int | None,
     vram_budget_bytes: int | None,
+    vram_margin_bytes: int,
     strength: float,
     dtype: Literal["bf16", "fp16", "fp32"],
     key_format: Literal["comfyui", "diffsynth"],
@@ -87,6 +90,7 @@ def batch(
             threads=threads,
             ram_budget_bytes=ram_budget_bytes,
             vram_budget_bytes=vram_budget_bytes,
+            vram_margin_bytes=vram_margin_bytes,
             report=progress,
             cache=cache,
         ) as pipeline:

@@ -8,7 +8,17 @@ import click
 
 from ..errors import NoImages, format_path
 from ..progress import show_progress
-from .options import PATH, backend_option, debug_option, engines_option, json_option, threads_option
+from .options import (
+    PATH,
+    backend_option,
+    debug_option,
+    engines_option,
+    json_option,
+    require_gpu_for_budget,
+    threads_option,
+    vram_budget_option,
+    vram_margin_option,
+)
 
 
 @click.command()
@@ -16,9 +26,20 @@ from .options import PATH, backend_option, debug_option, engines_option, json_op
 @engines_option
 @backend_option
 @threads_option
+@vram_budget_option
+@vram_margin_option
 @json_option
 @debug_option
-def embed(images: Sequence[Path], engines: Path, backend: str, threads: int | None, *, as_json: bool) -> None:
+def embed(
+    images: Sequence[Path],
+    engines: Path,
+    backend: str,
+    threads: int | None,
+    vram_budget_bytes: int | None,
+    vram_margin_bytes: int,
+    *,
+    as_json: bool,
+) -> None:
     """Compute embeddings into the cache, for later runs.
 
     After it, `i2l run` and `i2l batch` need only the adapter for these IMAGEs. A folder stands for the images in it.
@@ -26,6 +47,7 @@ def embed(images: Sequence[Path], engines: Path, backend: str, threads: int | No
     """
     if not images:
         raise click.UsageError(str(NoImages()))
+    require_gpu_for_budget(backend, vram_budget_bytes)
     from ..runtime.cache import default_cache_folder  # noqa: PLC0415
     from ..runtime.folders import list_images, skipped_line  # noqa: PLC0415
     from ..runtime.pipeline import Pipeline  # noqa: PLC0415
@@ -37,7 +59,15 @@ def embed(images: Sequence[Path], engines: Path, backend: str, threads: int | No
     folder = default_cache_folder()
     with (
         show_progress("steps", quiet=as_json) as report,
-        Pipeline(engines, backend=backend, threads=threads, report=report, cache=folder) as pipeline,
+        Pipeline(
+            engines,
+            backend=backend,
+            threads=threads,
+            vram_budget_bytes=vram_budget_bytes,
+            vram_margin_bytes=vram_margin_bytes,
+            report=report,
+            cache=folder,
+        ) as pipeline,
     ):
         squares, _ = load_squares(chosen.images)
         pipeline.embed(squares)

@@ -122,7 +122,11 @@ ram_budget_option = click.option(
 )  # fmt: skip
 vram_budget_option = click.option(
     "--vram-budget", "vram_budget_bytes", type=Budget(), default="auto", show_default=True,
-    help="VRAM for everything, such as 8GiB; acts on GPU backends. auto: what is free, less 2 GiB.",
+    help="VRAM for everything, such as 8GiB; acts on GPU backends. auto: what is free, less --vram-margin.",
+)  # fmt: skip
+vram_margin_option = click.option(
+    "--vram-margin", "vram_margin_bytes", type=SIZE, metavar="SIZE", default="2GiB", show_default=True,
+    help="What --vram-budget auto leaves to other programs.",
 )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from .options import (
     strength_option,
     threads_option,
     vram_budget_option,
+    vram_margin_option,
     weight_option,
 )
 from .tracing import trace_option, traced
@@ -40,6 +41,7 @@ from .tracing import trace_option, traced
 @threads_option
 @ram_budget_option
 @vram_budget_option
+@vram_margin_option
 @strength_option
 @weight_option("image")
 @reduce_rank_option
@@ -57,6 +59,7 @@ def run(
     threads: int | None,
     ram_budget_bytes: int | None,
     vram_budget_bytes: int | None,
+    vram_margin_bytes: int,
     strength: float,
     weights: Sequence[float],
     reduce_rank: int | None,
@@ -97,6 +100,7 @@ def run(
             threads=threads,
             ram_budget_bytes=ram_budget_bytes,
             vram_budget_bytes=vram_budget_bytes,
+            vram_margin_bytes=vram_margin_bytes,
             report=report,
             cache=cache,
             trace=tracing,

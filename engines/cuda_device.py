@@ -76,6 +76,10 @@ class CudaDevice:
 
     # --- memory ---------------------------------------------------------------------------------------------------
 
+    @property
+    def used_bytes(self) -> int:
+        return self._free_at_start - self.free_bytes()
+
     def free_bytes(self) -> int:
         free, _ = self._call("cuMemGetInfo")
         return int(free)
@@ -143,8 +147,11 @@ class CudaDevice:
         buffer.copied = self.record("copy")
         self._buffers.append(buffer)
 
-    def record(self, lane: Lane) -> Event:
-        return self._streams[lane].record()
+    def record(self, lane: Lane, *, timed: bool = False) -> Event:
+        return self._streams[lane].record(options=_core().EventOptions(timing_enabled=timed))
+
+    def elapsed_us(self, first: Event, last: Event) -> float:
+        return 1000 * float(last - first)  # cuda-core's difference is in milliseconds
 
     def wait(self, lane: Lane, event: Event) -> None:
         self._streams[lane].wait(event)
@@ -188,7 +195,7 @@ class CudaDevice:
         self._call("cuMemcpyHtoDAsync", address, host, nbytes, self._streams["copy"].handle)
 
     def _look(self) -> None:
-        self.peak_bytes = max(self.peak_bytes, self._free_at_start - self.free_bytes())
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
 
     def _call(self, function: str, *arguments: Any, wanted_bytes: int = 0) -> Any:
         """What a driver function gives; its error as ours."""

@@ -52,8 +52,17 @@ class Device(Protocol):
         """Enqueue one copy from host to device in the copy lane; ``source`` must not change until it is done."""
         ...
 
-    def record(self, lane: Lane) -> Event:
-        """Mark the end of what was enqueued in a lane so far."""
+    @property
+    def used_bytes(self) -> int:
+        """What is allocated now, as far as the device can tell."""
+        ...
+
+    def record(self, lane: Lane, *, timed: bool = False) -> Event:
+        """Mark the end of what was enqueued in a lane so far; ``timed``: for :meth:`elapsed_us`."""
+        ...
+
+    def elapsed_us(self, first: Event, last: Event) -> float:
+        """Microseconds between two timed events, once both are done."""
         ...
 
     def wait(self, lane: Lane, event: Event) -> None:

@@ -68,7 +68,7 @@ class EmbeddingCache:
 
     def __init__(self, folder: Path, encoders: str) -> None:
         self.folder = folder
-        self._encoders = encoders
+        self.encoders = encoders
         self._writable = True
 
     def embed(self, squares: Sequence[Image.Image], encode: Encode) -> tuple[Array, list[bool]]:
@@ -89,7 +89,7 @@ class EmbeddingCache:
 
     def path(self, square: Image.Image) -> Path:
         """Where the embedding of a square lies or would lie."""
-        key = hashlib.sha256(f"{self._encoders} {content_sha256(square)}".encode()).hexdigest()
+        key = hashlib.sha256(f"{self.encoders} {content_sha256(square)}".encode()).hexdigest()
         return self.folder / f"{key}.safetensors"
 
     def require_kept(self, paths: Sequence[Path]) -> None:

@@ -14,19 +14,19 @@ from ..engines.gpus import BFLOAT16_FROM
 from ..engines.manifest import Manifest, Model
 from ..errors import BackendUnavailable
 from ..specs import AdapterSpec, Family, Spec
-from .device_backend import DeviceBackend, vram_budget
+from .device_backend import DeviceBackend, VramBudget
 from .predict import graph_memory
 from .residency import CONTEXT_BYTES, GraphMemory
 
 
-def open_cuda(engines: Path, manifest: Manifest, images: int, budget_bytes: int | None) -> DeviceBackend:
+def open_cuda(engines: Path, manifest: Manifest, images: int, vram: VramBudget) -> DeviceBackend:
     """Open an engines directory on the first card.
 
     Args:
         engines: the engines directory, built with ``--backend cuda``.
         manifest: its manifest.
         images: the most that share a pass.
-        budget_bytes: VRAM for all of it; None takes what is free, less the margin.
+        vram: for all of it.
 
     Raises:
         CudaGraphsUnusable: there are no graphs for it, or others.
@@ -51,7 +51,7 @@ def open_cuda(engines: Path, manifest: Manifest, images: int, budget_bytes: int 
         def make(graph: str) -> OrtDeviceEngine:
             return OrtDeviceEngine(graph, models[graph], target, memory[graph].context_bytes - CONTEXT_BYTES)
 
-        budget = vram_budget(device, budget_bytes)
+        budget = vram.on(device)
         backend = DeviceBackend("cuda", device, make, engines, manifest, memory, budget)
         undo.pop_all()
         return backend

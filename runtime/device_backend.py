@@ -6,6 +6,7 @@ Only the device and its engines differ between CUDA and TensorRT, and between th
 import contextlib
 import mmap
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -104,18 +105,26 @@ class DeviceBackend:
                 pack.close()
 
 
-def vram_budget(device: Device, budget_bytes: int | None) -> int:
-    """The budget; None takes what is free on the device, less :data:`MARGIN_BYTES`.
+@dataclass(frozen=True)
+class VramBudget:
+    """What a backend may take of a card."""
 
-    Raises:
-        OutOfDeviceMemory: no more than that is free.
-    """
-    if budget_bytes is not None:
-        return budget_bytes
-    free = device.free_bytes()
-    if free <= MARGIN_BYTES:
-        raise OutOfDeviceMemory(device.name, MARGIN_BYTES, free)
-    return free - MARGIN_BYTES
+    budget_bytes: int | None = None
+    """For everything; None takes what is free, less the margin."""
+    margin_bytes: int = MARGIN_BYTES
+
+    def on(self, device: Device) -> int:
+        """The budget on a device.
+
+        Raises:
+            OutOfDeviceMemory: no more than the margin is free.
+        """
+        if self.budget_bytes is not None:
+            return self.budget_bytes
+        free = device.free_bytes()
+        if free <= self.margin_bytes:
+            raise OutOfDeviceMemory(device.name, self.margin_bytes, free)
+        return free - self.margin_bytes
 
 
 def mapped(path: Path) -> mmap.mmap:

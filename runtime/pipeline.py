@@ -3,7 +3,6 @@
 The images of a call share passes over the weights, a few at a time: a pass moves all weights once, whatever the batch.
 """
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,35 +10,26 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
 
 from ..engines.base import Array, Backend, Engine, Value, WeightStore
-from ..engines.converted import cpu_engines
-from ..engines.detect import choose_backend
-from ..engines.generations import engines_for
-from ..engines.integrity import check_files
-from ..engines.manifest import Chunk, Manifest, Step, content_id, read_manifest
-from ..engines.ort import CpuBackend
-from ..engines.tensorrt import current_sm
-from ..errors import EnginesReplaced, OutOfDeviceMemory, PipelineClosed, format_bytes
+from ..engines.manifest import Manifest, Step, content_id
 from ..files import Report, silent
 from ..specs import FAMILIES, AdapterSpec, EncoderSpec, Family
 from .cache import EmbeddingCache, encoders_id
-from .cuda_backend import open_cuda
-from .device_backend import DeviceBackend
+from .device_backend import MARGIN_BYTES, DeviceBackend, VramBudget
 from .images import ImageSource, load_image, pixels_dinov3, pixels_siglip2, square_image
+from .lanes import Lanes
 from .lora import MODEL_METADATA, Lora, factors_by_module, joining_weights, lora_from_factors, require_finite
-from .residency import resident_chunks
+from .opening import OpenEngines
+from .slots import DeviceStore
 from .sources import as_several, images_mark, load_squares
 from .streamer import stream
-from .tensorrt_backend import open_tensorrt
-from .trace import Trace, TracedEngine, TracedStore
+from .trace import CountedStore, Trace, TracedEngine, TracedStore
 
-log = logging.getLogger(__name__)
-T = TypeVar("T")
 Observer: TypeAlias = Callable[[str, dict[str, Array]], None]
 """Told every step's name and outputs; for comparing with a reference."""
 
@@ -78,8 +68,9 @@ class Pipeline:
         backend: ``auto``, ``cpu``, ``cuda`` or ``tensorrt``.
         threads: of the CPU backend; by default one for each physical core, within the container's quota.
         ram_budget_bytes: for the CPU backend's weights: what fits stays in memory between images; by default nothing.
-        vram_budget_bytes: for everything on a GPU; by default what is free there, less 2 GiB. On the cpu backend it has
-            no effect, which is logged as a warning.
+        vram_budget_bytes: for everything on a GPU; by default what is free there, less ``vram_margin_bytes``. On the
+            cpu backend it has no effect, which is logged as a warning.
+        vram_margin_bytes: left to other programs on the GPU.
         report: told the steps done of the running stage; while the first opening of fp8 engines on the cpu backend
             converts them, MiB of packs.
         cache: a folder that keeps the embeddings of images that were seen, as :mod:`.cache` says; None keeps nothing.
@@ -100,35 +91,55 @@ class Pipeline:
         threads: int | None = None,
         ram_budget_bytes: int | None = None,
         vram_budget_bytes: int | None = None,
+        vram_margin_bytes: int = MARGIN_BYTES,
         report: Report = silent,
         cache: Path | None = None,
         trace: Trace | None = None,
     ) -> None:
-        self.manifest: Manifest = read_manifest(engines)
-        """Of the engines that run; those for a GPU may lie in an engines directory inside the other."""
-        self._for_cpu = self.manifest
-        self.backend_name, self.backend_reason = choose_backend(backend)
-        check_files(engines, self.manifest)
-        self._engines = engines
-        self._threads = threads
-        self._ram_budget_bytes = ram_budget_bytes
+        self._open = OpenEngines(
+            engines,
+            backend=backend,
+            images=IMAGES_PER_PASS,
+            threads=threads,
+            ram_budget_bytes=ram_budget_bytes,
+            vram=VramBudget(vram_budget_bytes, vram_margin_bytes),
+            report=report,
+        )
         self._report = report
-        self._opened: Backend | None
-        self._opened = self._open_cpu() if self.backend_name == "cpu" else self._open_gpu(vram_budget_bytes)
-        if vram_budget_bytes is not None and self.backend_name == "cpu":
-            budget, reason = format_bytes(vram_budget_bytes), self.backend_reason
-            log.warning("a VRAM budget of %s has no effect: the backend is cpu (%s)", budget, reason)
-        self._may_fall_back = backend == "auto" and self.backend_name != "cpu"
-        self._standby: Backend | None = None
-        if self._may_fall_back and self._for_cpu.precision != "fp8":  # files opened, no session made: 0.2 ms
-            self._standby = CpuBackend(engines, self._for_cpu, threads, self._kept(self._for_cpu))
-        self.cache: EmbeddingCache | None = None
-        if cache is not None:
-            self.cache = EmbeddingCache(cache, encoders_id(content_id(self._running, ENCODERS), self.backend_name))
+        self._cache_folder = cache
+        self._cache: EmbeddingCache | None = None
         self.from_cache: list[bool] = []
         """For each image of the last call that embedded images: did its embedding come from the cache?"""
         self._trace = trace
+        self._lanes: Lanes | None = None
+        if trace and isinstance(self._open.backend, DeviceBackend):
+            self._lanes = Lanes(self._open.backend.device, trace)
         self.timings = Timings()
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the engines that were opened; those for a GPU may lie in an engines directory inside the other."""
+        return self._open.manifest
+
+    @property
+    def backend_name(self) -> str:
+        """Where it computes; ``cpu`` once a GPU that ``auto`` chose has run out of memory."""
+        return self._open.name
+
+    @property
+    def backend_reason(self) -> str:
+        """Why there."""
+        return self._open.reason
+
+    @property
+    def cache(self) -> EmbeddingCache | None:
+        """Embeddings of these encoders on this backend, if they are kept."""
+        if self._cache_folder is None:
+            return None
+        encoders = encoders_id(content_id(self._open.running, ENCODERS), self.backend_name)
+        if self._cache is None or self._cache.encoders != encoders:
+            self._cache = EmbeddingCache(self._cache_folder, encoders)
+        return self._cache
 
     def lora_from_images(
         self,
@@ -188,8 +199,7 @@ class Pipeline:
 
     def embed_pixels(self, pixels: Mapping[Family, Array], *, observe: Observer | None = None) -> Array:
         """:meth:`embed` from what :meth:`pixels` gave; ``observe`` is told every step's outputs."""
-        encoded = [self._in_memory(partial(self._encode, family, pixels[family], observe)) for family in ENCODERS]
-        return np.concatenate(encoded, axis=1)
+        return self._open.in_memory(partial(self._encode_all, pixels, observe))
 
     def lora_from_embeddings(
         self, embeddings: Array, *, strength: float = 1.0, weights: Sequence[float] | None = None
@@ -199,7 +209,7 @@ class Pipeline:
 
     def factors(self, embeddings: Array) -> dict[str, tuple[Array, Array]]:
         """``module -> (A [images, rank, in], B [images, out, rank])``: the factors of every image, not yet joined."""
-        return self._in_memory(partial(self._factors, embeddings))
+        return self._open.in_memory(partial(self._factors, embeddings))
 
     def lora_from_factors(
         self,
@@ -227,21 +237,19 @@ class Pipeline:
     @property
     def vram(self) -> dict[str, int] | None:
         """VRAM in bytes: the budget, the peak by the plan and the peak as measured; None on the CPU."""
-        if not isinstance(self._opened, DeviceBackend):
+        if not isinstance(self._backend, DeviceBackend):
             return None
-        plan = self._opened.residency
+        plan = self._backend.residency
         return {
             "budget_bytes": plan.budget_bytes,
             "planned_peak_bytes": plan.peak_bytes,
-            "measured_peak_bytes": self._opened.peak_bytes,
+            "measured_peak_bytes": self._backend.peak_bytes,
         }
 
     def close(self) -> None:
         """Give sessions and mapped packs back."""
-        for backend in (self._opened, self._standby):
-            if backend is not None:
-                backend.close()
-        self._opened = self._standby = None
+        self._settle()
+        self._open.close()
 
     def __enter__(self) -> "Pipeline":
         return self
@@ -250,6 +258,10 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _encode_all(self, pixels: Mapping[Family, Array], observe: Observer | None) -> Array:
+        """Both encoders on one backend: should the CPU take over, its packs may be of another precision."""
+        return np.concatenate([self._encode(family, pixels[family], observe) for family in ENCODERS], axis=1)
 
     def _encode(self, family: Family, pixels: Array, observe: Observer | None) -> Array:
         """``[images, 3, size, size] -> [images, hidden]`` through embed, blocks and head."""
@@ -279,89 +291,48 @@ class Pipeline:
                 factors |= factors_by_module(step.name, outputs)
         return factors
 
-    def _in_memory(self, work: Callable[[], T]) -> T:
-        """``work``, again with a smaller plan each time memory runs out, at last on the CPU if that is allowed."""
-        while True:
-            try:
-                return work()
-            except OutOfDeviceMemory as error:
-                try:
-                    self._backend.shrink(error)
-                except OutOfDeviceMemory:
-                    if not self._may_fall_back:
-                        raise
-                    self._fall_back(error)
-
-    def _fall_back(self, cause: OutOfDeviceMemory) -> None:
-        """Go on with the CPU, on the build that was opened.
-
-        Raises:
-            EnginesReplaced: it must first be converted from fp8, and a rebuild has removed it. The pipeline is closed.
-        """
-        log.warning("%s: going on with the CPU", cause)
-        self._backend.close()
-        self._opened, self._standby = self._standby, None
-        if self._opened:
-            self.manifest = self._running = self._for_cpu
-        elif (self._engines / self._for_cpu.build).is_dir():
-            self._opened = self._open_cpu()
-        else:
-            raise EnginesReplaced(self._engines, self.backend_name) from cause
-        self.backend_name, self.backend_reason = "cpu", f"{self.backend_name} ran out of memory"
-        if self.cache is not None:  # its entries are of one backend
-            self.cache = EmbeddingCache(
-                self.cache.folder, encoders_id(content_id(self._running, ENCODERS), self.backend_name)
-            )
-        self._may_fall_back = False
-
-    def _open_gpu(self, vram_budget_bytes: int | None) -> Backend:
-        """The backend on the first card."""
-        if self.backend_name == "cuda":
-            self._running = self.manifest
-            return open_cuda(self._engines, self.manifest, IMAGES_PER_PASS, vram_budget_bytes)
-        directory = engines_for(self._engines, current_sm())
-        if directory != self._engines:
-            self.manifest = read_manifest(directory)
-            check_files(directory, self.manifest)
-        self._running = self.manifest
-        return open_tensorrt(directory, self.manifest, IMAGES_PER_PASS, vram_budget_bytes)
-
-    def _open_cpu(self) -> Backend:
-        """The cpu backend, over the int8 form of fp8 engines."""
-        self.manifest = self._for_cpu
-        directory, self._running = cpu_engines(self._engines, self.manifest, threads=self._threads, report=self._report)
-        return CpuBackend(directory, self._running, self._threads, self._kept(self._running))
-
-    def _kept(self, manifest: Manifest) -> dict[Family, frozenset[Chunk]]:
-        """The chunks that the CPU keeps between images."""
-        if self._ram_budget_bytes is None:
-            return {}
-        chunks = {family: model.chunks for family, model in manifest.models.items()}
-        return resident_chunks(chunks, self._ram_budget_bytes)
-
     def _stream(self, family: Family) -> Iterator[tuple[Step, Engine, Mapping[str, Value]]]:
         """Every step of a model in order with its engine and weights, progress told on the way."""
-        chunks = self._running.models[family].chunks
+        chunks = self._open.running.models[family].chunks
         total = sum(len(chunk.steps) for chunk in chunks)
-        store: WeightStore = self._backend.store(family)
-        if self._trace:
-            store = TracedStore(store, self._trace)
-        for done, (step, weights) in enumerate(stream(store, chunks)):
+        for done, (step, weights) in enumerate(stream(self._store(family), chunks)):
             self._report(family, done, total)
             engine = self._backend.engine(step.graph)
-            yield step, TracedEngine(engine, self._trace, step.name) if self._trace else engine, weights
+            if self._trace:
+                span = (
+                    self._lanes.span if isinstance(self._backend, DeviceBackend) and self._lanes else self._trace.span
+                )
+                engine = TracedEngine(engine, span, step.name)
+            yield step, engine, weights
         self._report(family, total, total)
+
+    def _store(self, family: Family) -> WeightStore:
+        """A model's weights; traced, if that was asked for."""
+        store = self._backend.store(family)
+        if self._trace is None:
+            return store
+        if self._lanes and not isinstance(self._backend, DeviceBackend):  # the CPU took over
+            self._settle()
+        if self._lanes is None:
+            return TracedStore(store, self._trace)
+        assert isinstance(store, DeviceStore)
+        store.span = self._lanes.span
+        return CountedStore(store, self._trace)
+
+    def _settle(self) -> None:
+        """Let the trace have what the device did."""
+        if self._lanes:
+            self._lanes.settle()
+            self._lanes = None
 
     @property
     def runs_as(self) -> str:
         """The precision of the packs that run: the manifest's, except that the cpu backend runs fp8 as int8."""
-        return self._running.precision
+        return self._open.running.precision
 
     @property
     def _backend(self) -> Backend:
-        if self._opened is None:
-            raise PipelineClosed(self._engines)
-        return self._opened
+        return self._open.backend
 
     @property
     def _adapter(self) -> AdapterSpec:
@@ -382,6 +353,7 @@ def open_engines(
     threads: int | None = None,
     ram_budget_bytes: int | None = None,
     vram_budget_bytes: int | None = None,
+    vram_margin_bytes: int = MARGIN_BYTES,
     report: Report = silent,
     cache: Path | str | None = None,
 ) -> Pipeline:
@@ -397,6 +369,7 @@ def open_engines(
         threads=threads,
         ram_budget_bytes=ram_budget_bytes,
         vram_budget_bytes=vram_budget_bytes,
+        vram_margin_bytes=vram_margin_bytes,
         report=report,
         cache=folder,
     )

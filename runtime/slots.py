@@ -12,10 +12,12 @@ The host waits for nothing, so the next copy runs while the device computes.
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from ..engines.base import Value
-from ..engines.device import Device, Event, Workspace, aligned
+from ..engines.device import Device, Event, Lane, Workspace, aligned
 from ..engines.manifest import Chunk, Model, Step
 from ..engines.tensorfile import TensorInfo
 from ..errors import OutOfDeviceMemory, format_bytes
@@ -23,6 +25,8 @@ from ..specs import Family
 from .residency import Residency
 
 log = logging.getLogger(__name__)
+Span: TypeAlias = Callable[..., AbstractContextManager[None]]
+"""``span(lane, name, nbytes=...)``: times what its body enqueues."""
 
 
 @dataclass
@@ -139,6 +143,8 @@ class DeviceStore:
     def __init__(
         self, device: Device, model: Model, pack: memoryview, slots: deque[Slot], places: Mapping[Chunk, int]
     ) -> None:
+        self.span: Span = untimed
+        """Put around every copy; for a trace."""
         self.slots = len(slots)
         self.resident = places.keys()
         self._device = device
@@ -181,8 +187,14 @@ class DeviceStore:
             self._free.append(slot)
 
     def _copy(self, chunk: Chunk, address: int) -> None:
-        self._device.copy_async(self._pack[chunk.offset : chunk.offset + chunk.nbytes], address)
+        with self.span("copy", f"copy {chunk.steps[0].name}", nbytes=chunk.nbytes):
+            self._device.copy_async(self._pack[chunk.offset : chunk.offset + chunk.nbytes], address)
         self._ready[chunk] = self._device.record("copy")
+
+
+def untimed(lane: Lane, name: str, *, nbytes: int) -> AbstractContextManager[None]:  # noqa: ARG001
+    """No span."""
+    return nullcontext()
 
 
 def inputs_of(step: Step, model: Model) -> dict[str, TensorInfo]:

@@ -18,20 +18,20 @@ from ..engines.plans import checked_plan, plans_folder, wanted_key
 from ..engines.runtime_cache import RuntimeCache
 from ..engines.tensorrt import Flavour, find_flavour
 from ..engines.tensorrt_engine import PlanRuntime, TensorRTEngine
-from .device_backend import DeviceBackend, vram_budget
+from .device_backend import DeviceBackend, VramBudget
 from .residency import CONTEXT_BYTES, GraphMemory
 
 log = logging.getLogger(__name__)
 
 
-def open_tensorrt(engines: Path, manifest: Manifest, images: int, budget_bytes: int | None) -> "TensorRTBackend":
+def open_tensorrt(engines: Path, manifest: Manifest, images: int, vram: VramBudget) -> "TensorRTBackend":
     """Open an engines directory on the first card.
 
     Args:
         engines: the engines directory, built with ``--backend tensorrt`` for the card's generation.
         manifest: its manifest.
         images: the most that share a pass.
-        budget_bytes: VRAM for all of it; None takes what is free, less the margin.
+        vram: for all of it.
 
     Raises:
         PackageMissing: no TensorRT is installed.
@@ -47,7 +47,7 @@ def open_tensorrt(engines: Path, manifest: Manifest, images: int, budget_bytes: 
         card = CudaDevice(backend="tensorrt")
         undo.callback(card.close)
         plans = checked_plans(engines, manifest, flavour, card.sm)
-        budget = vram_budget(card, budget_bytes)  # before contexts take of what is free
+        budget = vram.on(card)  # before contexts take of what is free
         workspace = Workspace()
         cache = RuntimeCache(plans_folder(engines, card.sm, manifest.precision), flavour, card.name)
         runtime = PlanRuntime(flavour, card, workspace, images, cache)

@@ -1,23 +1,25 @@
 """A trace of a run: what was copied and computed when, and how much memory was held.
 
-The file is Chrome's trace format, which Perfetto (ui.perfetto.dev) and ``chrome://tracing`` open. Spans are measured on
-the host: on the CPU backend ``prefetch`` asks for a chunk, ``acquire`` waits for it, ``run`` computes. Nothing is
-wrapped and nothing costs if no trace was asked for.
+The file is Chrome's trace format, which Perfetto (ui.perfetto.dev) and ``chrome://tracing`` open. On the CPU backend
+``prefetch`` asks for a chunk, ``acquire`` waits for it, ``run`` computes, by the host's clock. On a device ``copy`` and
+``run`` are what its lanes did, by its own clock (:mod:`.lanes`). Nothing is wrapped and nothing costs if no trace was
+asked for.
 """
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..engines.base import Engine, Value, WeightStore
+from ..engines.device import Lane
 from ..engines.manifest import Chunk, Step
 from ..files import atomic_path
 
-LANES = ("copy", "compute")
+LANES: tuple[Lane, ...] = ("copy", "compute")
 
 
 class Trace:
@@ -32,14 +34,22 @@ class Trace:
         ]
 
     @contextmanager
-    def span(self, lane: str, name: str, **facts: object) -> Iterator[None]:
+    def span(self, lane: Lane, name: str, **facts: object) -> Iterator[None]:
         """Time the body."""
-        begin = self._now()
+        begin = self.now()
         try:
             yield
         finally:
-            event = {"ph": "X", "name": name, "pid": 1, "tid": LANES.index(lane) + 1, "ts": begin}
-            self.events.append({**event, "dur": self._now() - begin, "args": facts})
+            self.add(lane, name, begin, self.now() - begin, **facts)
+
+    def add(self, lane: Lane, name: str, begin_us: float, duration_us: float, **facts: object) -> None:
+        """A span that was timed elsewhere."""
+        event = {"ph": "X", "name": name, "pid": 1, "tid": LANES.index(lane) + 1, "ts": begin_us}
+        self.events.append({**event, "dur": duration_us, "args": facts})
+
+    def count(self, name: str, **values: int) -> None:
+        """Values of a counter from now on."""
+        self.events.append({"ph": "C", "name": name, "pid": 1, "ts": self.now(), "args": values})
 
     def hold(self, chunk: Chunk) -> None:
         """A chunk's memory is held from now on."""
@@ -61,15 +71,15 @@ class Trace:
             temporary.write_text(json.dumps({"traceEvents": self.events, "displayTimeUnit": "ms"}), encoding="utf-8")
 
     def _memory(self) -> None:
-        held = sum(chunk.nbytes for chunk in self._held)
-        self.events.append({"ph": "C", "name": "memory", "pid": 1, "ts": self._now(), "args": {"weights": held}})
+        self.count("memory", weights=sum(chunk.nbytes for chunk in self._held))
 
-    def _now(self) -> float:
+    def now(self) -> float:
+        """Microseconds since the trace was made."""
         return (time.perf_counter_ns() - self._start) / 1000
 
 
-class TracedStore:
-    """A :class:`WeightStore` whose calls are traced."""
+class CountedStore:
+    """A :class:`WeightStore` of whose chunks a trace knows which are held."""
 
     def __init__(self, store: WeightStore, trace: Trace) -> None:
         self._store = store
@@ -84,13 +94,11 @@ class TracedStore:
         return self._store.resident
 
     def prefetch(self, chunk: Chunk) -> None:
-        with self._trace.span("copy", f"prefetch {chunk.steps[0].name}", nbytes=chunk.nbytes):
-            self._store.prefetch(chunk)
+        self._store.prefetch(chunk)
         self._trace.hold(chunk)
 
     def acquire(self, chunk: Chunk) -> None:
-        with self._trace.span("copy", f"acquire {chunk.steps[0].name}", nbytes=chunk.nbytes):
-            self._store.acquire(chunk)
+        self._store.acquire(chunk)
 
     def weights(self, step: Step) -> Mapping[str, Value]:
         return self._store.weights(step)
@@ -101,15 +109,27 @@ class TracedStore:
             self._trace.drop(chunk)
 
 
-class TracedEngine:
-    """An :class:`Engine` whose runs are traced under a step's name."""
+class TracedStore(CountedStore):
+    """One whose calls are timed on the host."""
 
-    def __init__(self, engine: Engine, trace: Trace, step: str) -> None:
+    def prefetch(self, chunk: Chunk) -> None:
+        with self._trace.span("copy", f"prefetch {chunk.steps[0].name}", nbytes=chunk.nbytes):
+            super().prefetch(chunk)
+
+    def acquire(self, chunk: Chunk) -> None:
+        with self._trace.span("copy", f"acquire {chunk.steps[0].name}", nbytes=chunk.nbytes):
+            super().acquire(chunk)
+
+
+class TracedEngine:
+    """An :class:`Engine` whose runs are spans under a step's name."""
+
+    def __init__(self, engine: Engine, span: Callable[[Lane, str], AbstractContextManager[None]], step: str) -> None:
         self.activation = engine.activation
         self._engine = engine
-        self._trace = trace
+        self._span = span
         self._step = step
 
     def run(self, activation: Value, weights: Mapping[str, Value]) -> dict[str, Value]:
-        with self._trace.span("compute", f"run {self._step}"):
+        with self._span("compute", f"run {self._step}"):
             return self._engine.run(activation, weights)

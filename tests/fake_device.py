@@ -29,6 +29,8 @@ class Mark:
     """An event."""
 
     done: bool = False
+    at: int = -1
+    """How many pieces of work the device had done, if that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class FakeDevice:
         """Bytes of every copy that was asked for."""
         self._memory: dict[int, bytearray] = {}
         self._lanes: dict[Lane, deque[Work | Mark]] = {"copy": deque(), "compute": deque()}
+        self._done = 0
         self._random = random.Random(seed)
         self._haste = haste
         self._failures = failures
@@ -103,14 +106,20 @@ class FakeDevice:
         self.enqueue("copy", lambda: self._write(address, source[:half]))
         self.enqueue("copy", lambda: self._write(address + half, source[half:]))
 
-    def record(self, lane: Lane) -> Mark:
+    def record(self, lane: Lane, *, timed: bool = False) -> Mark:
         mark = Mark()
 
         def done() -> None:
             mark.done = True
+            if timed:
+                mark.at = self._done
 
         self.enqueue(lane, done)
         return mark
+
+    def elapsed_us(self, first: Mark, last: Mark) -> float:
+        assert min(first.at, last.at) >= 0, "CUDA refuses events that are not timed or not done"
+        return float(last.at - first.at)
 
     def wait(self, lane: Lane, event: Mark) -> None:
         self.enqueue(lane, event)
@@ -154,6 +163,7 @@ class FakeDevice:
             return False
         lane = able[0] if len(able) == 1 else ("copy" if self._random.random() < self._haste else "compute")
         work = self._lanes[lane].popleft()
+        self._done += 1
         if not isinstance(work, Mark):
             work()
         return True

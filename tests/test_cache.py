@@ -150,7 +150,7 @@ def test_only_contents_and_precision_make_the_content_id(engines: MakeEngines) -
 
 
 def test_no_pass_has_more_images_than_fit(cached: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    cached.cache = None
+    cached._cache_folder = None
     batches = watched_batches(cached, monkeypatch)
     cached.embed([picture(32, 32, seed) for seed in range(IMAGES_PER_PASS + 2)])
     assert batches == [IMAGES_PER_PASS, 2]

@@ -394,7 +394,7 @@ def test_a_backend_that_cannot_run_is_an_error(
     def refuse(name: str) -> tuple[str, str]:
         raise BackendUnavailable(name, "no such card", "buy one")
 
-    monkeypatch.setattr("i2l.runtime.pipeline.choose_backend", refuse)
+    monkeypatch.setattr("i2l.runtime.opening.choose_backend", refuse)
     with pytest.raises(BackendUnavailable, match="no such card"):
         apply()
     assert nodes.open_pipelines._pipeline is None

@@ -4,6 +4,7 @@ Nothing here shows that CUDA works. tests/test_gpu.py does, where there is a GPU
 """
 
 import ctypes
+import itertools
 import json
 import logging
 import shutil
@@ -41,7 +42,7 @@ from i2l.export.cuda_graphs import build_cuda_graphs
 from i2l.export.cuda_precision import cuda_precision
 from i2l.export.graphs import export_graphs
 from i2l.runtime.cuda_backend import arena_memory, open_cuda
-from i2l.runtime.device_backend import DeviceBackend
+from i2l.runtime.device_backend import DeviceBackend, VramBudget
 from i2l.runtime.lora import Lora
 from i2l.runtime.pipeline import Pipeline
 from i2l.specs import PRESETS
@@ -79,8 +80,7 @@ def lora_at(directory: Path, graphs: Mapping[str, Path], spare_bytes: int) -> Lo
         backend(0)
     with Pipeline(directory, backend="cpu", threads=1) as pipeline:
         pipeline.close()
-        made = pipeline._opened = backend(caught.value.needed_bytes + spare_bytes)
-        pipeline._running = manifest
+        made = pipeline._open._backend = backend(caught.value.needed_bytes + spare_bytes)
         lora = pipeline.lora_from_images(PICTURES)
         assert device.pinned_bytes == sum(pack.size() for pack in made._maps.values())
         assert (made.residency.streamed_bytes == 0) == (spare_bytes == 10_000_000)
@@ -280,11 +280,27 @@ class Driver:
         return call
 
 
+class Mark:
+    """An event of cuda-core: the difference of two is in milliseconds, if both were to be timed."""
+
+    def __init__(self, at_ms: float | None) -> None:
+        self.at_ms = at_ms
+
+    def __sub__(self, other: "Mark") -> float:
+        assert self.at_ms is not None
+        assert other.at_ms is not None
+        return self.at_ms - other.at_ms
+
+    def sync(self) -> None:
+        pass
+
+
 class Stream:
     handle = 5
+    clock = itertools.count()
 
-    def record(self) -> "Stream":
-        return self
+    def record(self, options: Mapping[str, bool]) -> Mark:
+        return Mark(0.25 * next(self.clock) if options["timing_enabled"] else None)
 
     def wait(self, event: object) -> None:
         pass
@@ -301,7 +317,7 @@ def device_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[cuda_dev
             name="a played card", compute_capability=(8, 9), create_stream=lambda **_: Stream()
         )
         monkeypatch.setattr(cuda_device, "open_card", lambda *_: (driver, card))
-        monkeypatch.setattr(cuda_device, "_core", lambda: types.SimpleNamespace(StreamOptions=dict))
+        monkeypatch.setattr(cuda_device, "_core", lambda: types.SimpleNamespace(StreamOptions=dict, EventOptions=dict))
         return cuda_device.CudaDevice(), driver
 
     return open_
@@ -341,6 +357,12 @@ def test_values_go_up_and_come_down(device_with: Callable[..., Any]) -> None:
     assert device.peak_bytes == 80
 
 
+def test_timed_events_tell_microseconds(device_with: Callable[..., Any]) -> None:
+    device, _ = device_with(pins=True)
+    first, _, last = (device.record("copy", timed=timed) for timed in (True, False, True))
+    assert device.elapsed_us(first, last) == 250
+
+
 def test_cudas_out_of_memory_is_ours(device_with: Callable[..., Any]) -> None:
     device, _ = device_with(pins=True, free_bytes=1000)
     with pytest.raises(OutOfDeviceMemory, match="a played card has no room"):
@@ -363,7 +385,7 @@ def test_a_card_that_does_not_do_is_given_back(
     device.sm, device.index = sm, 0  # type: ignore[attr-defined]
     monkeypatch.setattr(cuda_device, "CudaDevice", lambda: device)
     with pytest.raises(error, match=words):
-        open_cuda(with_graphs, read_manifest(with_graphs), 4, budget_bytes)
+        open_cuda(with_graphs, read_manifest(with_graphs), 4, VramBudget(budget_bytes))
     assert device.used_bytes == device.pinned_bytes == 0
 
 

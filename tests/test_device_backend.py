@@ -6,6 +6,7 @@ Engines are onnxruntime's, fed with what the fake device's memory holds when the
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,11 @@ from fake_device import DeviceTensor, FakeDevice
 from i2l.engines.manifest import Manifest, read_manifest
 from i2l.engines.ort import ELEMENT_TYPES, OrtEngine
 from i2l.errors import BudgetTooSmall, EnginesReplaced, OutOfDeviceMemory, PipelineClosed
-from i2l.runtime.device_backend import DeviceBackend
+from i2l.runtime.device_backend import DeviceBackend, VramBudget
 from i2l.runtime.lora import Lora
 from i2l.runtime.pipeline import Pipeline
 from i2l.runtime.residency import RESERVED_BYTES, GraphMemory
+from i2l.runtime.trace import Trace
 
 PICTURES = [picture(90, 70, seed=1), picture(64, 64, seed=2)]
 
@@ -76,8 +78,8 @@ def opened(engines: MakeEngines) -> Iterator[Opened]:
             backend(0)
         pipeline = Pipeline(directory, backend="cpu", threads=1)
         pipeline._backend.close()
-        made = pipeline._opened = backend(caught.value.needed_bytes + spare_bytes)
-        pipeline.backend_name, pipeline._may_fall_back = "fake", auto
+        made = pipeline._open._backend = backend(caught.value.needed_bytes + spare_bytes)
+        pipeline._open.name, pipeline._open._may_fall_back = "fake", auto
         pipelines.append(pipeline)
         return pipeline, made, device
 
@@ -111,8 +113,8 @@ def on_auto(engines: MakeEngines, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             engine = FakeEngine(device, first, path, failing(0, first, 1000))
             return DeviceBackend("cuda", device, {first: engine}.__getitem__, engines, manifest, graphs, 1 << 30)
 
-        monkeypatch.setattr("i2l.runtime.pipeline.choose_backend", lambda _: ("cuda", "auto: a card"))
-        monkeypatch.setattr("i2l.runtime.pipeline.open_cuda", open_gpu)
+        monkeypatch.setattr("i2l.runtime.opening.choose_backend", lambda _: ("cuda", "auto: a card"))
+        monkeypatch.setattr("i2l.runtime.opening.open_cuda", open_gpu)
         pipelines.append(Pipeline(directory, threads=1))
         return pipelines[-1], directory
 
@@ -203,3 +205,67 @@ def test_fp8_engines_that_are_gone_are_an_error(on_auto: Rebuilt, engines: MakeE
         pipeline.lora_from_images(PICTURES)
     with pytest.raises(PipelineClosed):
         pipeline.lora_from_images(PICTURES)
+
+
+def test_a_trace_shows_what_the_lanes_did(engines: MakeEngines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the device's clock: copies and runs in their lanes one after another, and no chunk used before it is there."""
+    directory = engines("tiny", "int8")
+    device = FakeDevice(1 << 30, seed=3)
+
+    def open_gpu(directory: Path, manifest: Manifest, *_: object) -> DeviceBackend:
+        graphs = {graph: GraphMemory(5000, 200_000, 100) for graph in manifest.graphs}
+
+        def make(graph: str) -> FakeEngine:
+            return FakeEngine(device, graph, directory / manifest.build / manifest.graphs[graph], lambda _: None)
+
+        with pytest.raises(BudgetTooSmall) as caught:
+            DeviceBackend("cuda", device, make, directory, manifest, graphs, 0)
+        return DeviceBackend("cuda", device, make, directory, manifest, graphs, caught.value.needed_bytes)
+
+    monkeypatch.setattr("i2l.runtime.opening.choose_backend", lambda _: ("cuda", "named"))
+    monkeypatch.setattr("i2l.runtime.opening.open_cuda", open_gpu)
+    trace = Trace()
+    with Pipeline(directory, backend="cuda", trace=trace) as pipeline:
+        pipeline.lora_from_images(PICTURES)
+        used = device.used_bytes
+    chunks = [chunk for model in read_manifest(directory).models.values() for chunk in model.chunks]
+    spans = [event for event in trace.events if event["ph"] == "X"]
+    copies, runs = ([event for event in spans if event["tid"] == lane] for lane in (1, 2))
+    assert [event["name"] for event in runs] == [f"run {step.name}" for chunk in chunks for step in chunk.steps]
+    assert sorted(event["name"] for event in copies) == sorted(f"copy {chunk.steps[0].name}" for chunk in chunks)
+    for lane in (copies, runs):
+        assert all(a["ts"] + a["dur"] <= b["ts"] for a, b in pairwise(lane))
+    began = {event["name"].removeprefix("run "): event["ts"] for event in runs}
+    for event in copies:
+        assert event["dur"] > 0
+        assert event["ts"] + event["dur"] <= began[event["name"].removeprefix("copy ")]
+    counted = [event["args"]["used"] for event in trace.events if event["name"] == "VRAM"]
+    assert len(counted) == len(spans)
+    assert set(counted) == {used}
+
+
+def test_too_little_vram_at_the_opening_leaves_auto_the_cpu(
+    engines: MakeEngines, wanted: Lora, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def open_gpu(*_: object) -> DeviceBackend:
+        raise OutOfDeviceMemory("a card", 2 << 30, 1 << 30)
+
+    monkeypatch.setattr("i2l.runtime.opening.choose_backend", lambda _: ("cuda", "a card"))
+    monkeypatch.setattr("i2l.runtime.opening.open_cuda", open_gpu)
+    with pytest.raises(OutOfDeviceMemory):
+        Pipeline(engines("tiny", "int8"), backend="cuda")
+    with caplog.at_level(logging.WARNING, "i2l"), Pipeline(engines("tiny", "int8"), threads=1) as pipeline:
+        assert_same(pipeline.lora_from_images(PICTURES), wanted)
+        assert (pipeline.backend_name, pipeline.backend_reason) == ("cpu", "cuda ran out of memory")
+    assert "going on with the CPU" in caplog.text
+
+
+@pytest.mark.parametrize(("free_bytes", "budget_bytes"), [(5 << 30, 4 << 30), (1 << 30, None)])
+def test_auto_leaves_the_margin(free_bytes: int, budget_bytes: int | None) -> None:
+    device = FakeDevice(free_bytes)
+    if budget_bytes is None:
+        with pytest.raises(OutOfDeviceMemory, match=r"no room for 1\.00 GiB"):
+            VramBudget(margin_bytes=1 << 30).on(device)
+    else:
+        assert VramBudget(margin_bytes=1 << 30).on(device) == budget_bytes
+    assert VramBudget(7).on(device) == 7

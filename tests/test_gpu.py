@@ -70,9 +70,9 @@ def test_fp8_plans_multiply_fp8(directory: Path, backend: str) -> None:
         pytest.skip("of TensorRT's FP8 plans")
     with Pipeline(directory, backend=backend) as pipeline:
         pipeline.lora_from_images(PICTURES)
-        assert isinstance(pipeline._opened, TensorRTBackend)
+        assert isinstance(pipeline._open.backend, TensorRTBackend)
         for graph in ("siglip2.block", "dinov3.block", "adapter.attention", "adapter.feed_forward"):
-            found = products(pipeline._opened.opened[graph].layers)
+            found = products(pipeline._open.backend.opened[graph].layers)
             assert found.fp8 > 0, (graph, found)
 
 

@@ -49,7 +49,7 @@ from i2l.errors import (
     ShapeMismatch,
 )
 from i2l.export.gpu_precision import gpu_precision
-from i2l.runtime import pipeline as pipeline_module
+from i2l.runtime import opening as opening_module
 from i2l.runtime.lora import Lora
 from i2l.runtime.pipeline import IMAGES_PER_PASS, Pipeline
 from i2l.runtime.residency import CONTEXT_BYTES
@@ -120,7 +120,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Play:
         monkeypatch.setattr(cuda_device, "CudaDevice", lambda **_: device)
         monkeypatch.setattr(detect, "_without_driver", lambda _: None)
         monkeypatch.setattr(detect, "_without_cuda_python", lambda _: None)
-        for module in (detect, pipeline_module):
+        for module in (detect, opening_module):
             monkeypatch.setattr(module, "current_sm", lambda: sm)
         return played
 
@@ -139,8 +139,8 @@ def open_with(directory: Path, spare_bytes: int) -> Pipeline:
 
 
 def backend_of(pipeline: Pipeline) -> TensorRTBackend:
-    assert isinstance(pipeline._opened, TensorRTBackend)
-    return pipeline._opened
+    assert isinstance(pipeline._open._backend, TensorRTBackend)
+    return pipeline._open._backend
 
 
 def rtx_configs(played: Played) -> list[played_tensorrt.Config]:
@@ -335,7 +335,7 @@ def test_each_generation_runs_the_engines_that_serve_it(
         lora = pipeline.lora_from_images(PICTURES)
         assert (pipeline.manifest.precision, pipeline.runs_as) == ("int8", "int8")
         assert lora.metadata["i2l.precision"] == "int8"
-        pipeline._may_fall_back, pipeline._threads = True, 1
+        pipeline._open._may_fall_back, pipeline._open._threads = True, 1
         played.fail = failing("run", OOM, times=99)
         assert_same(pipeline.lora_from_images(PICTURES), wanted)
         assert (pipeline.backend_name, pipeline.manifest.precision) == ("cpu", "fp32")
