@@ -129,7 +129,10 @@ def test_every_step_sees_its_own_weights_within_the_budget(case: Case, delay: Ca
     assert device.used_bytes == 0
 
 
-long_examples = pytest.mark.filterwarnings("ignore:Generating overly large repr")
+long_examples = pytest.mark.filterwarnings(
+    "ignore:Generating overly large repr",
+    "ignore::pytest.PytestUnraisableExceptionWarning",  # the stream that the fake stopped is closed late
+)
 
 
 @long_examples
