@@ -7,6 +7,7 @@ reading and then maps it, which costs next to nothing. Warm regions cost the thr
 
 import mmap
 import os
+import weakref
 from concurrent.futures import Executor, Future, wait
 from pathlib import Path
 
@@ -27,7 +28,9 @@ class ReadAhead:
     """
 
     def __init__(self, path: Path, mapped: mmap.mmap, thread: Executor) -> None:
-        self._file = path.open("rb", buffering=0)
+        self.path = path
+        self._file = os.open(path, os.O_RDONLY)
+        self._close_file = weakref.finalize(self, os.close, self._file)  # a pipeline that nobody closes, too
         self._mapped = mapped
         self._thread = thread
         self._reads: dict[int, Future[None]] = {}
@@ -56,7 +59,7 @@ class ReadAhead:
         reads = [read for read in self._reads.values() if not read.cancel()]
         wait(reads)
         self._reads.clear()
-        self._file.close()
+        self._close_file()
 
     def _read(self, offset: int, nbytes: int) -> None:
         end = offset + nbytes
@@ -72,6 +75,6 @@ class ReadAhead:
         if NOWAIT is None:
             return False
         try:
-            return bool(os.preadv(self._file.fileno(), [bytearray(1)], offset, NOWAIT))
+            return bool(os.preadv(self._file, [bytearray(1)], offset, NOWAIT))
         except OSError:
             return False

@@ -290,9 +290,7 @@ def test_small_chunks_are_read_ahead_by_many_into_the_next_pack(
 ) -> None:
     """While SigLIP2's last chunk is asked for, the disk goes on with DINOv3's; the adapter's pack is the last."""
     begun: list[tuple[str, int]] = []
-    monkeypatch.setattr(
-        ReadAhead, "begin", lambda self, offset, _: begun.append((Path(self._file.name).parent.name, offset))
-    )
+    monkeypatch.setattr(ReadAhead, "begin", lambda self, offset, _: begun.append((self.path.parent.name, offset)))
     manifest = read_manifest(engines("tiny", "fp32"))
     backend = ort.CpuBackend(engines("tiny", "fp32"), manifest)
     pairs: list[tuple[Family, Family | None]] = [("siglip2", "dinov3"), ("dinov3", "adapter"), ("adapter", None)]
