@@ -15,16 +15,10 @@ def cpu_quota(membership: Path = MEMBERSHIP, root: Path = ROOT) -> float | None:
     """CPUs' worth of time that may be used; None if nothing limits it."""
     quotas = []
     for folder in _folders("cpu", membership, root):
-        quota, period = (
-            _words(folder / "cpu.max")
-            or [
-                *_words(folder / "cpu.cfs_quota_us"),
-                *_words(folder / "cpu.cfs_period_us"),
-            ]
-            or ("max", "1")
-        )
-        if quota != "max" and int(quota) > 0:
-            quotas.append(int(quota) / int(period))
+        version_1 = [*_words(folder / "cpu.cfs_quota_us"), *_words(folder / "cpu.cfs_period_us")]
+        match _words(folder / "cpu.max") or version_1:
+            case [quota, period] if quota != "max" and int(quota) > 0:
+                quotas.append(int(quota) / int(period))
     return min(quotas, default=None)
 
 

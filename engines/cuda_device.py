@@ -20,11 +20,9 @@ from ..errors import BackendUnavailable, DeviceFailed, OutOfDeviceMemory
 from .base import Array
 from .device import Event, Lane
 from .ort_device import ELEMENT_TYPES, FLOAT32, DeviceTensor
-from .tensorfile import TensorInfo
+from .tensorfile import TENSOR_ALIGN, TensorInfo
 
 log = logging.getLogger(__name__)
-ALIGNMENT = 256
-"""What cuMemAlloc promises and the graphs' kernels want."""
 BUFFERS = 2
 """Pinned buffers where packs cannot be pinned: one is filled while the other is copied."""
 
@@ -86,7 +84,7 @@ class CudaDevice:
 
     def allocate(self, nbytes: int) -> int:
         address = int(self._call("cuMemAlloc", nbytes, wanted_bytes=nbytes))
-        assert address % ALIGNMENT == 0
+        assert address % TENSOR_ALIGN == 0, "cuMemAlloc promises as much"
         self._look()
         return address
 

@@ -56,10 +56,11 @@ class CpuBackend:
         self._graphs = {graph: (folder / path).read_bytes() for graph, path in manifest.graphs.items()}
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="i2l-read-ahead")
         self._stores: dict[Family, MappedPack] = {}
+        ahead_bytes = bytes_ahead(available_bytes())
         following = None
         for family in reversed([family for family in FAMILIES if family in manifest.models]):
             model, kept = manifest.models[family], (resident or {}).get(family, frozenset())
-            following = MappedPack(folder / model.pack, model, self._reader, resident=kept, following=following)
+            following = MappedPack(folder / model.pack, model, self._reader, ahead_bytes, kept, following)
             self._stores[family] = following
         self._engines: dict[str, OrtEngine] = {}
 
@@ -116,6 +117,7 @@ class MappedPack:
         path: the pack.
         model: what is in it.
         reader: one worker that reads ahead.
+        ahead_bytes: how far it may be ahead.
         resident: chunks that are not given back.
         following: the pack that is used after this one; its first chunks are read behind the last ones of this.
     """
@@ -125,9 +127,9 @@ class MappedPack:
         path: Path,
         model: Model,
         reader: Executor,
-        *,
-        resident: frozenset[Chunk] = frozenset(),
-        following: "MappedPack | None" = None,
+        ahead_bytes: int,
+        resident: frozenset[Chunk],
+        following: "MappedPack | None",
     ) -> None:
         self._map = open_mapped(path)
         self._ahead = ReadAhead(path, self._map, reader)
@@ -136,7 +138,7 @@ class MappedPack:
         self._chunks = model.chunks
         self._following = following
         self.resident = resident
-        self.slots = max(2, ahead_bytes(available_bytes()) // max(chunk.nbytes for chunk in model.chunks))
+        self.slots = max(2, ahead_bytes // max(chunk.nbytes for chunk in model.chunks))
 
     def prefetch(self, chunk: Chunk) -> None:
         self._ahead.begin(chunk.offset, chunk.nbytes)
@@ -177,7 +179,7 @@ class MappedPack:
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(flat.reshape(info.shape), element_type)
 
 
-def ahead_bytes(available: int | None) -> int:
+def bytes_ahead(available: int | None) -> int:
     """How far to read ahead with so much memory available: what is read too early is dropped before it is used."""
     least, most = AHEAD_BYTES
     return least if available is None else min(max(available // 4, least), most)

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from mmap import ACCESS_READ, mmap
+from mmap import mmap
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from .base import Array
 from .manifest import Model
-from .mapping import give_back, read_ahead
+from .mapping import give_back, open_mapped, read_ahead
 from .rotation import rotate, rotation
 from .tensorfile import PAD_PREFIX, TENSOR_ALIGN, Layout, LayoutWriter, TensorInfo, plan_layout
 
@@ -105,8 +105,7 @@ def transcode_pack(
         threads: that convert; another one hashes and writes.
         advance: told the bytes handed to the disk.
     """
-    with source.open("rb") as file:
-        mapped = mmap(file.fileno(), 0, access=ACCESS_READ)  # goes with the last array that looks at it
+    mapped = open_mapped(source)  # goes with the last array that looks at it
     jobs = _jobs(mapped, model.tensors, wanted.tensors)
     with LayoutWriter(path, layout_of(wanted)) as writer, ThreadPoolExecutor(threads, "i2l-transcode") as pool:
         for name, data in _in_order(pool, jobs, PIECES_AHEAD * threads):

@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,12 +63,13 @@ class EmbeddingCache:
 
     Args:
         folder: made at the first write.
-        encoders: what made the embeddings; see :func:`encoders_id`.
+        encoders: asked what makes the embeddings, see :func:`encoders_id`; again behind each computing, as the CPU may
+            have taken over from a GPU meanwhile.
     """
 
-    def __init__(self, folder: Path, encoders: str) -> None:
+    def __init__(self, folder: Path, encoders: Callable[[], str]) -> None:
         self.folder = folder
-        self.encoders = encoders
+        self._encoders = encoders
         self._writable = True
 
     def embed(self, squares: Sequence[Image.Image], encode: Encode) -> tuple[Array, list[bool]]:
@@ -77,26 +78,32 @@ class EmbeddingCache:
         Returns:
             float32 ``[squares, 5632]``, and for each square whether it came from the cache.
         """
-        paths = [self.path(square) for square in squares]
-        known = {path: found for path in dict.fromkeys(paths) if (found := self._read(path)) is not None}
-        missing = {path: square for path, square in zip(paths, squares, strict=True) if path not in known}
-        computed: dict[Path, Array] = {}
+        contents = [content_sha256(square) for square in squares]
+        kept = {content: self._read(path) for content, path in self._paths(contents).items()}
+        known = {content: found for content, found in kept.items() if found is not None}
+        missing = {content: square for content, square in zip(contents, squares, strict=True) if content not in known}
+        computed: dict[str, Array] = {}
         if missing:
             computed = dict(zip(missing, encode(list(missing.values())), strict=True))
-            for path, embedding in computed.items():
-                self._write(path, embedding)
-        return np.stack([(known | computed)[path] for path in paths]), [path in known for path in paths]
+            for content, path in self._paths(missing).items():
+                self._write(path, computed[content])
+        return np.stack([(known | computed)[content] for content in contents]), [c in known for c in contents]
 
     def path(self, square: Image.Image) -> Path:
         """Where the embedding of a square lies or would lie."""
-        key = hashlib.sha256(f"{self.encoders} {content_sha256(square)}".encode()).hexdigest()
-        return self.folder / f"{key}.safetensors"
+        (path,) = self._paths([content_sha256(square)]).values()
+        return path
 
     def require_kept(self, paths: Sequence[Path]) -> None:
         """Raise :class:`OutputUnwritable` if an embedding that was to be kept is not there."""
         for path in paths:
             if not path.is_file():
                 raise OutputUnwritable(path, "see above")
+
+    def _paths(self, contents: Iterable[str]) -> dict[str, Path]:
+        encoders = self._encoders()
+        keys = {content: hashlib.sha256(f"{encoders} {content}".encode()).hexdigest() for content in contents}
+        return {content: self.folder / f"{key}.safetensors" for content, key in keys.items()}
 
     def _read(self, path: Path) -> Array | None:
         try:

@@ -4,7 +4,6 @@ Only the device and its engines differ between CUDA and TensorRT, and between th
 """
 
 import contextlib
-import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ from pathlib import Path
 from ..engines.base import Array, Engine, Value
 from ..engines.device import Device, Workspace
 from ..engines.manifest import Manifest
+from ..engines.mapping import open_mapped
 from ..errors import OutOfDeviceMemory, ShapeMismatch
 from ..specs import Family
 from .residency import GraphMemory, Residency, plan_residency
@@ -56,7 +56,7 @@ class DeviceBackend:
         self._make_engine = make_engine
         self._engines: dict[str, Engine] = {}
         folder = directory / manifest.build
-        self._maps = {family: mapped(folder / model.pack) for family, model in manifest.models.items()}
+        self._maps = {family: open_mapped(folder / model.pack) for family, model in manifest.models.items()}
         chunks = {family: model.chunks for family, model in manifest.models.items()}
         packs = {family: memoryview(pack) for family, pack in self._maps.items()}
         plan = partial(plan_residency, chunks, graphs)
@@ -125,9 +125,3 @@ class VramBudget:
         if free <= self.margin_bytes:
             raise OutOfDeviceMemory(device.name, self.margin_bytes, free)
         return free - self.margin_bytes
-
-
-def mapped(path: Path) -> mmap.mmap:
-    """A file in the process's address space, read-only."""
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

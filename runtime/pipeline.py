@@ -106,8 +106,7 @@ class Pipeline:
             report=report,
         )
         self._report = report
-        self._cache_folder = cache
-        self._cache: EmbeddingCache | None = None
+        self.cache: EmbeddingCache | None = None if cache is None else EmbeddingCache(cache, self._encoders_id)
         self.from_cache: list[bool] = []
         """For each image of the last call that embedded images: did its embedding come from the cache?"""
         self._trace = trace
@@ -130,16 +129,6 @@ class Pipeline:
     def backend_reason(self) -> str:
         """Why there."""
         return self._open.reason
-
-    @property
-    def cache(self) -> EmbeddingCache | None:
-        """Embeddings of these encoders on this backend, if they are kept."""
-        if self._cache_folder is None:
-            return None
-        encoders = encoders_id(content_id(self._open.running, ENCODERS), self.backend_name)
-        if self._cache is None or self._cache.encoders != encoders:
-            self._cache = EmbeddingCache(self._cache_folder, encoders)
-        return self._cache
 
     def lora_from_images(
         self,
@@ -299,10 +288,7 @@ class Pipeline:
             self._report(family, done, total)
             engine = self._backend.engine(step.graph)
             if self._trace:
-                span = (
-                    self._lanes.span if isinstance(self._backend, DeviceBackend) and self._lanes else self._trace.span
-                )
-                engine = TracedEngine(engine, span, step.name)
+                engine = TracedEngine(engine, (self._lanes or self._trace).span, step.name)
             yield step, engine, weights
         self._report(family, total, total)
 
@@ -318,6 +304,9 @@ class Pipeline:
         assert isinstance(store, DeviceStore)
         store.span = self._lanes.span
         return CountedStore(store, self._trace)
+
+    def _encoders_id(self) -> str:
+        return encoders_id(content_id(self._open.running, ENCODERS), self.backend_name)
 
     def _settle(self) -> None:
         """Let the trace have what the device did."""

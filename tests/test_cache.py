@@ -133,7 +133,7 @@ def test_the_key_is_the_content_of_image_and_encoders(engines: MakeEngines, tmp_
     others = {encoders_id(contents, "cpu"), encoders_id(contents, "cuda")}
     others.add(encoders_id(content_id(read_manifest(engines("tiny", "fp32")), ENCODERS), "cpu"))
     assert len(others) == 3
-    cache = EmbeddingCache(tmp_path, encoders_id(contents, "cpu"))
+    cache = EmbeddingCache(tmp_path, lambda: encoders_id(contents, "cpu"))
     square = square_image(PICTURES[0])
     assert cache.path(square) == cache.path(square_image(square))
     assert cache.path(square) != cache.path(square.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
@@ -150,7 +150,7 @@ def test_only_contents_and_precision_make_the_content_id(engines: MakeEngines) -
 
 
 def test_no_pass_has_more_images_than_fit(cached: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    cached._cache_folder = None
+    cached.cache = None
     batches = watched_batches(cached, monkeypatch)
     cached.embed([picture(32, 32, seed) for seed in range(IMAGES_PER_PASS + 2)])
     assert batches == [IMAGES_PER_PASS, 2]

@@ -18,7 +18,9 @@ from fake_device import DeviceTensor, FakeDevice
 from i2l.engines.manifest import Manifest, read_manifest
 from i2l.engines.ort import ELEMENT_TYPES, OrtEngine
 from i2l.errors import BudgetTooSmall, EnginesReplaced, OutOfDeviceMemory, PipelineClosed
+from i2l.runtime.cache import EmbeddingCache
 from i2l.runtime.device_backend import DeviceBackend, VramBudget
+from i2l.runtime.images import square_image
 from i2l.runtime.lora import Lora
 from i2l.runtime.pipeline import Pipeline
 from i2l.runtime.residency import RESERVED_BYTES, GraphMemory
@@ -189,6 +191,18 @@ def test_the_cpu_goes_on_with_the_build_that_was_opened(
     assert_same(pipeline.lora_from_images(PICTURES), wanted)
     assert pipeline.backend_name == "cpu"
     assert "going on with the CPU" in caplog.text
+
+
+def test_embeddings_are_kept_as_those_of_the_backend_that_computed_them(on_auto: Rebuilt, tmp_path: Path) -> None:
+    """Begun on a GPU, computed on the CPU: the CPU finds them, and no GPU does."""
+    pipeline, _ = on_auto("int8")
+    pipeline.cache = EmbeddingCache(tmp_path / "kept", pipeline._encoders_id)
+    on_gpu = {pipeline.cache.path(square_image(image)) for image in PICTURES}
+    pipeline.embed(PICTURES)
+    assert pipeline.backend_name == "cpu"
+    pipeline.embed(PICTURES)
+    assert pipeline.from_cache == [True, True]
+    assert not any(path.exists() for path in on_gpu)
 
 
 @pytest.mark.parametrize("rebuilt", [False, True])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from i2l.engines import readahead
 from i2l.engines.mapping import open_mapped, populate
-from i2l.engines.ort import AHEAD_BYTES, ahead_bytes
+from i2l.engines.ort import AHEAD_BYTES, bytes_ahead
 from i2l.engines.readahead import PIECE_BYTES, ReadAhead
 from i2l.memory import available_bytes
 
@@ -150,7 +150,7 @@ def test_a_kernel_without_huge_pages(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @given(st.none() | st.integers(0, 1 << 40))
 def test_how_far_ahead(available: int | None) -> None:
     least, most = AHEAD_BYTES
-    ahead = ahead_bytes(available)
+    ahead = bytes_ahead(available)
     assert least <= ahead <= most
     if available is not None and least <= available // 4 <= most:
         assert ahead == available // 4
