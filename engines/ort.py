@@ -33,6 +33,9 @@ ELEMENT_TYPES: Mapping[str, tuple[type[np.generic], int]] = {
     "BF16": (np.uint16, 16),
     "F8_E4M3": (np.uint8, 17),
 }
+IMAGES_MEET = "i2l.images_meet"
+"""Metadata of a graph: ``no`` where what a picture gives does not depend on its batch, to the bit. Such graphs take a
+batch at once; others, of floats or made by an older i2l, take one picture at a time: a LoRA is that of its picture."""
 AHEAD_BYTES = (512 << 20, 2 << 30)
 """How far the disk reads ahead, at least and at most; between them a quarter of the memory that is available. SigLIP2
 computes longer than its pack is read; the disk uses that time for DINOv3's, where it is the other way round."""
@@ -101,11 +104,19 @@ class OrtEngine:
         self.activation: str = first.name
         self._shape = first.shape[1:]
         self._outputs = [output.name for output in self._session.get_outputs()]
+        self._batches = self._session.get_modelmeta().custom_metadata_map.get(IMAGES_MEET) == "no"
 
     def run(self, activation: ort.OrtValue, weights: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
         shape = activation.shape()
         if list(shape[1:]) != list(self._shape):
             raise ShapeMismatch(self._graph, self.activation, str(list(shape)), str(["batch", *self._shape]))
+        if self._batches or shape[0] == 1:
+            return self._run(activation, weights)
+        alone = [ort.OrtValue.ortvalue_from_numpy(image[None]) for image in activation.numpy()]
+        each = [self._run(image, weights) for image in alone]
+        return {name: _owning(np.concatenate([outputs[name].numpy() for outputs in each])) for name in self._outputs}
+
+    def _run(self, activation: ort.OrtValue, weights: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
         feed = {self.activation: activation, **weights}
         return dict(zip(self._outputs, self._session.run_with_ort_values(self._outputs, feed), strict=True))
 
@@ -177,6 +188,13 @@ class MappedPack:
         count = info.nbytes // np.dtype(dtype).itemsize
         flat: NDArray[np.generic] = np.frombuffer(self._map, dtype, count, info.offset)
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(flat.reshape(info.shape), element_type)
+
+
+def _owning(array: Array) -> ort.OrtValue:
+    """A copy of an array with memory of its own: ``ortvalue_from_numpy`` borrows it, and so does what is made of it."""
+    value = ort.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype.type)
+    value.update_inplace(array)
+    return value
 
 
 def bytes_ahead(available: int | None) -> int:
