@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .errors import I2LError
-    from .runtime.lora import Lora
+    from .lora.lora import Lora
     from .runtime.pipeline import Pipeline, open_engines
 
 __all__ = ["I2LError", "Lora", "Pipeline", "__version__", "open_engines"]
@@ -23,7 +23,7 @@ _HOMES = {
     "I2LError": "errors",
     "NODE_CLASS_MAPPINGS": "comfy_nodes",
     "NODE_DISPLAY_NAME_MAPPINGS": "comfy_nodes",
-    "Lora": "runtime.lora",
+    "Lora": "lora.lora",
     "Pipeline": "runtime.pipeline",
     "open_engines": "runtime.pipeline",
 }

@@ -31,8 +31,8 @@ from .comfy_host.folders import (
 from .comfy_host.pipelines import OpenPipelines
 from .comfy_host.progress import comfy_report, total_steps
 from .errors import GIB, LoraDataForeign, LoraNotApplied, format_path
-from .runtime.lora import KEYS, KeyFormat, Lora, converted
-from .runtime.lowrank import reduce_lora
+from .lora.lora import KEYS, KeyFormat, Lora, converted
+from .lora.lowrank import reduce_lora
 
 log = logging.getLogger(__name__)
 register_folders()

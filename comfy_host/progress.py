@@ -11,8 +11,8 @@ from contextvars import copy_context
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.utils import ProgressBar
 
-from ..engines.manifest import Manifest
-from ..files import Report
+from ..engines.directory.manifest import Manifest
+from ..machine.files import Report
 
 
 def comfy_report(total: int | None = None) -> Report:

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from ..errors import NoImages, format_path
-from ..progress import show_progress
+from ..machine.progress import show_progress
 from .options import (
     PATH,
     backend_option,
@@ -49,7 +49,7 @@ def embed(
         raise click.UsageError(str(NoImages()))
     require_gpu_for_budget(backend, vram_budget_bytes)
     from ..runtime.cache import default_cache_folder  # noqa: PLC0415
-    from ..runtime.folders import list_images, skipped_line  # noqa: PLC0415
+    from ..runtime.listing import list_images, skipped_line  # noqa: PLC0415
     from ..runtime.pipeline import Pipeline  # noqa: PLC0415
     from ..runtime.sources import load_squares  # noqa: PLC0415
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from ..errors import PackageMissing, WeightsMismatch, format_path
-from ..sizes import parse_budget
+from ..machine.sizes import parse_budget
 
 
 class UserPath(click.Path):

@@ -18,7 +18,7 @@ def plot_trace(trace: Path, picture: Path) -> None:
     TRACE is a .json file of `i2l run --trace`, PICTURE the .png file to write.
     """
     with needs_extra("plot", "i2l plot-trace"):
-        from ..trace_picture import draw_trace  # noqa: PLC0415
+        from ..look.trace_picture import draw_trace  # noqa: PLC0415
 
     draw_trace(trace, picture)
     click.echo(format_path(picture))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from ..progress import show_progress
+from ..machine.progress import show_progress
 from .options import PATH, backend_option, debug_option, engines_option, json_option, models_option, needs_extra
 
 
@@ -23,7 +23,7 @@ def verify(models: Path, engines: Path, image: Path | None, backend: str, *, as_
     """
     with needs_extra("export", "i2l verify"):
         from ..export import reference  # noqa: F401, PLC0415
-    from ..verification import made_up_image, summary, verify_engines  # noqa: PLC0415
+    from ..look.verification import made_up_image, summary, verify_engines  # noqa: PLC0415
 
     with show_progress("steps", quiet=as_json) as report:
         result = verify_engines(models, engines, image or made_up_image(), backend=backend, report=report)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import OutOfDeviceMemory
 from ..specs import Family
-from .manifest import Chunk, Step
+from .directory.manifest import Chunk, Step
 
 Value: TypeAlias = Any
 Array: TypeAlias = NDArray[np.float32]

@@ -5,7 +5,7 @@ import importlib.util
 from dataclasses import dataclass
 
 from ..errors import BackendUnavailable, PackageMissing
-from .tensorrt import current_sm, find_flavour, knows
+from .tensorrt.library import current_sm, find_flavour, knows
 
 NAMES = ("cpu", "cuda", "tensorrt")
 

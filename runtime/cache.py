@@ -26,7 +26,7 @@ from safetensors.numpy import load, save
 
 from ..engines.base import Array
 from ..errors import I2LError, OutputUnwritable, format_path
-from ..files import atomic_path
+from ..machine.files import atomic_path
 from .images import content_sha256
 
 log = logging.getLogger(__name__)

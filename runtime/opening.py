@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..engines.base import Backend
-from ..engines.converted import cpu_engines
+from ..engines.cpu.backend import CpuBackend
+from ..engines.cpu.converted import cpu_engines
+from ..engines.cuda.backend import open_cuda
 from ..engines.detect import choose_backend
-from ..engines.generations import engines_for
-from ..engines.integrity import check_files
-from ..engines.manifest import Chunk, Manifest, read_manifest
-from ..engines.ort import CpuBackend
-from ..engines.tensorrt import current_sm
+from ..engines.device.backend import VramBudget
+from ..engines.device.residency import resident_chunks
+from ..engines.directory.generations import engines_for
+from ..engines.directory.integrity import check_files
+from ..engines.directory.manifest import Chunk, Manifest, read_manifest
+from ..engines.tensorrt.backend import open_tensorrt
+from ..engines.tensorrt.library import current_sm
 from ..errors import EnginesReplaced, OutOfDeviceMemory, PipelineClosed, format_bytes
-from ..files import Report
+from ..machine.files import Report
 from ..specs import Family
-from .cuda_backend import open_cuda
-from .device_backend import VramBudget
-from .residency import resident_chunks
-from .tensorrt_backend import open_tensorrt
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

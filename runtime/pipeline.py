@@ -16,16 +16,16 @@ import numpy as np
 from PIL import Image
 
 from ..engines.base import Array, Backend, Engine, Value, WeightStore
-from ..engines.manifest import Manifest, Step, content_id
-from ..files import Report, silent
+from ..engines.device.backend import MARGIN_BYTES, DeviceBackend, VramBudget
+from ..engines.device.slots import DeviceStore
+from ..engines.directory.manifest import Manifest, Step, content_id
+from ..lora.lora import MODEL_METADATA, Lora, factors_by_module, joining_weights, lora_from_factors, require_finite
+from ..machine.files import Report, silent
 from ..specs import FAMILIES, AdapterSpec, EncoderSpec, Family
 from .cache import EmbeddingCache, encoders_id
-from .device_backend import MARGIN_BYTES, DeviceBackend, VramBudget
 from .images import ImageSource, load_image, pixels_dinov3, pixels_siglip2, square_image
 from .lanes import Lanes
-from .lora import MODEL_METADATA, Lora, factors_by_module, joining_weights, lora_from_factors, require_finite
 from .opening import OpenEngines
-from .slots import DeviceStore
 from .sources import as_several, images_mark, load_squares
 from .streamer import stream
 from .trace import CountedStore, Trace, TracedEngine, TracedStore

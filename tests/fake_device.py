@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnxruntime as ort
 
-from i2l.engines import ort_device
 from i2l.engines.base import Array
-from i2l.engines.device import Lane
-from i2l.engines.ort import ELEMENT_TYPES
-from i2l.engines.tensorfile import TensorInfo
+from i2l.engines.cpu.backend import ELEMENT_TYPES
+from i2l.engines.cuda import session as ort_device
+from i2l.engines.device.device import Lane
+from i2l.engines.directory.tensorfile import TensorInfo
 from i2l.errors import OutOfDeviceMemory
 
 Work = Callable[[], None]

@@ -19,8 +19,8 @@ from safetensors.numpy import load_file, save_file
 from conftest import MakeEngines, picture
 from i2l.cli import main
 from i2l.errors import FolderEmpty
-from i2l.runtime.batch import BatchProgress, Job, plan_jobs, run_jobs
-from i2l.runtime.lora import describe_lora
+from i2l.lora.lora import describe_lora
+from i2l.runtime.jobs import BatchProgress, Job, plan_jobs, run_jobs
 from i2l.runtime.pipeline import IMAGES_PER_PASS, Pipeline, open_engines
 
 

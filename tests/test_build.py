@@ -28,16 +28,8 @@ from safetensors import safe_open
 
 import i2l
 from conftest import MakeEngines, MakeModels, graphs_once
-from i2l import files
-from i2l.engines.manifest import (
-    MANIFEST,
-    FileFacts,
-    Manifest,
-    Step,
-    manifest_to_json,
-    read_manifest,
-)
-from i2l.engines.ort import CpuBackend
+from i2l.engines.cpu.backend import CpuBackend
+from i2l.engines.directory.manifest import MANIFEST, FileFacts, Manifest, Step, manifest_to_json, read_manifest
 from i2l.errors import (
     CheckpointsUnfit,
     DiskFull,
@@ -47,12 +39,14 @@ from i2l.errors import (
     format_bytes,
     format_path,
 )
-from i2l.export import build, cpuplan
+from i2l.export import build
+from i2l.export.backends import cpu as cpuplan
+from i2l.export.backends.build_lock import LOCK, only_build
 from i2l.export.build import build_engines
-from i2l.export.lock import LOCK, only_build
-from i2l.export.packs import plan_pack, write_pack
-from i2l.export.precision import PRECISIONS, Precision, precision_for
-from i2l.files import Report
+from i2l.export.packs.packs import plan_pack, write_pack
+from i2l.export.precisions.precision import PRECISIONS, Precision, precision_for
+from i2l.machine import files
+from i2l.machine.files import Report
 from i2l.runtime.pipeline import Pipeline
 from i2l.specs import PRESETS, AdapterSpec, EncoderSpec, Family, Spec
 

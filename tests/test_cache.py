@@ -17,8 +17,8 @@ from PIL import Image
 from conftest import MakeEngines, picture
 from i2l.cli import main
 from i2l.engines.base import Array
-from i2l.engines.manifest import FileFacts, content_id, read_manifest
-from i2l.engines.ort import CpuBackend
+from i2l.engines.cpu.backend import CpuBackend
+from i2l.engines.directory.manifest import FileFacts, content_id, read_manifest
 from i2l.runtime.cache import FOLDER_VARIABLE, EmbeddingCache, default_cache_folder, encoders_id
 from i2l.runtime.images import square_image
 from i2l.runtime.pipeline import ENCODERS, IMAGES_PER_PASS, Pipeline, open_engines

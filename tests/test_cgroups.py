@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from i2l import memory
-from i2l.cgroups import cpu_quota, memory_limit
+from i2l.machine import memory
+from i2l.machine.cgroups import cpu_quota, memory_limit
 
 
 def write(path: Path, text: str) -> None:

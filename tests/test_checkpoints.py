@@ -22,14 +22,7 @@ from i2l.errors import (
     CheckpointUnreadable,
     format_path,
 )
-from i2l.export.checkpoints import (
-    SPEC_KEY,
-    describe,
-    find_checkpoints,
-    recognise,
-    shape_hash,
-    tensor_shapes,
-)
+from i2l.export.checkpoints.recognise import SPEC_KEY, describe, find_checkpoints, recognise, shape_hash, tensor_shapes
 from i2l.specs import FAMILIES, PRESETS, AdapterSpec, EncoderSpec, Family, Spec, spec_to_dict
 
 Shapes = Mapping[str, tuple[int, ...]]

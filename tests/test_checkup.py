@@ -10,13 +10,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 from conftest import MakeEngines
-from i2l.checkup import check_engines
 from i2l.cli import main
-from i2l.engines.converted import CPU_FOLDER
-from i2l.engines.generations import FP8_FOLDER
-from i2l.engines.integrity import file_facts
-from i2l.engines.manifest import MANIFEST, read_manifest
-from i2l.engines.plans import FACTS, PlanFacts, plans_folder, plans_to_json, wanted_key
+from i2l.engines.cpu.converted import CPU_FOLDER
+from i2l.engines.directory.generations import FP8_FOLDER
+from i2l.engines.directory.integrity import file_facts
+from i2l.engines.directory.manifest import MANIFEST, read_manifest
+from i2l.engines.tensorrt.plans import FACTS, PlanFacts, plans_folder, plans_to_json, wanted_key
+from i2l.look.checkup import check_engines
 from i2l.runtime.pipeline import Pipeline
 
 
@@ -93,7 +93,7 @@ def test_the_cpus_form_of_fp8(fp8: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     needed = check_engines(fp8)["convert_bytes"]
     assert "the first run converts them to int8, once: " in doctor(fp8).stdout
     with monkeypatch.context() as patch:
-        patch.setattr("i2l.files.free_bytes", lambda _: 1000)
+        patch.setattr("i2l.machine.files.free_bytes", lambda _: 1000)
         result = doctor(fp8, "--json")
         assert result.exit_code == 1
         assert "1000 B free" in json.loads(result.stdout)["engines"]["problem"]

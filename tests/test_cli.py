@@ -28,14 +28,14 @@ from click.testing import CliRunner, Result
 from safetensors import safe_open
 
 from conftest import MakeEngines, MakeModels, picture
-from i2l import files
 from i2l.cli import main
-from i2l.engines import ort
-from i2l.engines.integrity import CHECKED
-from i2l.engines.manifest import MANIFEST, read_manifest
-from i2l.engines.tensorfile import LayoutWriter
-from i2l.export.checkpoints import shape_hash
-from i2l.runtime.lora import Lora
+from i2l.engines.cpu import backend as ort
+from i2l.engines.directory.integrity import CHECKED
+from i2l.engines.directory.manifest import MANIFEST, read_manifest
+from i2l.engines.directory.tensorfile import LayoutWriter
+from i2l.export.checkpoints.recognise import shape_hash
+from i2l.lora.lora import Lora
+from i2l.machine import files
 from i2l.runtime.pipeline import open_engines
 from i2l.specs import PRESETS
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from comfy_standins import Host, InterruptProcessingException, ModelPatcher
 from conftest import MakeEngines, MakeModels, graphs_once, picture
-from i2l.engines.converted import CPU_FOLDER
-from i2l.engines.ort import OrtEngine
+from i2l.engines.cpu.backend import OrtEngine
+from i2l.engines.cpu.converted import CPU_FOLDER
 from i2l.errors import (
     BackendUnavailable,
     CheckpointMissing,
@@ -31,9 +31,9 @@ from i2l.errors import (
     NodePackIncomplete,
     OutputOutside,
 )
-from i2l.export.precision import Precision
+from i2l.export.precisions.precision import Precision
+from i2l.lora.lora import describe_lora
 from i2l.runtime.cache import FOLDER_VARIABLE, default_cache_folder
-from i2l.runtime.lora import describe_lora
 from i2l.runtime.pipeline import Pipeline
 from i2l.specs import PRESETS, Spec
 from real_comfyui import prompt_from_workflow

@@ -25,11 +25,14 @@ from click.testing import CliRunner
 from conftest import MakeEngines, MakeModels, picture
 from fake_device import HostDevice
 from i2l.cli import main
-from i2l.engines import cuda_device, detect
-from i2l.engines.cuda_graphs import FACTS, checked_graphs, graphs_folder
-from i2l.engines.manifest import read_manifest
-from i2l.engines.ort_device import CpuTarget, CudaTarget, DeviceTensor, OrtDeviceEngine
-from i2l.engines.tensorfile import TensorInfo
+from i2l.engines import detect
+from i2l.engines.cuda.backend import arena_memory, open_cuda
+from i2l.engines.cuda.graphs import FACTS, checked_graphs, graphs_folder
+from i2l.engines.cuda.session import CpuTarget, CudaTarget, DeviceTensor, OrtDeviceEngine
+from i2l.engines.device import card as cuda_device
+from i2l.engines.device.backend import DeviceBackend, VramBudget
+from i2l.engines.directory.manifest import read_manifest
+from i2l.engines.directory.tensorfile import TensorInfo
 from i2l.errors import (
     BackendUnavailable,
     BudgetTooSmall,
@@ -38,12 +41,10 @@ from i2l.errors import (
     ProviderMissing,
     ShapeMismatch,
 )
-from i2l.export.cuda_graphs import build_cuda_graphs
-from i2l.export.cuda_precision import cuda_precision
-from i2l.export.graphs import export_graphs
-from i2l.runtime.cuda_backend import arena_memory, open_cuda
-from i2l.runtime.device_backend import DeviceBackend, VramBudget
-from i2l.runtime.lora import Lora
+from i2l.export.backends.cuda import build_cuda_graphs
+from i2l.export.graphs.graphs import export_graphs
+from i2l.export.precisions.cuda_precision import cuda_precision
+from i2l.lora.lora import Lora
 from i2l.runtime.pipeline import Pipeline
 from i2l.specs import PRESETS
 
@@ -410,7 +411,7 @@ def test_graphs_that_are_not_finished_change_nothing(with_graphs: Path, monkeypa
         raise KeyboardInterrupt
 
     before = {path: path.stat().st_mtime_ns for path in with_graphs.rglob("*")}
-    monkeypatch.setattr("i2l.export.cuda_graphs.export_graphs", interrupted)
+    monkeypatch.setattr("i2l.export.backends.cuda.export_graphs", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build_cuda_graphs(with_graphs)
     assert {path: path.stat().st_mtime_ns for path in with_graphs.rglob("*")} == before
@@ -421,7 +422,7 @@ def test_the_command_makes_the_graphs(
 ) -> None:
     """One exported graph is enough; the fixture exported all."""
     one = lambda spec, _: islice(export_graphs(spec, cuda_precision("fp8", spec)), 1)  # noqa: E731
-    monkeypatch.setattr("i2l.export.cuda_graphs.export_graphs", one)
+    monkeypatch.setattr("i2l.export.backends.cuda.export_graphs", one)
     copy = tmp_path / "engines"
     shutil.copytree(engines("tiny", "int8"), copy)
     command = ["build-engines", "--models", str(models("tiny")), "--engines", str(copy), "--precision", "int8"]

@@ -15,15 +15,15 @@ import pytest
 
 from conftest import MakeEngines, picture
 from fake_device import DeviceTensor, FakeDevice
-from i2l.engines.manifest import Manifest, read_manifest
-from i2l.engines.ort import ELEMENT_TYPES, OrtEngine
+from i2l.engines.cpu.backend import ELEMENT_TYPES, OrtEngine
+from i2l.engines.device.backend import DeviceBackend, VramBudget
+from i2l.engines.device.residency import RESERVED_BYTES, GraphMemory
+from i2l.engines.directory.manifest import Manifest, read_manifest
 from i2l.errors import BudgetTooSmall, EnginesReplaced, OutOfDeviceMemory, PipelineClosed
+from i2l.lora.lora import Lora
 from i2l.runtime.cache import EmbeddingCache
-from i2l.runtime.device_backend import DeviceBackend, VramBudget
 from i2l.runtime.images import square_image
-from i2l.runtime.lora import Lora
 from i2l.runtime.pipeline import Pipeline
-from i2l.runtime.residency import RESERVED_BYTES, GraphMemory
 from i2l.runtime.trace import Trace
 
 PICTURES = [picture(90, 70, seed=1), picture(64, 64, seed=2)]

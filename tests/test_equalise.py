@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from i2l.export import precision
-from i2l.export.checkpoints import SPEC_KEY, Checkpoint, find_checkpoints, recognise, tensor_shapes
-from i2l.export.equalise import FEEDS, WIDEST, plan_gains
-from i2l.export.graphs import stored_tensors
-from i2l.export.modules import graph_modules
-from i2l.export.packs import prepared_weights
-from i2l.export.precision import Float
-from i2l.export.stack import Stack
-from i2l.export.weights import Matrix, Step, graph_weights, plan_steps
+from i2l.export.checkpoints.recognise import SPEC_KEY, Checkpoint, find_checkpoints, recognise, tensor_shapes
+from i2l.export.checkpoints.weights import Matrix, Step, graph_weights, plan_steps
+from i2l.export.graphs.graphs import stored_tensors
+from i2l.export.graphs.modules import graph_modules
+from i2l.export.packs.equalise import FEEDS, WIDEST, plan_gains
+from i2l.export.packs.packs import prepared_weights
+from i2l.export.packs.stack import Stack
+from i2l.export.precisions import precision
+from i2l.export.precisions.precision import Float
 from i2l.specs import EncoderSpec, Family, spec_to_dict
 
 Models = Callable[..., Path]

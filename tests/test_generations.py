@@ -11,17 +11,17 @@ import pytest
 from click.testing import CliRunner
 
 from conftest import MakeEngines, MakeModels, graphs_once
-from i2l import files
 from i2l.cli import main
-from i2l.engines.generations import FP8_FOLDER, engines_for, fp8_engines, remove_fp8_engines
-from i2l.engines.manifest import read_manifest
-from i2l.engines.plans import planned_generations
+from i2l.engines.directory.generations import FP8_FOLDER, engines_for, fp8_engines, remove_fp8_engines
+from i2l.engines.directory.manifest import read_manifest
+from i2l.engines.tensorrt.plans import planned_generations
 from i2l.errors import EnginesMissing, PrecisionUnsupported
 from i2l.export import build
 from i2l.export.build import build_engines
-from i2l.export.generations import Part, build_parts, peak_bytes, plan_parts, require_precision
-from i2l.export.packs import write_pack
-from i2l.inspection import inspect_path
+from i2l.export.packs.packs import write_pack
+from i2l.export.parts import Part, build_parts, peak_bytes, plan_parts, require_precision
+from i2l.look.inspection import inspect_path
+from i2l.machine import files
 
 BOTH = plan_parts("auto", [86, 89])
 
@@ -29,7 +29,7 @@ BOTH = plan_parts("auto", [86, 89])
 @pytest.fixture(autouse=True)
 def quick_export(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs are exported once per session."""
-    for module in ("build", "cpuplan", "plans"):
+    for module in ("build", "backends.cpu", "backends.tensorrt"):
         monkeypatch.setattr(f"i2l.export.{module}.export_graphs", graphs_once)
 
 

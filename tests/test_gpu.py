@@ -8,13 +8,13 @@ import pytest
 
 from conftest import MakeEngines, picture
 from i2l.engines.detect import detect_backends
-from i2l.engines.tensorrt import current_sm
-from i2l.engines.tensorrt_layers import products
+from i2l.engines.tensorrt.backend import TensorRTBackend
+from i2l.engines.tensorrt.layers import products
+from i2l.engines.tensorrt.library import current_sm
 from i2l.errors import BudgetTooSmall, PrecisionUnsupported
-from i2l.export.cuda_graphs import build_cuda_graphs
-from i2l.export.plans import build_plans
+from i2l.export.backends.cuda import build_cuda_graphs
+from i2l.export.backends.tensorrt import build_plans
 from i2l.runtime.pipeline import Pipeline
-from i2l.runtime.tensorrt_backend import TensorRTBackend
 
 pytestmark = pytest.mark.gpu
 STATUSES = {status.name: status for status in detect_backends()}

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from conftest import MakeEngines, picture
-from i2l.engines import integrity
-from i2l.engines.integrity import CHECKED, check_files
-from i2l.engines.manifest import FileFacts, Manifest, read_manifest
+from i2l.engines.directory import integrity
+from i2l.engines.directory.integrity import CHECKED, check_files
+from i2l.engines.directory.manifest import FileFacts, Manifest, read_manifest
 from i2l.errors import EngineFileDamaged
 from i2l.runtime.pipeline import open_engines
 

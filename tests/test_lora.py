@@ -18,15 +18,7 @@ from safetensors.numpy import save_file
 
 from conftest import MakeEngines, MakeModels, picture
 from i2l.errors import LoraNotFinite, LoraUnreadable, StrengthInvalid, WeightsMismatch
-from i2l.runtime.lora import (
-    Dtype,
-    KeyFormat,
-    Lora,
-    bfloat16_bits,
-    describe_lora,
-    factors_by_module,
-    lora_from_factors,
-)
+from i2l.lora.lora import Dtype, KeyFormat, Lora, bfloat16_bits, describe_lora, factors_by_module, lora_from_factors
 from i2l.runtime.pipeline import open_engines
 
 MODULES = ("layers.0.attention.to_q", "layers.11.attention.to_out.0", "noise_refiner.1.feed_forward.w2")

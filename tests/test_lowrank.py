@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from conftest import MakeEngines, picture
 from i2l.cli import main
 from i2l.errors import LoraNotFinite
-from i2l.runtime.lora import Lora
-from i2l.runtime.lowrank import cosine, product_dot, product_error, product_norm, reduce_lora, reduce_rank
+from i2l.lora.lora import Lora
+from i2l.lora.lowrank import cosine, product_dot, product_error, product_norm, reduce_lora, reduce_rank
 
 sizes = st.integers(1, 24)
 

@@ -12,9 +12,9 @@ from safetensors.numpy import save_file
 
 from i2l.cli import main
 from i2l.errors import LorasDiffer, LoraUnreadable
-from i2l.runtime.lora import KEYS, Dtype, KeyFormat, Lora, describe_lora
-from i2l.runtime.lorafiles import LoraFile, merge_loras, read_lora
-from i2l.runtime.lowrank import product_error
+from i2l.lora.lora import KEYS, Dtype, KeyFormat, Lora, describe_lora
+from i2l.lora.lorafiles import LoraFile, merge_loras, read_lora
+from i2l.lora.lowrank import product_error
 
 MODULES = ("layers.0.attention.to_q", "layers.1.feed_forward.w2")
 

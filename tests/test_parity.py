@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from conftest import picture
-from i2l.engines.manifest import read_manifest
-from i2l.export.checkpoints import find_checkpoints
-from i2l.runtime.lora import Lora
-from i2l.runtime.lowrank import product_error
+from i2l.engines.directory.manifest import read_manifest
+from i2l.export.checkpoints.recognise import find_checkpoints
+from i2l.lora.lora import Lora
+from i2l.lora.lowrank import product_error
 from i2l.runtime.pipeline import ENCODERS, Pipeline
 from i2l.specs import Family
 from oracles import adapter_oracle, encoder_oracle

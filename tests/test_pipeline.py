@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 
 import i2l
 from conftest import MakeEngines, picture
-from i2l.engines import detect, ort
-from i2l.engines.manifest import Chunk, Step, read_manifest
-from i2l.engines.mapping import give_back, read_ahead
-from i2l.engines.readahead import ReadAhead
+from i2l.engines import detect
+from i2l.engines.cpu import backend as ort
+from i2l.engines.cpu.readahead import ReadAhead
+from i2l.engines.directory.manifest import Chunk, Step, read_manifest
+from i2l.engines.directory.mapping import give_back, read_ahead
 from i2l.errors import BackendUnavailable, BudgetTooSmall, EnginesMissing, NoImages, PipelineClosed, ShapeMismatch
 from i2l.runtime.pipeline import Pipeline, open_engines
 from i2l.runtime.streamer import stream

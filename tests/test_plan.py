@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from conftest import MakeEngines
 from i2l.cli import main
-from i2l.engines.manifest import Model
+from i2l.engines.device.predict import Card, overlapped, predict
+from i2l.engines.device.residency import Residency, estimated_memory, plan_residency
+from i2l.engines.directory.manifest import Model
 from i2l.errors import GIB
-from i2l.export.packs import planned_model
-from i2l.runtime.predict import Card, overlapped, predict
-from i2l.runtime.residency import Residency, estimated_memory, plan_residency
-from i2l.sizes import LARGEST, parse_budget, parse_size
+from i2l.export.packs.packs import planned_model
+from i2l.machine.sizes import LARGEST, parse_budget, parse_size
 from i2l.specs import PRESETS, Family
 
 # --- sizes -------------------------------------------------------------------------------------------------------

@@ -23,26 +23,26 @@ from filelock import FileLock, Timeout
 
 from conftest import MakeEngines, MakeModels, graphs_once
 from i2l.cli import main
-from i2l.engines.manifest import Model, read_manifest
-from i2l.engines.ort import ELEMENT_TYPES
-from i2l.engines.plans import FACTS, PlanKey, checked_plan, plans_folder, read_plans
-from i2l.engines.tensorfile import read_header
-from i2l.engines.tensorrt import BuiltPlan, Flavour, build_plan, current_sm, find_flavour
+from i2l.engines.cpu.backend import ELEMENT_TYPES
+from i2l.engines.device.predict import graph_memory
+from i2l.engines.directory.manifest import Model, read_manifest
+from i2l.engines.directory.tensorfile import read_header
+from i2l.engines.tensorrt.library import BuiltPlan, Flavour, build_plan, current_sm, find_flavour
+from i2l.engines.tensorrt.plans import FACTS, PlanKey, checked_plan, plans_folder, read_plans
 from i2l.errors import BackendUnavailable, PlanBuildFailed, PlanMissing, PlanStale, PrecisionUnsupported
-from i2l.export.checkpoints import find_checkpoints
-from i2l.export.generations import compute_dtype
-from i2l.export.gpu_precision import gpu_precision
-from i2l.export.graphs import export_graph, stored_tensors
-from i2l.export.lock import LOCK
-from i2l.export.modules import graph_modules
-from i2l.export.packs import planned_model
-from i2l.export.plans import build_plans, gpu_graphs
+from i2l.export.backends.build_lock import LOCK
+from i2l.export.backends.tensorrt import build_plans, gpu_graphs
+from i2l.export.checkpoints.recognise import find_checkpoints
+from i2l.export.checkpoints.weights import graph_weights
+from i2l.export.graphs.graphs import export_graph, stored_tensors
+from i2l.export.graphs.modules import graph_modules
+from i2l.export.packs.packs import planned_model
+from i2l.export.parts import compute_dtype
+from i2l.export.precisions.gpu_precision import gpu_precision
+from i2l.export.precisions.torch_rotation import rotate, rotation
 from i2l.export.reference import reference_steps
-from i2l.export.rotation import rotate, rotation
-from i2l.export.weights import graph_weights
-from i2l.runtime.predict import graph_memory
+from i2l.look.verification import step_error
 from i2l.specs import FAMILIES, PRESETS, Family
-from i2l.verification import step_error
 
 tensorrt_rtx = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None,
@@ -66,7 +66,7 @@ def planned(engines: MakeEngines, tmp_path_factory: pytest.TempPathFactory) -> d
     """``precision -> engines directory`` with all plans of :data:`BUILT`."""
     directories = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("i2l.export.plans.export_graphs", graphs_once)
+        patch.setattr("i2l.export.backends.tensorrt.export_graphs", graphs_once)
         for precision in ("int8", "fp8", "bf16"):
             sms = [sm for name, sm in BUILT if name == precision]
             target = tmp_path_factory.mktemp("planned") / precision
@@ -93,7 +93,7 @@ def test_every_graph_becomes_a_plan(planned: Mapping[str, Path], precision: str,
 def test_the_command_builds_what_is_not_up_to_date(
     planned: Mapping[str, Path], models: MakeModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("i2l.export.plans.export_graphs", graphs_once)
+    monkeypatch.setattr("i2l.export.backends.tensorrt.export_graphs", graphs_once)
     folder = plans_folder(planned["int8"], 86, "int8")
     facts = read_plans(folder)
     rows = json.loads((folder / FACTS).read_text())
@@ -190,9 +190,9 @@ def test_plans_that_are_finished_count(engines: MakeEngines, tmp_path: Path, mon
             raise KeyboardInterrupt
         return build_plan(*arguments)
 
-    monkeypatch.setattr("i2l.export.plans.export_graphs", graphs_once)
+    monkeypatch.setattr("i2l.export.backends.tensorrt.export_graphs", graphs_once)
     with monkeypatch.context() as patch:
-        patch.setattr("i2l.export.plans.build_plan", interrupted)
+        patch.setattr("i2l.export.backends.tensorrt.build_plan", interrupted)
         with pytest.raises(KeyboardInterrupt):
             build_plans(own, [89])
     finished = read_plans(plans_folder(own, 89, "fp8"))
@@ -411,7 +411,9 @@ def test_no_row_overflows_float16(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Half as much more, and the product were infinite. In torch, as onnxruntime's CPU keeps float16 products in float32.
     """
-    monkeypatch.setattr("i2l.export.gpu_precision.dequantised", lambda weight, scale, dtype: weight.to(dtype) * scale)
+    monkeypatch.setattr(
+        "i2l.export.precisions.gpu_precision.dequantised", lambda weight, scale, dtype: weight.to(dtype) * scale
+    )
     width = PRESETS["full"].dinov3.intermediate
     linear = gpu_precision("int8", PRESETS["full"].dinov3, torch.float16).linear("w", width, normed=False)
     weights = {"w.weight": torch.full((1, width, 8), 127, dtype=torch.int8), "w.scale": torch.full((1, 1, 8), 1e-3)}

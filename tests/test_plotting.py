@@ -8,8 +8,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from i2l.cli import main
-from i2l.plotting import components, norm_table, shortened, similarities, split_module
-from i2l.runtime.lora import Lora
+from i2l.look.plotting import components, norm_table, shortened, similarities, split_module
+from i2l.lora.lora import Lora
 
 MODULES = [
     *(f"layers.{i}.attention.to_q" for i in (10, 2)),

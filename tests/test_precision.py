@@ -12,11 +12,21 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from i2l.engines.ort import ELEMENT_TYPES
-from i2l.export import precision as precision_module
-from i2l.export.graphs import export_graph
-from i2l.export.precision import TORCH_DTYPES, Float, Float8, LeftInt8, Precision, RotatedInt8, Rows, Stored, Weights
-from i2l.export.rotation import rotate, rotation
+from i2l.engines.cpu.backend import ELEMENT_TYPES
+from i2l.export.graphs.graphs import export_graph
+from i2l.export.precisions import precision as precision_module
+from i2l.export.precisions.precision import (
+    TORCH_DTYPES,
+    Float,
+    Float8,
+    LeftInt8,
+    Precision,
+    RotatedInt8,
+    Rows,
+    Stored,
+    Weights,
+)
+from i2l.export.precisions.torch_rotation import rotate, rotation
 from i2l.specs import EncoderSpec
 
 Array = NDArray[Any]

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from conftest import MakeEngines, MakeModels, picture
 from i2l.cli import main
 from i2l.errors import AdapterAmbiguous, CheckpointMissing
-from i2l.export.checkpoints import find_checkpoints, recognise, shape_hash, tensor_shapes
-from i2l.export.synthetic import QWEN_IMAGE_FILE, make_checkpoints
-from i2l.runtime.lora import describe_lora
-from i2l.runtime.lowrank import product_error
+from i2l.export.checkpoints.recognise import find_checkpoints, recognise, shape_hash, tensor_shapes
+from i2l.export.checkpoints.synthetic import QWEN_IMAGE_FILE, make_checkpoints
+from i2l.lora.lora import describe_lora
+from i2l.lora.lowrank import product_error
 from i2l.runtime.pipeline import open_engines
 from i2l.specs import PRESETS, QWEN_IMAGE_ADAPTERS, AdapterSpec, DiffusionModel
 from oracles import adapter_oracle

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from i2l.engines import readahead
-from i2l.engines.mapping import open_mapped, populate
-from i2l.engines.ort import AHEAD_BYTES, bytes_ahead
-from i2l.engines.readahead import PIECE_BYTES, ReadAhead
-from i2l.memory import available_bytes
+from i2l.engines.cpu import readahead
+from i2l.engines.cpu.backend import AHEAD_BYTES, bytes_ahead
+from i2l.engines.cpu.readahead import PIECE_BYTES, ReadAhead
+from i2l.engines.directory.mapping import open_mapped, populate
+from i2l.machine.memory import available_bytes
 
 PIECES = 5
 Region = tuple[int, int]
@@ -138,7 +138,7 @@ def test_cached_or_not_is_asked_of_the_system(tmp_path: Path) -> None:
 
 @linux
 def test_a_kernel_without_huge_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("i2l.engines.mapping.HUGEPAGE", 12345)  # EINVAL, as where they are not built in
+    monkeypatch.setattr("i2l.engines.directory.mapping.HUGEPAGE", 12345)  # EINVAL, as where they are not built in
     path = tmp_path / "pack"
     path.write_bytes(b"abc")
     mapped = open_mapped(path)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from conftest import MakeModels
-from i2l.engines.tensorfile import TensorInfo, read_header
+from i2l.engines.directory.tensorfile import TensorInfo, read_header
 from i2l.errors import CheckpointUnreadable
-from i2l.export import reader
-from i2l.export.checkpoints import Checkpoint, find_checkpoints
-from i2l.export.reader import BLOCK, GAP, plan_ranges, stream_tensors
+from i2l.export.checkpoints import reader
+from i2l.export.checkpoints.reader import BLOCK, GAP, plan_ranges, stream_tensors
+from i2l.export.checkpoints.recognise import Checkpoint, find_checkpoints
 from i2l.specs import PRESETS, Family
 
 placements = st.lists(st.tuples(st.integers(0, 3 * GAP), st.integers(1, 3 * BLOCK)), min_size=1, max_size=20)

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from i2l.engines.device import aligned
-from i2l.engines.manifest import Chunk
+from i2l.engines.device.device import aligned
+from i2l.engines.device.predict import graph_memory
+from i2l.engines.device.residency import GraphMemory, Residency, estimated_memory, plan_residency, spread
+from i2l.engines.directory.manifest import Chunk
 from i2l.errors import GIB, BudgetTooSmall
-from i2l.export.packs import plan_pack, planned_model
-from i2l.export.precision import precision_for
-from i2l.runtime.predict import graph_memory
-from i2l.runtime.residency import GraphMemory, Residency, estimated_memory, plan_residency, spread
+from i2l.export.packs.packs import plan_pack, planned_model
+from i2l.export.precisions.precision import precision_for
 from i2l.specs import FAMILIES, PRESETS, Family
 
 Chunks = dict[Family, tuple[Chunk, ...]]

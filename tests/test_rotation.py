@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from i2l.engines import rotation as arrays
-from i2l.engines.rotation import hadamard
-from i2l.export.rotation import rotate, rotation
+from i2l.engines.cpu import rotation as arrays
+from i2l.engines.cpu.rotation import hadamard
+from i2l.export.precisions.torch_rotation import rotate, rotation
 from i2l.specs import PRESETS
 
 REAL_WIDTHS = sorted(

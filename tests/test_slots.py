@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fake_device import DeviceTensor, FakeDevice
-from i2l.engines.manifest import Chunk, Model, Step
-from i2l.engines.tensorfile import TensorInfo
+from i2l.engines.device.residency import GraphMemory, Residency, plan_residency
+from i2l.engines.device.slots import DeviceStore, DeviceWeights
+from i2l.engines.directory.manifest import Chunk, Model, Step
+from i2l.engines.directory.tensorfile import TensorInfo
 from i2l.errors import BudgetTooSmall, OutOfDeviceMemory
-from i2l.runtime.residency import GraphMemory, Residency, plan_residency
-from i2l.runtime.slots import DeviceStore, DeviceWeights
 from i2l.runtime.streamer import stream
 from i2l.specs import FAMILIES, PRESETS, Family
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from i2l.engines.tensorfile import (
+from i2l.engines.directory.tensorfile import (
     DTYPE_BYTES,
     PAD_PREFIX,
     PAGE,

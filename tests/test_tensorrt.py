@@ -29,16 +29,19 @@ from played_tensorrt import Played, failing
 from conftest import MakeEngines, graphs_once, picture
 from fake_device import HostDevice
 from i2l.cli import main
-from i2l.engines import cuda_device, detect
-from i2l.engines.device import Workspace
-from i2l.engines.generations import FP8_FOLDER
-from i2l.engines.manifest import read_manifest
-from i2l.engines.ort_device import DeviceTensor
-from i2l.engines.plans import BATCHES, FACTS, PlanFacts, PlanKey, plans_folder, plans_to_json, spec_hash
-from i2l.engines.runtime_cache import RuntimeCache
-from i2l.engines.tensorrt import build_plan, find_flavour
-from i2l.engines.tensorrt_engine import PlanRuntime
-from i2l.engines.tensorrt_layers import Products, products
+from i2l.engines import detect
+from i2l.engines.cuda.session import DeviceTensor
+from i2l.engines.device import card as cuda_device
+from i2l.engines.device.device import Workspace
+from i2l.engines.device.residency import CONTEXT_BYTES
+from i2l.engines.directory.generations import FP8_FOLDER
+from i2l.engines.directory.manifest import read_manifest
+from i2l.engines.tensorrt.backend import TensorRTBackend
+from i2l.engines.tensorrt.engine import PlanRuntime
+from i2l.engines.tensorrt.layers import Products, products
+from i2l.engines.tensorrt.library import build_plan, find_flavour
+from i2l.engines.tensorrt.plans import BATCHES, FACTS, PlanFacts, PlanKey, plans_folder, plans_to_json, spec_hash
+from i2l.engines.tensorrt.runtime_cache import RuntimeCache
 from i2l.errors import (
     BackendUnavailable,
     BudgetTooSmall,
@@ -48,12 +51,10 @@ from i2l.errors import (
     PlanStale,
     ShapeMismatch,
 )
-from i2l.export.gpu_precision import gpu_precision
+from i2l.export.precisions.gpu_precision import gpu_precision
+from i2l.lora.lora import Lora
 from i2l.runtime import opening as opening_module
-from i2l.runtime.lora import Lora
 from i2l.runtime.pipeline import IMAGES_PER_PASS, Pipeline
-from i2l.runtime.residency import CONTEXT_BYTES
-from i2l.runtime.tensorrt_backend import TensorRTBackend
 
 PICTURES = [picture(90, 70, seed=1), picture(64, 64, seed=2)]
 OOM = "[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory): 123456789 bytes"

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from i2l.cgroups import cpu_quota
-from i2l.engines.threads import default_threads, physical_cores, usable_cpus
+from i2l.machine.cgroups import cpu_quota
+from i2l.machine.threads import default_threads, physical_cores, usable_cpus
 
 
 def write(path: Path, text: str) -> None:
@@ -36,7 +36,7 @@ def test_every_cpu_is_a_core_where_the_system_does_not_tell(tmp_path: Path) -> N
 def test_threads_are_cores_within_the_quota(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, wanted: int
 ) -> None:
-    from i2l.engines import threads
+    from i2l.machine import threads
 
     write(tmp_path / "cpu.max", quota)
     monkeypatch.setattr(threads, "SYSTEM_CPUS", tmp_path)

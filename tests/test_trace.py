@@ -11,7 +11,7 @@ from PIL import Image
 
 from conftest import MakeEngines, picture
 from i2l.cli import main
-from i2l.engines.manifest import read_manifest
+from i2l.engines.directory.manifest import read_manifest
 from i2l.runtime.pipeline import Pipeline
 from i2l.runtime.trace import Trace
 

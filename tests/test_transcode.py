@@ -15,15 +15,15 @@ import pytest
 import torch
 
 from conftest import MakeEngines, picture
-from i2l.engines import converted, transcode
-from i2l.engines.converted import CPU_FOLDER, LOCK, cpu_engines, remove_cpu_engines
-from i2l.engines.manifest import MANIFEST, Manifest, manifest_to_json, read_manifest
-from i2l.engines.rotation import rotate, rotation
-from i2l.engines.tensorfile import PAD_PREFIX, LayoutWriter, TensorInfo
-from i2l.engines.transcode import STEPS, VALUES, PairTable, e4m3_values, rotated_panel
+from i2l.engines.cpu import converted, transcode
+from i2l.engines.cpu.converted import CPU_FOLDER, LOCK, cpu_engines, remove_cpu_engines
+from i2l.engines.cpu.rotation import rotate, rotation
+from i2l.engines.cpu.transcode import STEPS, VALUES, PairTable, e4m3_values, rotated_panel
+from i2l.engines.directory.manifest import MANIFEST, Manifest, manifest_to_json, read_manifest
+from i2l.engines.directory.tensorfile import PAD_PREFIX, LayoutWriter, TensorInfo
 from i2l.errors import CpuPacksUnwritable, DiskFull, EnginesMissing, ManifestInvalid
-from i2l.export.precision import LeftInt8, Precision, RotatedInt8
-from i2l.runtime.lowrank import product_error
+from i2l.export.precisions.precision import LeftInt8, Precision, RotatedInt8
+from i2l.lora.lowrank import product_error
 from i2l.runtime.pipeline import Pipeline
 
 CODES = np.arange(256, dtype=np.uint8)
@@ -308,7 +308,7 @@ def test_a_conversion_that_was_killed_is_begun_again(own: Path, transcoded: list
 
 
 def test_no_room_is_found_before_any_work(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("i2l.files.free_bytes", lambda _: 1000)
+    monkeypatch.setattr("i2l.machine.files.free_bytes", lambda _: 1000)
     with pytest.raises(DiskFull, match="needed, 1000 B free"):
         open_and_close(own)
     with pytest.raises(EnginesMissing):

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from i2l.engines.tensorfile import PAD_PREFIX, PAGE, TENSOR_ALIGN
-from i2l.export.checkpoints import find_checkpoints, tensor_shapes
-from i2l.export.graphs import stored_tensors
-from i2l.export.packs import PackPlan, plan_pack
-from i2l.export.precision import PRECISIONS, precision_for
-from i2l.export.stack import Stack, every
-from i2l.export.weights import Matrix, Step, graph_weights, plan_steps
+from i2l.engines.directory.tensorfile import PAD_PREFIX, PAGE, TENSOR_ALIGN
+from i2l.export.checkpoints.recognise import find_checkpoints, tensor_shapes
+from i2l.export.checkpoints.weights import Matrix, Step, graph_weights, plan_steps
+from i2l.export.graphs.graphs import stored_tensors
+from i2l.export.packs.packs import PackPlan, plan_pack
+from i2l.export.packs.stack import Stack, every
+from i2l.export.precisions.precision import PRECISIONS, precision_for
 from i2l.specs import PRESETS, AdapterSpec, EncoderSpec, Spec
 
 SPECS: dict[str, Spec] = {f"{name}-{spec.family}": spec for name, preset in PRESETS.items() for spec in preset}

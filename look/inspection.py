@@ -1,0 +1,171 @@
+"""What is this? Checkpoints, engines directories, LoRA files and the machine, described."""
+
+import importlib.util
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..engines.detect import detect_backends
+from ..engines.directory.generations import fp8_engines
+from ..engines.directory.integrity import check_files
+from ..engines.directory.manifest import MANIFEST, read_manifest
+from ..engines.tensorrt.plans import PlanFacts, planned_generations
+from ..errors import CheckpointError, CheckpointForeign, LoraUnreadable, NothingToInspect, format_bytes
+from ..export.checkpoints.recognise import checkpoint_paths, describe, recognise
+from ..lora.lora import describe_lora
+from ..specs import spec_to_dict
+
+EXTRAS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
+    "export": (
+        ("build-engines", "verify", "make-checkpoints"),
+        ("torch", "onnx", "onnxscript", "onnx_ir"),
+    ),
+    "plot": (("plot", "plot-trace"), ("matplotlib",)),
+}
+"""``extra -> (commands that need it, what it installs)``."""
+
+
+def inspect_path(path: Path) -> dict[str, Any]:
+    """The facts of whatever lies at ``path``; ``kind`` says what it is.
+
+    Raises:
+        CheckpointError: a checkpoint that is truncated or nearly right.
+        EnginesError: a damaged engines directory.
+        NothingToInspect: anything else.
+    """
+    if not path.exists():
+        raise NothingToInspect(path)
+    if (path / MANIFEST).is_file():
+        return _engines_facts(path)
+    if path.is_dir():
+        return _folder_facts(path)
+    try:
+        return {"kind": "lora", **describe_lora(path)}
+    except LoraUnreadable:
+        pass
+    try:
+        return {"kind": "checkpoint", "models": [describe(recognise(path))]}
+    except CheckpointForeign as error:
+        raise NothingToInspect(path) from error
+
+
+def text_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    """The same for people: one fact a line, models as paragraphs."""
+    for name, value in facts.items():
+        if name in {"models", "engines"}:
+            for model in value:
+                yield ""
+                yield from text_lines({key: item for key, item in model.items() if item is not None})
+        elif isinstance(value, Mapping):
+            if value:
+                yield f"{name}:"
+            yield from (
+                f"  {key}: {item if isinstance(item, str) else json.dumps(item)}" for key, item in value.items()
+            )
+        elif isinstance(value, list):
+            yield f"{name}:"
+            yield from (f"  {item}" for item in value)
+        else:
+            yield f"{name}: {format_bytes(value) if name == 'nbytes' else value}"
+
+
+def diagnose() -> dict[str, Any]:
+    """The machine: backends, what the commands that need more than the core can do here, cores and memory."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "memory_bytes": _memory_bytes(),
+        "backends": [
+            {
+                "name": status.name,
+                "works": status.works and status.proven,
+                "untried": status.works and not status.proven,
+                "reason": status.reason,
+                "remedy": status.remedy,
+            }
+            for status in detect_backends()
+        ],
+        "extras": [_extra_facts(name, commands, modules) for name, (commands, modules) in EXTRAS.items()],
+    }
+
+
+def diagnosis_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    """:func:`diagnose` for people."""
+    memory = f", {format_bytes(facts['memory_bytes'])} memory" if facts["memory_bytes"] else ""
+    yield f"Python {facts['python']} on {facts['platform']}, {facts['cores']} cores{memory}"
+    for backend in facts["backends"]:
+        if backend["works"]:
+            yield f"backend {backend['name']}: works ({backend['reason']})"
+        elif backend["untried"]:
+            yield f"backend {backend['name']}: untried ({backend['reason']}); {backend['remedy']}"
+        else:
+            yield f"backend {backend['name']}: no ({backend['reason']}); {backend['remedy']}"
+    for extra in facts["extras"]:
+        lacks = f"no ({', '.join(extra['missing'])} missing); {extra['remedy']}"
+        yield f"{', '.join(extra['commands'])}: {lacks if extra['missing'] else 'works'}"
+
+
+def _extra_facts(name: str, commands: Sequence[str], modules: Sequence[str]) -> dict[str, Any]:
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    remedy = f"pip install 'i2l-engines[{name}]'" if missing else ""
+    return {"name": name, "commands": list(commands), "missing": missing, "remedy": remedy}
+
+
+def _engines_facts(directory: Path) -> dict[str, Any]:
+    manifest = read_manifest(directory)
+    check_files(directory, manifest)
+    models = [
+        {
+            **spec_to_dict(model.spec),
+            "chunks": len(model.chunks),
+            "pack": f"{manifest.build}/{model.pack}",
+            "nbytes": manifest.files[model.pack].nbytes,
+            "checkpoint": dict(model.checkpoint),
+        }
+        for model in manifest.models.values()
+    ]
+    return {
+        "kind": "engines",
+        "path": str(directory),
+        "precision": manifest.precision,
+        "precision_reason": manifest.precision_reason,
+        "blocks_per_chunk": manifest.blocks_per_chunk,
+        "created": manifest.created,
+        "versions": dict(manifest.versions),
+        "graphs": {name: f"{manifest.build}/{path}" for name, path in manifest.graphs.items()},
+        "plans": {
+            f"sm{sm}": _plans_facts(plans) for sm, plans in planned_generations(directory, manifest.precision).items()
+        },
+        "nbytes": sum(facts.nbytes for facts in manifest.files.values()),
+        "models": models,
+        "engines": [_engines_facts(inner)] if (inner := fp8_engines(directory)) else [],
+    }
+
+
+def _plans_facts(plans: Mapping[str, PlanFacts]) -> str:
+    flavours = {f"{facts.key.flavour} {facts.key.version}" for facts in plans.values()}
+    size = format_bytes(sum(facts.nbytes for facts in plans.values()))
+    return f"{len(plans)} plans by {' and '.join(sorted(flavours))}, {size}"
+
+
+def _folder_facts(path: Path) -> dict[str, Any]:
+    models = []
+    problems = []
+    for file in checkpoint_paths(path):
+        try:
+            models.append(describe(recognise(file)))
+        except CheckpointError as error:
+            problems.append(str(error))
+    if not models and not problems:
+        raise NothingToInspect(path)
+    return {"kind": "checkpoints", "path": str(path), "models": models, "problems": problems}
+
+
+def _memory_bytes() -> int | None:
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
