@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ..engines.cpu.converted import CPU_FOLDER, bytes_to_convert
-from ..engines.cuda.graphs import checked_graphs, graphs_folder, graphs_of
+from ..engines.cuda.graphs import checked_graphs, graphs_folder
 from ..engines.directory.architectures import GENERATIONS
 from ..engines.directory.generations import FP8_FOLDER, fp8_engines
 from ..engines.directory.integrity import check_files
-from ..engines.directory.manifest import MANIFEST, Manifest, read_manifest
+from ..engines.directory.manifest import MANIFEST, Manifest, graphs_of, read_manifest
 from ..engines.tensorrt.plans import PLANS, PlanFacts, checked_plan, planned_generations, wanted_key
 from ..errors import DiskFull, EnginesError, I2LError, format_bytes, format_path
 from ..machine.files import free_bytes, require_free

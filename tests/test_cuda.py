@@ -28,9 +28,10 @@ from i2l.cli import main
 from i2l.engines import detect
 from i2l.engines.cuda.backend import arena_memory, open_cuda
 from i2l.engines.cuda.graphs import FACTS, checked_graphs, graphs_folder
-from i2l.engines.cuda.session import CpuTarget, CudaTarget, DeviceTensor, OrtDeviceEngine
+from i2l.engines.cuda.session import CpuTarget, CudaTarget, OrtDeviceEngine
 from i2l.engines.device import card as cuda_device
 from i2l.engines.device.backend import DeviceBackend, VramBudget
+from i2l.engines.device.tensor import DeviceTensor
 from i2l.engines.directory.manifest import read_manifest
 from i2l.engines.directory.tensorfile import TensorInfo
 from i2l.errors import (

@@ -15,9 +15,10 @@ import pytest
 
 from conftest import MakeEngines, picture
 from fake_device import DeviceTensor, FakeDevice
-from i2l.engines.cpu.backend import ELEMENT_TYPES, OrtEngine
+from i2l.engines.cpu.backend import OrtEngine
 from i2l.engines.device.backend import DeviceBackend, VramBudget
 from i2l.engines.device.residency import RESERVED_BYTES, GraphMemory
+from i2l.engines.directory.dtypes import ELEMENT_TYPES
 from i2l.engines.directory.manifest import Manifest, read_manifest
 from i2l.errors import BudgetTooSmall, EnginesReplaced, OutOfDeviceMemory, PipelineClosed
 from i2l.lora.lora import Lora

@@ -23,8 +23,8 @@ from filelock import FileLock, Timeout
 
 from conftest import MakeEngines, MakeModels, graphs_once
 from i2l.cli import main
-from i2l.engines.cpu.backend import ELEMENT_TYPES
 from i2l.engines.device.predict import graph_memory
+from i2l.engines.directory.dtypes import ELEMENT_TYPES
 from i2l.engines.directory.manifest import Model, read_manifest
 from i2l.engines.directory.tensorfile import read_header
 from i2l.engines.tensorrt.library import BuiltPlan, Flavour, build_plan, current_sm, find_flavour

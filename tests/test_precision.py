@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from i2l.engines.cpu.backend import ELEMENT_TYPES
+from i2l.engines.directory.dtypes import ELEMENT_TYPES
 from i2l.export.graphs.graphs import export_graph
 from i2l.export.precisions import precision as precision_module
 from i2l.export.precisions.precision import (

@@ -30,17 +30,17 @@ from conftest import MakeEngines, graphs_once, picture
 from fake_device import HostDevice
 from i2l.cli import main
 from i2l.engines import detect
-from i2l.engines.cuda.session import DeviceTensor
 from i2l.engines.device import card as cuda_device
 from i2l.engines.device.device import Workspace
 from i2l.engines.device.residency import CONTEXT_BYTES
+from i2l.engines.device.tensor import DeviceTensor
 from i2l.engines.directory.generations import FP8_FOLDER
-from i2l.engines.directory.manifest import read_manifest
+from i2l.engines.directory.manifest import read_manifest, spec_hash
 from i2l.engines.tensorrt.backend import TensorRTBackend
 from i2l.engines.tensorrt.engine import PlanRuntime
 from i2l.engines.tensorrt.layers import Products, products
 from i2l.engines.tensorrt.library import build_plan, find_flavour
-from i2l.engines.tensorrt.plans import BATCHES, FACTS, PlanFacts, PlanKey, plans_folder, plans_to_json, spec_hash
+from i2l.engines.tensorrt.plans import BATCHES, FACTS, PlanFacts, PlanKey, plans_folder, plans_to_json
 from i2l.engines.tensorrt.runtime_cache import RuntimeCache
 from i2l.errors import (
     BackendUnavailable,

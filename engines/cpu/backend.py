@@ -19,20 +19,12 @@ from ...machine.memory import available_bytes
 from ...machine.threads import default_threads
 from ...specs import FAMILIES, Family
 from ..base import Array
+from ..directory.dtypes import ELEMENT_TYPES
 from ..directory.manifest import Chunk, Manifest, Model, Step
 from ..directory.mapping import give_back, open_mapped, populate
 from ..directory.tensorfile import TensorInfo
 from .readahead import ReadAhead
 
-# safetensors dtype -> (numpy dtype of the same width, onnx.TensorProto element type): numpy knows neither bfloat16 nor
-# FP8, and the runtime does without the onnx package.
-ELEMENT_TYPES: Mapping[str, tuple[type[np.generic], int]] = {
-    "F32": (np.float32, 1),
-    "U8": (np.uint8, 2),
-    "I8": (np.int8, 3),
-    "BF16": (np.uint16, 16),
-    "F8_E4M3": (np.uint8, 17),
-}
 AHEAD_BYTES = (512 << 20, 2 << 30)
 """How far the disk reads ahead, at least and at most; between them a quarter of the memory that is available. SigLIP2
 computes longer than its pack is read; the disk uses that time for DINOv3's, where it is the other way round."""

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from ...errors import CudaGraphsUnusable
 from ..directory.integrity import file_facts
-from ..directory.manifest import Manifest, Model
-from ..tensorrt.plans import spec_hash
+from ..directory.manifest import Manifest, graphs_of, spec_hash
 
 FOLDER = "cuda"
 FACTS = "graphs.json"
@@ -63,11 +62,6 @@ def checked_graphs(engines: Path, manifest: Manifest) -> dict[str, Path]:
             if reason := difference(facts.get(graph), spec_hash(model.spec), paths[graph]):
                 raise CudaGraphsUnusable(engines, f"{graph} {reason}")
     return paths
-
-
-def graphs_of(model: Model) -> set[str]:
-    """The graphs that a model's steps run."""
-    return {step.graph for chunk in model.chunks for step in chunk.steps}
 
 
 def difference(facts: GraphFacts | None, model: str, path: Path) -> str:

@@ -17,31 +17,10 @@ import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, RuntimeException
 
 from ...errors import OutOfDeviceMemory, ProviderMissing, ShapeMismatch
-from ..cpu.backend import ELEMENT_TYPES
+from ..device.tensor import DeviceTensor
 
-__all__ = ["ELEMENT_TYPES", "FLOAT32", "CpuTarget", "CudaTarget", "DeviceTensor", "OrtDeviceEngine"]
-FLOAT32 = ELEMENT_TYPES["F32"][1]
 NO_MEMORY = re.compile(r"out of memory|failed to allocate memory|available memory of \d+ is smaller", re.IGNORECASE)
 """How the CUDA provider and its arena say that memory ran out; they have no error class for it."""
-
-
-@dataclass(frozen=True)
-class DeviceTensor:
-    """A tensor at an address; answers like an ``OrtValue`` where the engine and the device ask."""
-
-    address: int
-    sizes: tuple[int, ...]
-    element: int
-    """Its number in ``onnx.TensorProto``."""
-
-    def shape(self) -> list[int]:
-        return list(self.sizes)
-
-    def data_ptr(self) -> int:
-        return self.address
-
-    def element_type(self) -> int:
-        return self.element
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ import numpy as np
 
 from ...errors import BackendUnavailable, DeviceFailed, OutOfDeviceMemory
 from ..base import Array
-from ..cuda.session import ELEMENT_TYPES, FLOAT32, DeviceTensor
+from ..directory.dtypes import ELEMENT_TYPES, FLOAT32
 from ..directory.tensorfile import TENSOR_ALIGN, TensorInfo
 from .device import Event, Lane
+from .tensor import DeviceTensor
 
 log = logging.getLogger(__name__)
 BUFFERS = 2

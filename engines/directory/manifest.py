@@ -127,6 +127,16 @@ def content_id(manifest: Manifest, families: Sequence[Family]) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
+def graphs_of(model: Model) -> set[str]:
+    """The graphs that a model's steps run."""
+    return {step.graph for chunk in model.chunks for step in chunk.steps}
+
+
+def spec_hash(spec: Spec) -> str:
+    """A hash of an architecture."""
+    return hashlib.sha256(json.dumps(spec_to_dict(spec), sort_keys=True).encode()).hexdigest()
+
+
 def manifest_to_json(manifest: Manifest) -> str:
     """The text of ``manifest.json``; tensors as ``[dtype, shape, offset]`` rows, as there are thousands."""
     values = asdict(manifest)

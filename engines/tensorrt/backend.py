@@ -11,11 +11,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ..base import Array, Value
-from ..cuda.graphs import graphs_of
 from ..device.backend import DeviceBackend, VramBudget
 from ..device.device import Workspace
 from ..device.residency import CONTEXT_BYTES, GraphMemory
-from ..directory.manifest import Manifest
+from ..directory.manifest import Manifest, graphs_of
 from .engine import PlanRuntime, TensorRTEngine
 from .library import Flavour, find_flavour
 from .plans import checked_plan, plans_folder, wanted_key

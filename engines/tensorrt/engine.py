@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ...errors import DeviceFailed, I2LError, OutOfDeviceMemory, ShapeMismatch
-from ..cuda.session import FLOAT32, DeviceTensor
 from ..device.device import Device, Workspace, aligned
+from ..device.tensor import DeviceTensor
+from ..directory.dtypes import FLOAT32
 from .library import Flavour, tensorrt_log, tensorrt_module
 from .runtime_cache import RuntimeCache
 

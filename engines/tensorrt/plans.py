@@ -9,17 +9,17 @@ A plan is for one graph, one TensorRT, one generation of GPUs. All of that is it
 wanted one in any part is never used. Plans outlive builds: renewed checkpoints of the same sizes keep them.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ...errors import PlanMissing, PlanStale
-from ...specs import Spec, spec_to_dict
+from ...specs import Spec
 from ..directory.architectures import GENERATIONS
 from ..directory.generations import build_target
 from ..directory.integrity import file_facts
+from ..directory.manifest import spec_hash
 
 PLANS = "plans"
 FACTS = "plans.json"
@@ -61,11 +61,6 @@ class PlanFacts:
 def plans_folder(engines: Path, sm: int, precision: str) -> Path:
     """Where the plans of a generation lie."""
     return engines / PLANS / f"sm{sm}-{precision}"
-
-
-def spec_hash(spec: Spec) -> str:
-    """A hash of an architecture."""
-    return hashlib.sha256(json.dumps(spec_to_dict(spec), sort_keys=True).encode()).hexdigest()
 
 
 def read_plans(folder: Path) -> dict[str, PlanFacts]:

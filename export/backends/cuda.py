@@ -5,9 +5,8 @@ from pathlib import Path
 
 import torch
 
-from ...engines.cuda.graphs import FACTS, FORM, GraphFacts, graphs_folder, graphs_of, graphs_to_json
-from ...engines.directory.manifest import read_manifest
-from ...engines.tensorrt.plans import spec_hash
+from ...engines.cuda.graphs import FACTS, FORM, GraphFacts, graphs_folder, graphs_to_json
+from ...engines.directory.manifest import graphs_of, read_manifest, spec_hash
 from ...machine.files import Report, atomic_path, silent
 from ..graphs.graphs import export_graphs
 from ..precisions.cuda_precision import cuda_precision

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ...engines.directory.manifest import read_manifest
+from ...engines.directory.manifest import read_manifest, spec_hash
 from ...engines.tensorrt.library import Flavour, build_plan, find_flavour
 from ...engines.tensorrt.plans import (
     BATCHES,
@@ -24,7 +24,6 @@ from ...engines.tensorrt.plans import (
     plans_folder,
     plans_to_json,
     read_plans,
-    spec_hash,
 )
 from ...machine.files import Report, atomic_path, silent
 from ...specs import Spec
