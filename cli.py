@@ -26,7 +26,7 @@ from .commands.plot import plot
 from .commands.plot_trace import plot_trace
 from .commands.run import run
 from .commands.verify import verify
-from .errors import I2LError, StandardOutputUnwritable
+from .machine.errors import I2LError, StandardOutputUnwritable
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engines.directory.manifest import Manifest
-from ..errors import CheckpointMissing, NodePackIncomplete, format_path
+from ..export.checkpoints.errors import CheckpointMissing
 from ..machine.files import Report
+from ..machine.wording import format_path
 from ..specs import Family
+from .errors import NodePackIncomplete
 
 if TYPE_CHECKING:
     from ..export.checkpoints.recognise import Checkpoint

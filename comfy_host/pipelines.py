@@ -17,8 +17,8 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP
 
 from ..engines.directory.manifest import Manifest
-from ..errors import format_path
 from ..machine.files import Report, silent
+from ..machine.wording import format_path
 from .engines import pack_requirements
 from .folders import embeddings_folder
 from .progress import comfy_report

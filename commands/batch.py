@@ -7,8 +7,8 @@ from typing import Literal
 
 import click
 
-from ..errors import format_path
 from ..machine.progress import show_progress
+from ..machine.wording import format_path
 from .options import (
     PATH,
     backend_option,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ..engines.directory.architectures import FLOAT8_FROM, GENERATIONS
-from ..errors import format_bytes, format_path
 from ..machine.progress import show_progress
+from ..machine.wording import format_bytes, format_path
 from ..specs import DIFFUSION_MODELS, DiffusionModel
 from .options import debug_option, engines_option, models_option, needs_extra
 

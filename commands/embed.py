@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from ..errors import NoImages, format_path
 from ..machine.progress import show_progress
+from ..machine.wording import format_path
+from ..runtime.errors import NoImages
 from .options import (
     PATH,
     backend_option,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
-from ..errors import format_bytes, format_path
 from ..machine.progress import show_progress
+from ..machine.wording import format_bytes, format_path
 from ..specs import DIFFUSION_MODELS, DiffusionModel
 from .options import PATH, debug_option, needs_extra
 

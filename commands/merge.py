@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from ..errors import format_bytes, format_path
+from ..machine.wording import format_bytes, format_path
 from .options import (
     LORA_DTYPES,
     PATH,

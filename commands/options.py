@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 
 import click
 
-from ..errors import PackageMissing, WeightsMismatch, format_path
+from ..lora.errors import WeightsMismatch
+from ..machine.errors import PackageMissing
 from ..machine.sizes import parse_budget
+from ..machine.wording import format_path
 
 
 class UserPath(click.Path):

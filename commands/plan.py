@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import format_bytes
+from ..machine.wording import format_bytes
 from .options import PATH, SIZE, debug_option, json_option, needs_extra
 
 if TYPE_CHECKING:

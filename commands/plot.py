@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from ..errors import format_path
+from ..machine.wording import format_path
 from .options import PATH, debug_option, needs_extra
 
 

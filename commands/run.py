@@ -7,8 +7,9 @@ from typing import Literal
 
 import click
 
-from ..errors import NoImages, format_bytes, format_path
 from ..machine.progress import show_progress
+from ..machine.wording import format_bytes, format_path
+from ..runtime.errors import NoImages
 from .options import (
     PATH,
     backend_option,

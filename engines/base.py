@@ -11,9 +11,9 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import OutOfDeviceMemory
 from ..specs import Family
 from .directory.manifest import Chunk, Step
+from .errors import OutOfDeviceMemory
 
 Value: TypeAlias = Any
 Array: TypeAlias = NDArray[np.float32]

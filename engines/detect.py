@@ -4,7 +4,8 @@ import ctypes.util
 import importlib.util
 from dataclasses import dataclass
 
-from ..errors import BackendUnavailable, PackageMissing
+from ..machine.errors import PackageMissing
+from .errors import BackendUnavailable
 from .tensorrt.library import current_sm, find_flavour, knows
 
 NAMES = ("cpu", "cuda", "tensorrt")

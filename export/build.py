@@ -17,8 +17,9 @@ from ..engines.cpu.converted import PLAN_FOLDER, remove_cpu_engines
 from ..engines.directory.generations import fp8_engines, remove_fp8_engines
 from ..engines.directory.integrity import file_facts, record_checked
 from ..engines.directory.manifest import FORMAT, MANIFEST, FileFacts, Manifest, Model, manifest_to_json, read_manifest
-from ..errors import EnginesError, format_bytes, format_path
+from ..engines.errors import EnginesError
 from ..machine.files import Report, atomic_path, explained_os_errors, require_free, silent
+from ..machine.wording import format_bytes, format_path
 from ..specs import FAMILIES, DiffusionModel, Family
 from .backends.build_lock import only_build
 from .backends.cpu import write_cpu_plan

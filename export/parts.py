@@ -13,9 +13,10 @@ import torch
 
 from ..engines.directory.architectures import BFLOAT16_FROM, FLOAT8_FROM
 from ..engines.directory.generations import FP8_FOLDER
-from ..errors import PrecisionUnsupported, format_bytes
 from ..machine.files import Report, require_free, silent
+from ..machine.wording import format_bytes
 from ..specs import DiffusionModel
+from .backends.errors import PrecisionUnsupported
 from .build import BuildResult, build_engines, build_key, choose_precision, current_manifest, packs_bytes, plan_packs
 from .checkpoints.recognise import find_checkpoints
 

@@ -14,10 +14,12 @@ from ..engines.directory.architectures import GENERATIONS
 from ..engines.directory.generations import FP8_FOLDER, fp8_engines
 from ..engines.directory.integrity import check_files
 from ..engines.directory.manifest import MANIFEST, Manifest, graphs_of, read_manifest
+from ..engines.errors import EnginesError
 from ..engines.tensorrt.plans import PLANS, PlanFacts, checked_plan, planned_generations, wanted_key
-from ..errors import DiskFull, EnginesError, I2LError, format_bytes, format_path
+from ..machine.errors import DiskFull, I2LError
 from ..machine.files import free_bytes, require_free
 from ..machine.memory import available_bytes
+from ..machine.wording import format_bytes, format_path
 
 
 def check_engines(directory: Path) -> dict[str, Any]:

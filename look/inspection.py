@@ -13,10 +13,13 @@ from ..engines.directory.generations import fp8_engines
 from ..engines.directory.integrity import check_files
 from ..engines.directory.manifest import MANIFEST, read_manifest
 from ..engines.tensorrt.plans import PlanFacts, planned_generations
-from ..errors import CheckpointError, CheckpointForeign, LoraUnreadable, NothingToInspect, format_bytes
+from ..export.checkpoints.errors import CheckpointError, CheckpointForeign
 from ..export.checkpoints.recognise import checkpoint_paths, describe, recognise
+from ..lora.errors import LoraUnreadable
 from ..lora.lora import describe_lora
+from ..machine.wording import format_bytes
 from ..specs import spec_to_dict
+from .errors import NothingToInspect
 
 EXTRAS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     "export": (

@@ -7,8 +7,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..errors import TraceUnreadable
 from ..machine.files import atomic_path
+from .errors import TraceUnreadable
 
 COLOURS = {"prefetch": "tab:green", "copy": "tab:green", "acquire": "tab:orange", "run": "tab:blue"}
 

@@ -15,13 +15,13 @@ from PIL import Image
 
 from ..engines.base import Array
 from ..engines.directory.manifest import read_manifest
-from ..errors import EnginesOfOtherCheckpoints
 from ..lora.lora import Lora, factors_by_module, lora_from_factors
 from ..lora.lowrank import product_error
 from ..machine.files import Report, silent
 from ..runtime.images import ImageSource
 from ..runtime.pipeline import Pipeline
 from ..specs import AdapterSpec, Family
+from .errors import EnginesOfOtherCheckpoints
 
 
 @dataclass(frozen=True)

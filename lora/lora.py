@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 
 from ..engines.base import Array
 from ..engines.directory.tensorfile import LayoutWriter, TensorInfo, plan_layout, read_header
-from ..errors import LoraNotFinite, LoraUnreadable, StrengthInvalid, WeightsMismatch
 from ..machine.files import atomic_path
 from ..specs import DiffusionModel
+from .errors import LoraNotFinite, LoraUnreadable, StrengthInvalid, WeightsMismatch
 
 KeyFormat: TypeAlias = Literal["comfyui", "diffsynth"]
 Dtype: TypeAlias = Literal["bf16", "fp16", "fp32"]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..engines.base import Array
 from ..engines.directory.tensorfile import TensorInfo, read_header
-from ..errors import LorasDiffer, LoraUnreadable
+from .errors import LorasDiffer, LoraUnreadable
 from .lora import DTYPES, KEYS, MODEL_METADATA, Dtype, KeyFormat, Lora, describe_lora, joining_weights
 
 NUMPY_DTYPES: Mapping[str, type[np.generic]] = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..engines.base import Array
-from ..errors import LoraNotFinite
+from .errors import LoraNotFinite
 from .lora import Lora
 
 Matrix = NDArray[np.floating[Any]]

@@ -14,9 +14,11 @@ import numpy as np
 from PIL import Image
 
 from ..engines.base import Array
-from ..errors import FolderEmpty, ImageError, LoraNotFinite, LoraUnreadable, OutputUnwritable
+from ..lora.errors import LoraNotFinite, LoraUnreadable
 from ..lora.lora import DTYPES, Dtype, KeyFormat, describe_lora
+from ..machine.errors import OutputUnwritable
 from ..machine.files import Report, silent
+from .errors import FolderEmpty, ImageError
 from .listing import SUFFIXES, images_in
 from .pipeline import ENCODERS, IMAGES_PER_PASS, Pipeline
 from .sources import images_mark, load_squares

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import FolderEmpty, ImageUnreadable, format_path
+from ..machine.wording import format_path
+from .errors import FolderEmpty, ImageUnreadable
 
 SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".ppm", ".pgm", ".qoi",

@@ -19,11 +19,13 @@ from ..engines.device.residency import resident_chunks
 from ..engines.directory.generations import engines_for
 from ..engines.directory.integrity import check_files
 from ..engines.directory.manifest import Chunk, Manifest, read_manifest
+from ..engines.errors import OutOfDeviceMemory
 from ..engines.tensorrt.backend import open_tensorrt
 from ..engines.tensorrt.library import current_sm
-from ..errors import EnginesReplaced, OutOfDeviceMemory, PipelineClosed, format_bytes
 from ..machine.files import Report
+from ..machine.wording import format_bytes
 from ..specs import Family
+from .errors import EnginesReplaced, PipelineClosed
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

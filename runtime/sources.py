@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
-from ..errors import NoImages
+from .errors import NoImages
 from .images import ImageSource, content_sha256, load_image, square_image
 
 

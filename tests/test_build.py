@@ -30,15 +30,7 @@ import i2l
 from conftest import MakeEngines, MakeModels, graphs_once
 from i2l.engines.cpu.backend import CpuBackend
 from i2l.engines.directory.manifest import MANIFEST, FileFacts, Manifest, Step, manifest_to_json, read_manifest
-from i2l.errors import (
-    CheckpointsUnfit,
-    DiskFull,
-    EnginesMissing,
-    ManifestInvalid,
-    OutputUnwritable,
-    format_bytes,
-    format_path,
-)
+from i2l.errors import CheckpointsUnfit, DiskFull, EnginesMissing, ManifestInvalid, OutputUnwritable
 from i2l.export import build
 from i2l.export.backends import cpu as cpuplan
 from i2l.export.backends.build_lock import LOCK, only_build
@@ -47,6 +39,7 @@ from i2l.export.packs.packs import plan_pack, write_pack
 from i2l.export.precisions.precision import PRECISIONS, Precision, precision_for
 from i2l.machine import files
 from i2l.machine.files import Report
+from i2l.machine.wording import format_bytes, format_path
 from i2l.runtime.pipeline import Pipeline
 from i2l.specs import PRESETS, AdapterSpec, EncoderSpec, Family, Spec
 

@@ -20,9 +20,9 @@ from i2l.errors import (
     CheckpointMissing,
     CheckpointPrefixed,
     CheckpointUnreadable,
-    format_path,
 )
 from i2l.export.checkpoints.recognise import SPEC_KEY, describe, find_checkpoints, recognise, shape_hash, tensor_shapes
+from i2l.machine.wording import format_path
 from i2l.specs import FAMILIES, PRESETS, AdapterSpec, EncoderSpec, Family, Spec, spec_to_dict
 
 Shapes = Mapping[str, tuple[int, ...]]

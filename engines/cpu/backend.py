@@ -14,7 +14,6 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from ...errors import OutOfDeviceMemory, ShapeMismatch
 from ...machine.memory import available_bytes
 from ...machine.threads import default_threads
 from ...specs import FAMILIES, Family
@@ -23,6 +22,7 @@ from ..directory.dtypes import ELEMENT_TYPES
 from ..directory.manifest import Chunk, Manifest, Model, Step
 from ..directory.mapping import give_back, open_mapped, populate
 from ..directory.tensorfile import TensorInfo
+from ..errors import OutOfDeviceMemory, ShapeMismatch
 from .readahead import ReadAhead
 
 AHEAD_BYTES = (512 << 20, 2 << 30)

@@ -20,12 +20,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ...errors import CpuPacksUnwritable, EngineFileDamaged, EnginesError, ManifestInvalid, format_bytes, format_path
 from ...machine.files import Report, atomic_path, explained_os_errors, require_free, silent
 from ...machine.locks import exclusive
 from ...machine.threads import default_threads
+from ...machine.wording import format_bytes, format_path
 from ..directory.integrity import check_files, record_checked
 from ..directory.manifest import MANIFEST, FileFacts, Manifest, manifest_to_json, read_manifest
+from ..errors import EngineFileDamaged, EnginesError, ManifestInvalid
+from .errors import CpuPacksUnwritable
 from .transcode import layout_of, transcode_pack
 
 log = logging.getLogger(__name__)

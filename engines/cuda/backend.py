@@ -9,13 +9,13 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-from ...errors import BackendUnavailable
 from ...specs import AdapterSpec, Family, Spec
 from ..device.backend import DeviceBackend, VramBudget
 from ..device.predict import graph_memory
 from ..device.residency import CONTEXT_BYTES, GraphMemory
 from ..directory.architectures import BFLOAT16_FROM
 from ..directory.manifest import Manifest, Model
+from ..errors import BackendUnavailable
 from .graphs import checked_graphs
 
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ...errors import CudaGraphsUnusable
 from ..directory.integrity import file_facts
 from ..directory.manifest import Manifest, graphs_of, spec_hash
+from .errors import CudaGraphsUnusable
 
 FOLDER = "cuda"
 FACTS = "graphs.json"

@@ -16,8 +16,9 @@ from typing import Any
 import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, RuntimeException
 
-from ...errors import OutOfDeviceMemory, ProviderMissing, ShapeMismatch
 from ..device.tensor import DeviceTensor
+from ..errors import OutOfDeviceMemory, ShapeMismatch
+from .errors import ProviderMissing
 
 NO_MEMORY = re.compile(r"out of memory|failed to allocate memory|available memory of \d+ is smaller", re.IGNORECASE)
 """How the CUDA provider and its arena say that memory ran out; they have no error class for it."""

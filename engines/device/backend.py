@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ...errors import OutOfDeviceMemory, ShapeMismatch
 from ...specs import Family
 from ..base import Array, Engine, Value
 from ..directory.manifest import Manifest
 from ..directory.mapping import open_mapped
+from ..errors import OutOfDeviceMemory, ShapeMismatch
 from .device import Device, Workspace
 from .residency import GraphMemory, Residency, plan_residency
 from .slots import DeviceStore, DeviceWeights

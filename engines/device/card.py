@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import BackendUnavailable, DeviceFailed, OutOfDeviceMemory
 from ..base import Array
 from ..directory.dtypes import ELEMENT_TYPES, FLOAT32
 from ..directory.tensorfile import TENSOR_ALIGN, TensorInfo
+from ..errors import BackendUnavailable, DeviceFailed, OutOfDeviceMemory
 from .device import Event, Lane
 from .tensor import DeviceTensor
 

@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ...errors import BudgetTooSmall
 from ...specs import AdapterSpec, Family, Spec
 from ..directory.manifest import Chunk
+from ..errors import BudgetTooSmall
 from .device import aligned
 
 SLOTS = 2

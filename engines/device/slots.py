@@ -16,11 +16,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ...errors import OutOfDeviceMemory, format_bytes
+from ...machine.wording import format_bytes
 from ...specs import Family
 from ..base import Value
 from ..directory.manifest import Chunk, Model, Step
 from ..directory.tensorfile import TensorInfo
+from ..errors import OutOfDeviceMemory
 from .device import Device, Event, Lane, Workspace, aligned
 from .residency import Residency
 

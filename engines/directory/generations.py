@@ -17,7 +17,7 @@ ones are not used: a card must not give another LoRA than the card beside it.
 import shutil
 from pathlib import Path
 
-from ...errors import EnginesError
+from ..errors import EnginesError
 from .architectures import FLOAT8_FROM
 from .manifest import MANIFEST, Manifest, read_manifest
 

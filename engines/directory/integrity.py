@@ -10,8 +10,10 @@ import json
 import logging
 from pathlib import Path
 
-from ...errors import EngineFileDamaged, I2LError, format_bytes
+from ...machine.errors import I2LError
 from ...machine.files import atomic_path
+from ...machine.wording import format_bytes
+from ..errors import EngineFileDamaged
 from .manifest import FileFacts, Manifest
 
 log = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ...errors import EnginesMissing, ManifestInvalid
 from ...specs import FAMILIES, Family, Spec, spec_from_dict, spec_to_dict
+from ..errors import EnginesMissing, ManifestInvalid
 from .tensorfile import TensorInfo
 
 FORMAT = 1

@@ -15,10 +15,11 @@ import re
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from ...errors import DeviceFailed, I2LError, OutOfDeviceMemory, ShapeMismatch
+from ...machine.errors import I2LError
 from ..device.device import Device, Workspace, aligned
 from ..device.tensor import DeviceTensor
 from ..directory.dtypes import FLOAT32
+from ..errors import DeviceFailed, OutOfDeviceMemory, ShapeMismatch
 from .library import Flavour, tensorrt_log, tensorrt_module
 from .runtime_cache import RuntimeCache
 

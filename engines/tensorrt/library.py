@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from ...errors import BackendUnavailable, PackageMissing, PlanBuildFailed
+from ...machine.errors import PackageMissing
+from ..errors import BackendUnavailable
+from .errors import PlanBuildFailed
 from .plans import BATCHES
 
 log = logging.getLogger(__name__)

@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from ...errors import PlanMissing, PlanStale
 from ...specs import Spec
 from ..directory.architectures import GENERATIONS
 from ..directory.generations import build_target
 from ..directory.integrity import file_facts
 from ..directory.manifest import spec_hash
+from .errors import PlanMissing, PlanStale
 
 PLANS = "plans"
 FACTS = "plans.json"

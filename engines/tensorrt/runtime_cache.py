@@ -13,8 +13,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ...errors import DiskFull, OutputUnwritable, format_path
+from ...machine.errors import DiskFull, OutputUnwritable
 from ...machine.files import atomic_path
+from ...machine.wording import format_path
 from .library import Flavour
 
 log = logging.getLogger(__name__)

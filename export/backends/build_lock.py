@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ...errors import format_path
 from ...machine.files import explained_os_errors
 from ...machine.locks import exclusive
+from ...machine.wording import format_path
 
 log = logging.getLogger(__name__)
 LOCK = ".build.lock"

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ...engines.directory.tensorfile import TensorInfo
-from ...errors import CheckpointUnreadable
 from ..precisions.precision import TORCH_DTYPES
+from .errors import CheckpointUnreadable
 from .recognise import Checkpoint
 
 BLOCK = 4096

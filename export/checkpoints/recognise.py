@@ -15,17 +15,6 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ...engines.directory.tensorfile import TensorInfo, parse_header, read_header
-from ...errors import (
-    AdapterAmbiguous,
-    CheckpointAmbiguous,
-    CheckpointError,
-    CheckpointForeign,
-    CheckpointMismatch,
-    CheckpointMissing,
-    CheckpointPrefixed,
-    CheckpointsUnfit,
-    CheckpointUnreadable,
-)
 from ...specs import (
     FAMILIES,
     PUBLISHED,
@@ -36,6 +25,17 @@ from ...specs import (
     Spec,
     spec_from_dict,
     spec_to_dict,
+)
+from .errors import (
+    AdapterAmbiguous,
+    CheckpointAmbiguous,
+    CheckpointError,
+    CheckpointForeign,
+    CheckpointMismatch,
+    CheckpointMissing,
+    CheckpointPrefixed,
+    CheckpointsUnfit,
+    CheckpointUnreadable,
 )
 
 SPEC_KEY = "i2l_spec"
