@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..engines.directory.manifest import Manifest
 from ..export.checkpoints.errors import CheckpointMissing
-from ..machine.files import Report
+from ..machine.progress import Report
 from ..machine.wording import format_path
 from ..specs import Family
 from .errors import NodePackIncomplete

@@ -17,7 +17,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP
 
 from ..engines.directory.manifest import Manifest
-from ..machine.files import Report, silent
+from ..machine.progress import Report, silent
 from ..machine.wording import format_path
 from .engines import pack_requirements
 from .folders import embeddings_folder

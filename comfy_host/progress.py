@@ -12,7 +12,7 @@ from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.utils import ProgressBar
 
 from ..engines.directory.manifest import Manifest
-from ..machine.files import Report
+from ..machine.progress import Report
 
 
 def comfy_report(total: int | None = None) -> Report:

@@ -18,7 +18,8 @@ from ..engines.directory.generations import fp8_engines, remove_fp8_engines
 from ..engines.directory.integrity import file_facts, record_checked
 from ..engines.directory.manifest import FORMAT, MANIFEST, FileFacts, Manifest, Model, manifest_to_json, read_manifest
 from ..engines.errors import EnginesError
-from ..machine.files import Report, atomic_path, explained_os_errors, require_free, silent
+from ..machine.files import atomic_path, explained_os_errors, require_free
+from ..machine.progress import Report, silent
 from ..machine.wording import format_bytes, format_path
 from ..specs import FAMILIES, DiffusionModel, Family
 from .backends.build_lock import only_build

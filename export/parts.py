@@ -1,7 +1,8 @@
 """One engines directory for several generations of GPUs: each with the packs that it computes with best.
 
-Up to two precisions are needed, as FP8 products begin with sm89; where both are, :mod:`..engines.generations` says
-which of them serves a card. One generation's packs are built after the other's, each reading the checkpoints once.
+Up to two precisions are needed, as FP8 products begin with sm89; where both are,
+:mod:`..engines.directory.generations` says which of them serves a card. One generation's packs are built after the
+other's, each reading the checkpoints once.
 """
 
 import logging
@@ -9,14 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from ..engines.directory.architectures import BFLOAT16_FROM, FLOAT8_FROM
+from ..engines.directory.architectures import FLOAT8_FROM
 from ..engines.directory.generations import FP8_FOLDER
-from ..machine.files import Report, require_free, silent
+from ..machine.files import require_free
+from ..machine.progress import Report, silent
 from ..machine.wording import format_bytes
 from ..specs import DiffusionModel
-from .backends.errors import PrecisionUnsupported
+from .backends.cards import require_precision
 from .build import BuildResult, build_engines, build_key, choose_precision, current_manifest, packs_bytes, plan_packs
 from .checkpoints.recognise import find_checkpoints
 
@@ -104,18 +104,6 @@ def peak_bytes(builds: Sequence[tuple[int, int]]) -> int:
         peak = max(peak, grown + new)
         grown += new - old
     return peak
-
-
-def require_precision(sm: int, precision: str) -> None:
-    """Raise :class:`PrecisionUnsupported` if a generation cannot compute with packs of this precision."""
-    least = {"fp8": FLOAT8_FROM, "bf16": BFLOAT16_FROM, "int8": 75}.get(precision)
-    if least is None or sm < least:
-        raise PrecisionUnsupported(sm, precision, plan_parts("auto", [sm])[0].precision)
-
-
-def compute_dtype(sm: int) -> torch.dtype:
-    """In what a generation multiplies what has not eight bits."""
-    return torch.bfloat16 if sm >= BFLOAT16_FROM else torch.float16
 
 
 def _names(sms: Sequence[int]) -> str:

@@ -17,7 +17,7 @@ from ..engines.base import Array
 from ..engines.directory.manifest import read_manifest
 from ..lora.lora import Lora, factors_by_module, lora_from_factors
 from ..lora.lowrank import product_error
-from ..machine.files import Report, silent
+from ..machine.progress import Report, silent
 from ..runtime.images import ImageSource
 from ..runtime.pipeline import Pipeline
 from ..specs import AdapterSpec, Family

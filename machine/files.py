@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 from .errors import DiskFull, OutputUnwritable
 
@@ -19,16 +18,6 @@ UNWRITABLE = frozenset(
     | {errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EINVAL, errno.EBUSY}
 )
 """What the operating system says of a place that cannot be written."""
-
-
-class Report(Protocol):
-    """How long work tells its progress: ``done`` of ``total`` units of ``stage`` (units are whatever the stage has)."""
-
-    def __call__(self, stage: str, done: int, total: int) -> None: ...
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """A :class:`Report` that tells nobody."""
 
 
 @contextmanager

@@ -1,14 +1,22 @@
-"""Progress on the terminal: a bar with an ETA where somebody watches, a line per stage where a log does."""
+"""Progress: how long work tells it; on the terminal a bar where somebody watches, a line per stage where a log does."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
-
-from .files import Report, silent
+from typing import Literal, Protocol
 
 LINE_STEPS = 4
 """Lines per stage in a log: at each quarter."""
+
+
+class Report(Protocol):
+    """How long work tells its progress: ``done`` of ``total`` units of ``stage`` (units are whatever the stage has)."""
+
+    def __call__(self, stage: str, done: int, total: int) -> None: ...
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """A :class:`Report` that tells nobody."""
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from ..engines.base import Array
 from ..lora.errors import LoraNotFinite, LoraUnreadable
 from ..lora.lora import DTYPES, Dtype, KeyFormat, describe_lora
 from ..machine.errors import OutputUnwritable
-from ..machine.files import Report, silent
+from ..machine.progress import Report, silent
 from .errors import FolderEmpty, ImageError
 from .listing import SUFFIXES, images_in
 from .pipeline import ENCODERS, IMAGES_PER_PASS, Pipeline

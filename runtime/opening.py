@@ -22,7 +22,7 @@ from ..engines.directory.manifest import Chunk, Manifest, read_manifest
 from ..engines.errors import OutOfDeviceMemory
 from ..engines.tensorrt.backend import open_tensorrt
 from ..engines.tensorrt.library import current_sm
-from ..machine.files import Report
+from ..machine.progress import Report
 from ..machine.wording import format_bytes
 from ..specs import Family
 from .errors import EnginesReplaced, PipelineClosed

@@ -20,7 +20,7 @@ from ..engines.device.backend import MARGIN_BYTES, DeviceBackend, VramBudget
 from ..engines.device.slots import DeviceStore
 from ..engines.directory.manifest import Manifest, Step, content_id
 from ..lora.lora import MODEL_METADATA, Lora, factors_by_module, joining_weights, lora_from_factors, require_finite
-from ..machine.files import Report, silent
+from ..machine.progress import Report, silent
 from ..specs import FAMILIES, AdapterSpec, EncoderSpec, Family
 from .cache import EmbeddingCache, encoders_id
 from .images import ImageSource, load_image, pixels_dinov3, pixels_siglip2, square_image

@@ -38,7 +38,7 @@ from i2l.export.build import build_engines
 from i2l.export.packs.packs import plan_pack, write_pack
 from i2l.export.precisions.precision import PRECISIONS, Precision, precision_for
 from i2l.machine import files
-from i2l.machine.files import Report
+from i2l.machine.progress import Report
 from i2l.machine.wording import format_bytes, format_path
 from i2l.runtime.pipeline import Pipeline
 from i2l.specs import PRESETS, AdapterSpec, EncoderSpec, Family, Spec

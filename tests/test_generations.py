@@ -17,9 +17,10 @@ from i2l.engines.directory.manifest import read_manifest
 from i2l.engines.tensorrt.plans import planned_generations
 from i2l.errors import EnginesMissing, PrecisionUnsupported
 from i2l.export import build
+from i2l.export.backends.cards import require_precision
 from i2l.export.build import build_engines
 from i2l.export.packs.packs import write_pack
-from i2l.export.parts import Part, build_parts, peak_bytes, plan_parts, require_precision
+from i2l.export.parts import Part, build_parts, peak_bytes, plan_parts
 from i2l.look.inspection import inspect_path
 from i2l.machine import files
 

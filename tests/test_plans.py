@@ -31,13 +31,13 @@ from i2l.engines.tensorrt.library import BuiltPlan, Flavour, build_plan, current
 from i2l.engines.tensorrt.plans import FACTS, PlanKey, checked_plan, plans_folder, read_plans
 from i2l.errors import BackendUnavailable, PlanBuildFailed, PlanMissing, PlanStale, PrecisionUnsupported
 from i2l.export.backends.build_lock import LOCK
+from i2l.export.backends.cards import compute_dtype
 from i2l.export.backends.tensorrt import build_plans, gpu_graphs
 from i2l.export.checkpoints.recognise import find_checkpoints
 from i2l.export.checkpoints.weights import graph_weights
 from i2l.export.graphs.graphs import export_graph, stored_tensors
 from i2l.export.graphs.modules import graph_modules
 from i2l.export.packs.packs import planned_model
-from i2l.export.parts import compute_dtype
 from i2l.export.precisions.gpu_precision import gpu_precision
 from i2l.export.precisions.torch_rotation import rotate, rotation
 from i2l.export.reference import reference_steps

@@ -20,8 +20,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ...machine.files import Report, atomic_path, explained_os_errors, require_free, silent
+from ...machine.files import atomic_path, explained_os_errors, require_free
 from ...machine.locks import exclusive
+from ...machine.progress import Report, silent
 from ...machine.threads import default_threads
 from ...machine.wording import format_bytes, format_path
 from ..directory.integrity import check_files, record_checked

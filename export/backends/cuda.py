@@ -7,7 +7,8 @@ import torch
 
 from ...engines.cuda.graphs import FACTS, FORM, GraphFacts, graphs_folder, graphs_to_json
 from ...engines.directory.manifest import graphs_of, read_manifest, spec_hash
-from ...machine.files import Report, atomic_path, silent
+from ...machine.files import atomic_path
+from ...machine.progress import Report, silent
 from ..graphs.graphs import export_graphs
 from ..precisions.cuda_precision import cuda_precision
 from .build_lock import only_build

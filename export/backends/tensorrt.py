@@ -25,12 +25,13 @@ from ...engines.tensorrt.plans import (
     plans_to_json,
     read_plans,
 )
-from ...machine.files import Report, atomic_path, silent
+from ...machine.files import atomic_path
+from ...machine.progress import Report, silent
 from ...specs import Spec
 from ..graphs.graphs import export_graphs
-from ..parts import compute_dtype, require_precision
 from ..precisions.gpu_precision import gpu_precision
 from .build_lock import only_build
+from .cards import compute_dtype, require_precision
 
 
 @dataclass(frozen=True)

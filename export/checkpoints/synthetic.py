@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from ...engines.directory.tensorfile import LayoutWriter, plan_layout
-from ...machine.files import Report, atomic_path, explained_os_errors, require_free, silent
+from ...machine.files import atomic_path, explained_os_errors, require_free
+from ...machine.progress import Report, silent
 from ...specs import PRESETS, QWEN_IMAGE_ADAPTERS, DiffusionModel, Family, Spec, spec_to_dict
 from .recognise import SPEC_KEY, tensor_shapes
 
