@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from i2l.engines.backends import detect_backends
 from i2l.engines.base import Array
-from i2l.engines.detect import detect_backends
 from i2l.engines.device.backend import DeviceBackend
 from i2l.engines.device.predict import Card, predict
 from i2l.engines.tensorrt.backend import TensorRTBackend

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from ..engines.backends import BACKENDS
 from ..lora.errors import WeightsMismatch
 from ..machine.errors import PackageMissing
 from ..machine.sizes import parse_budget
@@ -98,7 +99,7 @@ lora_output_option = click.option(
     "--output", type=PATH, required=True, metavar="FILE", help="The LoRA file to write."
 )  # fmt: skip
 backend_option = click.option(
-    "--backend", type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]), default="auto", show_default=True,
+    "--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True,
     help="Where to compute; auto takes the best that works here.",
 )  # fmt: skip
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..engines.detect import detect_backends
+from ..engines.backends import detect_backends
 from ..engines.directory.generations import fp8_engines
 from ..engines.directory.integrity import check_files
 from ..engines.directory.manifest import MANIFEST, read_manifest

@@ -15,8 +15,8 @@ from typing import TypeAlias
 import numpy as np
 from PIL import Image
 
-from ..engines.base import Array, Backend, Engine, Value, WeightStore
-from ..engines.device.backend import MARGIN_BYTES, DeviceBackend, VramBudget
+from ..engines.base import MARGIN_BYTES, Array, Backend, Engine, Limits, Value, VramBudget, WeightStore
+from ..engines.device.backend import DeviceBackend
 from ..engines.device.slots import DeviceStore
 from ..engines.directory.manifest import Manifest, Step, content_id
 from ..lora.lora import MODEL_METADATA, Lora, factors_by_module, joining_weights, lora_from_factors, require_finite
@@ -99,11 +99,13 @@ class Pipeline:
         self._open = OpenEngines(
             engines,
             backend=backend,
-            images=IMAGES_PER_PASS,
-            threads=threads,
-            ram_budget_bytes=ram_budget_bytes,
-            vram=VramBudget(vram_budget_bytes, vram_margin_bytes),
-            report=report,
+            limits=Limits(
+                images=IMAGES_PER_PASS,
+                threads=threads,
+                ram_budget_bytes=ram_budget_bytes,
+                vram=VramBudget(vram_budget_bytes, vram_margin_bytes),
+                report=report,
+            ),
         )
         self._report = report
         self.cache: EmbeddingCache | None = None if cache is None else EmbeddingCache(cache, self._encoders_id)

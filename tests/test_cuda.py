@@ -25,12 +25,13 @@ from click.testing import CliRunner
 from conftest import MakeEngines, MakeModels, picture
 from fake_device import HostDevice
 from i2l.cli import main
-from i2l.engines import detect
+from i2l.engines import backends
+from i2l.engines.base import Limits, VramBudget
 from i2l.engines.cuda.backend import arena_memory, open_cuda
 from i2l.engines.cuda.graphs import FACTS, checked_graphs, graphs_folder
 from i2l.engines.cuda.session import CpuTarget, CudaTarget, OrtDeviceEngine
 from i2l.engines.device import card as cuda_device
-from i2l.engines.device.backend import DeviceBackend, VramBudget
+from i2l.engines.device.backend import DeviceBackend
 from i2l.engines.device.tensor import DeviceTensor
 from i2l.engines.directory.manifest import read_manifest
 from i2l.engines.directory.tensorfile import TensorInfo
@@ -387,7 +388,7 @@ def test_a_card_that_does_not_do_is_given_back(
     device.sm, device.index = sm, 0  # type: ignore[attr-defined]
     monkeypatch.setattr(cuda_device, "CudaDevice", lambda: device)
     with pytest.raises(error, match=words):
-        open_cuda(with_graphs, read_manifest(with_graphs), 4, VramBudget(budget_bytes))
+        open_cuda(with_graphs, read_manifest(with_graphs), Limits(4, vram=VramBudget(budget_bytes)))
     assert device.used_bytes == device.pinned_bytes == 0
 
 
@@ -395,13 +396,13 @@ def test_a_card_that_does_not_do_is_given_back(
 
 
 def test_auto_never_takes_what_nobody_ran(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(detect, "_without_driver", lambda _: None)
+    monkeypatch.setattr("i2l.engines.device.driver.without_driver", lambda _: None)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name.startswith("tensorrt") else name)
-    name, reason = detect.choose_backend("auto")
+    name, reason = backends.choose_backend("auto")
     assert name == "cpu"
     assert "never run on a GPU" in reason
-    assert detect.choose_backend("cuda") == ("cuda", "asked for")
+    assert backends.choose_backend("cuda") == ("cuda", "asked for")
     text = CliRunner().invoke(main, ["doctor"]).output
     assert "backend cuda: untried" in text
 

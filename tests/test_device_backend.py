@@ -15,8 +15,11 @@ import pytest
 
 from conftest import MakeEngines, picture
 from fake_device import DeviceTensor, FakeDevice
+from i2l.engines.base import Limits, Offer, VramBudget
+from i2l.engines.base import Opened as OpenedEngines
 from i2l.engines.cpu.backend import OrtEngine
-from i2l.engines.device.backend import DeviceBackend, VramBudget
+from i2l.engines.cuda.backend import find_cuda
+from i2l.engines.device.backend import DeviceBackend
 from i2l.engines.device.residency import RESERVED_BYTES, GraphMemory
 from i2l.engines.directory.dtypes import ELEMENT_TYPES
 from i2l.engines.directory.manifest import Manifest, read_manifest
@@ -108,16 +111,18 @@ def on_auto(engines: MakeEngines, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def open_(precision: str) -> tuple[Pipeline, Path]:
         directory = Path(shutil.copytree(engines("tiny", precision), tmp_path / "engines"))
 
-        def open_gpu(engines: Path, manifest: Manifest, *_: object) -> DeviceBackend:
+        def open_gpu(engines: Path, manifest: Manifest, _: Limits) -> OpenedEngines:
             graphs = {graph: GraphMemory(5000, 200_000, 100) for graph in manifest.graphs}
             device = FakeDevice(1 << 30, seed=0)
             first = "siglip2.embed"
             path = engines / manifest.build / manifest.graphs[first]
             engine = FakeEngine(device, first, path, failing(0, first, 1000))
-            return DeviceBackend("cuda", device, {first: engine}.__getitem__, engines, manifest, graphs, 1 << 30)
+            make = {first: engine}.__getitem__
+            backend = DeviceBackend("cuda", device, make, engines, manifest, graphs, 1 << 30)
+            return OpenedEngines(backend, manifest, manifest)
 
         monkeypatch.setattr("i2l.runtime.opening.choose_backend", lambda _: ("cuda", "auto: a card"))
-        monkeypatch.setattr("i2l.runtime.opening.open_cuda", open_gpu)
+        monkeypatch.setattr("i2l.engines.cuda.backend.OFFER", Offer(find_cuda, open_gpu))
         pipelines.append(Pipeline(directory, threads=1))
         return pipelines[-1], directory
 
@@ -227,7 +232,7 @@ def test_a_trace_shows_what_the_lanes_did(engines: MakeEngines, monkeypatch: pyt
     directory = engines("tiny", "int8")
     device = FakeDevice(1 << 30, seed=3)
 
-    def open_gpu(directory: Path, manifest: Manifest, *_: object) -> DeviceBackend:
+    def open_gpu(directory: Path, manifest: Manifest, _: Limits) -> OpenedEngines:
         graphs = {graph: GraphMemory(5000, 200_000, 100) for graph in manifest.graphs}
 
         def make(graph: str) -> FakeEngine:
@@ -235,10 +240,11 @@ def test_a_trace_shows_what_the_lanes_did(engines: MakeEngines, monkeypatch: pyt
 
         with pytest.raises(BudgetTooSmall) as caught:
             DeviceBackend("cuda", device, make, directory, manifest, graphs, 0)
-        return DeviceBackend("cuda", device, make, directory, manifest, graphs, caught.value.needed_bytes)
+        backend = DeviceBackend("cuda", device, make, directory, manifest, graphs, caught.value.needed_bytes)
+        return OpenedEngines(backend, manifest, manifest)
 
     monkeypatch.setattr("i2l.runtime.opening.choose_backend", lambda _: ("cuda", "named"))
-    monkeypatch.setattr("i2l.runtime.opening.open_cuda", open_gpu)
+    monkeypatch.setattr("i2l.engines.cuda.backend.OFFER", Offer(find_cuda, open_gpu))
     trace = Trace()
     with Pipeline(directory, backend="cuda", trace=trace) as pipeline:
         pipeline.lora_from_images(PICTURES)
@@ -262,11 +268,11 @@ def test_a_trace_shows_what_the_lanes_did(engines: MakeEngines, monkeypatch: pyt
 def test_too_little_vram_at_the_opening_leaves_auto_the_cpu(
     engines: MakeEngines, wanted: Lora, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def open_gpu(*_: object) -> DeviceBackend:
+    def open_gpu(*_: object) -> OpenedEngines:
         raise OutOfDeviceMemory("a card", 2 << 30, 1 << 30)
 
     monkeypatch.setattr("i2l.runtime.opening.choose_backend", lambda _: ("cuda", "a card"))
-    monkeypatch.setattr("i2l.runtime.opening.open_cuda", open_gpu)
+    monkeypatch.setattr("i2l.engines.cuda.backend.OFFER", Offer(find_cuda, open_gpu))
     with pytest.raises(OutOfDeviceMemory):
         Pipeline(engines("tiny", "int8"), backend="cuda")
     with caplog.at_level(logging.WARNING, "i2l"), Pipeline(engines("tiny", "int8"), threads=1) as pipeline:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from conftest import MakeEngines, picture
-from i2l.engines.detect import detect_backends
+from i2l.engines.backends import detect_backends
 from i2l.engines.tensorrt.backend import TensorRTBackend
 from i2l.engines.tensorrt.layers import products
 from i2l.engines.tensorrt.library import current_sm

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 import i2l
 from conftest import MakeEngines, picture
-from i2l.engines import detect
+from i2l.engines import backends
+from i2l.engines.base import BackendStatus
 from i2l.engines.cpu import backend as ort
 from i2l.engines.cpu.readahead import ReadAhead
 from i2l.engines.directory.manifest import Chunk, Step, read_manifest
@@ -397,9 +398,9 @@ def test_a_named_backend_was_asked_for(engines: MakeEngines) -> None:
 
 
 def test_auto_takes_the_best_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    statuses = tuple(detect.BackendStatus(name, works=name != "tensorrt", reason="because") for name in detect.NAMES)
-    monkeypatch.setattr(detect, "detect_backends", lambda: statuses)
-    assert detect.choose_backend("auto")[0] == "cuda"
+    statuses = tuple(BackendStatus(name, works=name != "tensorrt", reason="because") for name in backends.BACKENDS)
+    monkeypatch.setattr(backends, "detect_backends", lambda: statuses)
+    assert backends.choose_backend("auto")[0] == "cuda"
 
 
 # --- the streamer ------------------------------------------------------------------------------------------------

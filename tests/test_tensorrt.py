@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from ctypes.util import find_library
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,15 @@ from played_tensorrt import Played, failing
 from conftest import MakeEngines, graphs_once, picture
 from fake_device import HostDevice
 from i2l.cli import main
-from i2l.engines import detect
+from i2l.engines import backends
 from i2l.engines.device import card as cuda_device
+from i2l.engines.device import driver
 from i2l.engines.device.device import Workspace
 from i2l.engines.device.residency import CONTEXT_BYTES
 from i2l.engines.device.tensor import DeviceTensor
 from i2l.engines.directory.generations import FP8_FOLDER
 from i2l.engines.directory.manifest import read_manifest, spec_hash
+from i2l.engines.tensorrt import backend as tensorrt_backend
 from i2l.engines.tensorrt.backend import TensorRTBackend
 from i2l.engines.tensorrt.engine import PlanRuntime
 from i2l.engines.tensorrt.layers import Products, products
@@ -53,7 +56,6 @@ from i2l.errors import (
 )
 from i2l.export.precisions.gpu_precision import gpu_precision
 from i2l.lora.lora import Lora
-from i2l.runtime import opening as opening_module
 from i2l.runtime.pipeline import IMAGES_PER_PASS, Pipeline
 
 PICTURES = [picture(90, 70, seed=1), picture(64, 64, seed=2)]
@@ -119,10 +121,9 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Play:
         for name in ("tensorrt_rtx", "tensorrt"):
             monkeypatch.setitem(sys.modules, name, played.module if name == played.name else None)
         monkeypatch.setattr(cuda_device, "CudaDevice", lambda **_: device)
-        monkeypatch.setattr(detect, "_without_driver", lambda _: None)
-        monkeypatch.setattr(detect, "_without_cuda_python", lambda _: None)
-        for module in (detect, opening_module):
-            monkeypatch.setattr(module, "current_sm", lambda: sm)
+        monkeypatch.setattr(driver, "without_driver", lambda _: None)
+        monkeypatch.setattr(driver, "without_cuda_python", lambda _: None)
+        monkeypatch.setattr(tensorrt_backend, "current_sm", lambda: sm)
         return played
 
     return begin
@@ -336,7 +337,8 @@ def test_each_generation_runs_the_engines_that_serve_it(
         lora = pipeline.lora_from_images(PICTURES)
         assert (pipeline.manifest.precision, pipeline.runs_as) == ("int8", "int8")
         assert lora.metadata["i2l.precision"] == "int8"
-        pipeline._open._may_fall_back, pipeline._open._threads = True, 1
+        pipeline._open._may_fall_back = True
+        pipeline._open._limits = replace(pipeline._open._limits, threads=1)
         played.fail = failing("run", OOM, times=99)
         assert_same(pipeline.lora_from_images(PICTURES), wanted)
         assert (pipeline.backend_name, pipeline.manifest.precision) == ("cpu", "fp32")
@@ -496,7 +498,7 @@ def test_the_real_tensorrt_says_what_it_lacks(tmp_path: Path) -> None:
 
 def test_it_is_untried_and_auto_passes_it_over(planned: Path, play: Play) -> None:
     play()
-    status = next(status for status in detect.detect_backends() if status.name == "tensorrt")
+    status = next(status for status in backends.detect_backends() if status.name == "tensorrt")
     assert (status.works, status.proven) == (True, False)
     assert "backend tensorrt: untried (tensorrt_rtx 1.7.1, sm89; " in CliRunner().invoke(main, ["doctor"]).output
     with Pipeline(planned) as pipeline:
@@ -507,14 +509,14 @@ def test_without_cuda_python_the_extra_installs_it(play: Play, monkeypatch: pyte
     play()
     monkeypatch.undo()
     real = importlib.util.find_spec
-    monkeypatch.setattr(detect, "_without_driver", lambda _: None)
+    monkeypatch.setattr(driver, "without_driver", lambda _: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("cuda") else real(name))
     if real("tensorrt_rtx") is None:
         pytest.skip("tensorrt_rtx is not installed")
     with pytest.raises(
         BackendUnavailable, match=r"cuda.core .* is not installed: pip install 'i2l-engines\[tensorrt\]'"
     ):
-        detect.choose_backend("tensorrt")
+        backends.choose_backend("tensorrt")
 
 
 def test_a_tensorrt_whose_libraries_do_not_load(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -523,9 +525,9 @@ def test_a_tensorrt_whose_libraries_do_not_load(play: Play, monkeypatch: pytest.
     def broken() -> Iterator[None]:
         raise OSError("libnvinfer.so: cannot open shared object file")
 
-    monkeypatch.setattr(detect, "find_flavour", broken)
+    monkeypatch.setattr(tensorrt_backend, "find_flavour", broken)
     with pytest.raises(BackendUnavailable, match=r"TensorRT does not load .*libnvinfer"):
-        detect.choose_backend("tensorrt")
+        backends.choose_backend("tensorrt")
 
 
 def test_the_command_runs_on_it(planned: Path, photo: Path, tmp_path: Path, play: Play) -> None:

@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 from ...machine.memory import available_bytes
 from ...machine.threads import default_threads
 from ...specs import FAMILIES, Family
-from ..base import Array
+from ..base import Array, BackendStatus, Limits, Offer, Opened
+from ..device.residency import resident_chunks
 from ..directory.dtypes import ELEMENT_TYPES
 from ..directory.manifest import Chunk, Manifest, Model, Step
 from ..directory.mapping import give_back, open_mapped, populate
 from ..directory.tensorfile import TensorInfo
 from ..errors import OutOfDeviceMemory, ShapeMismatch
+from .converted import cpu_engines
 from .readahead import ReadAhead
 
 AHEAD_BYTES = (512 << 20, 2 << 30)
@@ -175,3 +177,26 @@ def bytes_ahead(available: int | None) -> int:
     """How far to read ahead with so much memory available: what is read too early is dropped before it is used."""
     least, most = AHEAD_BYTES
     return least if available is None else min(max(available // 4, least), most)
+
+
+def find_cpu() -> BackendStatus:
+    """It works wherever onnxruntime does."""
+    return BackendStatus("cpu", works=True, reason=f"onnxruntime {ort.__version__}")
+
+
+def open_cpu(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
+    """Open an engines directory, or the int8 form of an fp8 one, which is made now if it is not there.
+
+    Raises:
+        ManifestInvalid, CpuPacksUnwritable, DiskFull: see :func:`.converted.cpu_engines`.
+        BudgetTooSmall: the largest chunk is over the budget for weights that stay.
+    """
+    directory, running = cpu_engines(engines, manifest, threads=limits.threads, report=limits.report)
+    kept = {}
+    if limits.ram_budget_bytes is not None:
+        chunks = {family: model.chunks for family, model in running.models.items()}
+        kept = resident_chunks(chunks, limits.ram_budget_bytes)
+    return Opened(CpuBackend(directory, running, limits.threads, kept), manifest, running)
+
+
+OFFER = Offer(find_cpu, open_cpu)

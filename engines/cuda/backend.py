@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...specs import AdapterSpec, Family, Spec
-from ..device.backend import DeviceBackend, VramBudget
+from ..base import BackendStatus, Limits, Offer, Opened
+from ..device import driver
+from ..device.backend import DeviceBackend
 from ..device.predict import graph_memory
 from ..device.residency import CONTEXT_BYTES, GraphMemory
 from ..directory.architectures import BFLOAT16_FROM
@@ -19,14 +21,25 @@ from ..errors import BackendUnavailable
 from .graphs import checked_graphs
 
 
-def open_cuda(engines: Path, manifest: Manifest, images: int, vram: VramBudget) -> DeviceBackend:
+def find_cuda() -> BackendStatus:
+    """It wants a driver, onnxruntime's build for CUDA, and cuda-python."""
+    import onnxruntime  # noqa: PLC0415 - as below
+
+    if status := driver.without_driver("cuda"):
+        return status
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        remedy = "pip uninstall onnxruntime && pip install 'i2l-engines[cuda]'"
+        return BackendStatus("cuda", works=False, reason="onnxruntime is the build for the CPU", remedy=remedy)
+    return driver.without_cuda_python("cuda") or driver.untried("cuda", f"onnxruntime {onnxruntime.__version__}")
+
+
+def open_cuda(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
     """Open an engines directory on the first card.
 
     Args:
         engines: the engines directory, built with ``--backend cuda``.
         manifest: its manifest.
-        images: the most that share a pass.
-        vram: for all of it.
+        limits: images and VRAM.
 
     Raises:
         CudaGraphsUnusable: there are no graphs for it, or others.
@@ -39,7 +52,7 @@ def open_cuda(engines: Path, manifest: Manifest, images: int, vram: VramBudget) 
 
     # read now, so that an open pipeline outlives a rebuild
     models = {graph: path.read_bytes() for graph, path in checked_graphs(engines, manifest).items()}
-    memory = arena_memory(manifest.models, images)
+    memory = arena_memory(manifest.models, limits.images)
     with ExitStack() as undo:
         device = CudaDevice()
         undo.callback(device.close)
@@ -51,10 +64,10 @@ def open_cuda(engines: Path, manifest: Manifest, images: int, vram: VramBudget) 
         def make(graph: str) -> OrtDeviceEngine:
             return OrtDeviceEngine(graph, models[graph], target, memory[graph].context_bytes - CONTEXT_BYTES)
 
-        budget = vram.on(device)
+        budget = limits.vram.on(device)
         backend = DeviceBackend("cuda", device, make, engines, manifest, memory, budget)
         undo.pop_all()
-        return backend
+        return Opened(backend, manifest, manifest)
 
 
 def arena_memory(models: Mapping[Family, Model], images: int) -> dict[str, GraphMemory]:
@@ -78,3 +91,6 @@ def arena_memory(models: Mapping[Family, Model], images: int) -> dict[str, Graph
 def input_bytes(spec: Spec, images: int) -> int:
     """Bytes of what the host uploads for a model, in float32."""
     return 4 * images * (spec.embedding if isinstance(spec, AdapterSpec) else 3 * spec.image_size**2)
+
+
+OFFER = Offer(find_cuda, open_cuda)

@@ -5,7 +5,6 @@ Only the device and its engines differ between CUDA and TensorRT, and between th
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,9 +16,6 @@ from ..errors import OutOfDeviceMemory, ShapeMismatch
 from .device import Device, Workspace
 from .residency import GraphMemory, Residency, plan_residency
 from .slots import DeviceStore, DeviceWeights
-
-MARGIN_BYTES = 2 << 30
-"""What ``auto`` leaves free for other programs and the desktop."""
 
 
 class DeviceBackend:
@@ -103,25 +99,3 @@ class DeviceBackend:
         with contextlib.suppress(BufferError):  # an error's traceback still holds weights: the maps go when they go
             for pack in self._maps.values():
                 pack.close()
-
-
-@dataclass(frozen=True)
-class VramBudget:
-    """What a backend may take of a card."""
-
-    budget_bytes: int | None = None
-    """For everything; None takes what is free, less the margin."""
-    margin_bytes: int = MARGIN_BYTES
-
-    def on(self, device: Device) -> int:
-        """The budget on a device.
-
-        Raises:
-            OutOfDeviceMemory: no more than the margin is free.
-        """
-        if self.budget_bytes is not None:
-            return self.budget_bytes
-        free = device.free_bytes()
-        if free <= self.margin_bytes:
-            raise OutOfDeviceMemory(device.name, self.margin_bytes, free)
-        return free - self.margin_bytes

@@ -10,51 +10,88 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
-from ..base import Array, Value
-from ..device.backend import DeviceBackend, VramBudget
+from ...machine.errors import PackageMissing
+from ..base import Array, BackendStatus, Limits, Offer, Opened, Value
+from ..device import driver
+from ..device.backend import DeviceBackend
 from ..device.device import Workspace
 from ..device.residency import CONTEXT_BYTES, GraphMemory
-from ..directory.manifest import Manifest, graphs_of
+from ..directory.generations import engines_for
+from ..directory.integrity import check_files
+from ..directory.manifest import Manifest, graphs_of, read_manifest
+from ..errors import BackendUnavailable
 from .engine import PlanRuntime, TensorRTEngine
-from .library import Flavour, find_flavour
+from .library import Flavour, current_sm, find_flavour, knows
 from .plans import checked_plan, plans_folder, wanted_key
 from .runtime_cache import RuntimeCache
 
 log = logging.getLogger(__name__)
 
 
-def open_tensorrt(engines: Path, manifest: Manifest, images: int, vram: VramBudget) -> "TensorRTBackend":
+def find_tensorrt() -> BackendStatus:
+    """It wants a driver, a TensorRT that loads and knows the card, and cuda-python."""
+    if status := driver.without_driver("tensorrt") or _without_tensorrt() or driver.without_cuda_python("tensorrt"):
+        return status
+    flavour = find_flavour()
+    try:
+        sm = current_sm()
+    except BackendUnavailable:
+        remedy = "see what nvidia-smi says, or use --backend cpu"
+        return BackendStatus("tensorrt", works=False, reason="the NVIDIA driver finds no GPU", remedy=remedy)
+    if not knows(flavour, sm):
+        reason = f"{flavour} does not know this GPU, sm{sm}"
+        return BackendStatus("tensorrt", works=False, reason=reason, remedy="use --backend cuda")
+    return driver.untried("tensorrt", f"{flavour}, sm{sm}")
+
+
+def _without_tensorrt() -> BackendStatus | None:
+    try:
+        find_flavour()
+    except PackageMissing:
+        reason, remedy = "tensorrt or tensorrt_rtx is not installed", "pip install 'i2l-engines[tensorrt]'"
+        return BackendStatus("tensorrt", works=False, reason=reason, remedy=remedy)
+    except (ImportError, OSError) as error:  # its libraries do not load
+        remedy = "install it again, or use --backend cuda"
+        return BackendStatus("tensorrt", works=False, reason=f"TensorRT does not load ({error})", remedy=remedy)
+    return None
+
+
+def open_tensorrt(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
     """Open an engines directory on the first card.
 
     Args:
         engines: the engines directory, built with ``--backend tensorrt`` for the card's generation.
-        manifest: its manifest.
-        images: the most that share a pass.
-        vram: for all of it.
+        manifest: its manifest. Newer generations get the FP8 engines inside, if there are any.
+        limits: images and VRAM.
 
     Raises:
         PackageMissing: no TensorRT is installed.
         BackendUnavailable: there is no driver or no card.
+        EngineFileDamaged: a file of the FP8 engines inside is not what the build wrote.
         PlanMissing, PlanStale: there is no plan for this TensorRT and this card; the error says what differs.
         DeviceFailed: TensorRT refuses a plan; with its own words.
         BudgetTooSmall, OutOfDeviceMemory: they need more.
     """
     from ..device.card import CudaDevice  # noqa: PLC0415 - the leaf that needs CUDA
 
+    directory = engines_for(engines, current_sm())
+    if directory != engines:
+        manifest = read_manifest(directory)
+        check_files(directory, manifest)
     flavour = find_flavour()
     with ExitStack() as undo:
         card = CudaDevice(backend="tensorrt")
         undo.callback(card.close)
-        plans = checked_plans(engines, manifest, flavour, card.sm)
-        budget = vram.on(card)  # before contexts take of what is free
+        plans = checked_plans(directory, manifest, flavour, card.sm)
+        budget = limits.vram.on(card)  # before contexts take of what is free
         workspace = Workspace()
-        cache = RuntimeCache(plans_folder(engines, card.sm, manifest.precision), flavour, card.name)
-        runtime = PlanRuntime(flavour, card, workspace, images, cache)
+        cache = RuntimeCache(plans_folder(directory, card.sm, manifest.precision), flavour, card.name)
+        runtime = PlanRuntime(flavour, card, workspace, limits.images, cache)
         log.info("tensorrt: opening %d plans on %s", len(plans), runtime.where)
         opened, memory = open_plans(runtime, plans)
-        backend = TensorRTBackend(engines, manifest, runtime, opened, memory, budget)
+        backend = TensorRTBackend(directory, manifest, runtime, opened, memory, budget)
         undo.pop_all()
-        return backend
+        return Opened(backend, manifest, manifest)
 
 
 class TensorRTBackend(DeviceBackend):
@@ -111,3 +148,6 @@ def open_plans(
         scratch, values = engine.scratch_bytes, engine.value_bytes
         memory[graph] = GraphMemory(scratch, values, max(CONTEXT_BYTES, free - runtime.card.free_bytes()))
     return opened, memory
+
+
+OFFER = Offer(find_tensorrt, open_tensorrt)
