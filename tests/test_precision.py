@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from i2l.engines.directory.dtypes import ELEMENT_TYPES
+from i2l.export.checkpoints.torch_dtypes import TORCH_DTYPES
 from i2l.export.graphs.graphs import export_graph
 from i2l.export.precisions import precision as precision_module
 from i2l.export.precisions.precision import (
-    TORCH_DTYPES,
     Float,
     Float8,
     LeftInt8,

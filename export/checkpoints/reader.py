@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from ...engines.directory.tensorfile import TensorInfo
-from ..precisions.precision import TORCH_DTYPES
 from .errors import CheckpointUnreadable
 from .recognise import Checkpoint
+from .torch_dtypes import TORCH_DTYPES
 
 BLOCK = 4096
 """A multiple of every disk's block."""

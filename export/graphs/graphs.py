@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...engines.directory.tensorfile import TensorInfo
 from ...specs import AdapterSpec, EncoderSpec, Spec
+from ..checkpoints.torch_dtypes import TORCH_DTYPES
 from ..checkpoints.weights import Matrix, Step, Weight, graph_weights
-from ..precisions.precision import TORCH_DTYPES, Precision
+from ..precisions.precision import Precision
 from .modules import graph_modules
 
 OPSET = 23

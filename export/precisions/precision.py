@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...specs import Spec
+from ..checkpoints.torch_dtypes import TORCH_DTYPES
 from .parallel import in_threads
 from .torch_rotation import rotate, rotation
 
@@ -26,14 +27,6 @@ Stored: TypeAlias = tuple[str, str, tuple[int, ...]]
 Weights: TypeAlias = Mapping[str, Tensor]
 Rows: TypeAlias = Callable[[int, int], Tensor]
 """``(first row, count) -> float32 [count, in_features]`` of the original matrix."""
-TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
 PRECISIONS = ("fp8", "int8", "bf16", "fp32")
 PIECE_VALUES = 1 << 19
 """Values handled at a time: 2 MiB of float32 stay in the cache through the passes of a quantiser. Pieces eight times as
