@@ -38,7 +38,7 @@ from i2l.runtime.pipeline import Pipeline
 from i2l.specs import PRESETS, Spec
 from real_comfyui import prompt_from_workflow
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ADAPTER = PRESETS["tiny"].adapter
 MODULES = {
     f"{component}.{index}.{target}"

@@ -659,7 +659,7 @@ def commands_of(page: Path) -> Iterator[list[str]]:
 @pytest.mark.parametrize("page", ["README.md", "docs/gpu.md"])
 def test_the_commands_of_the_pages_exist(page: str) -> None:
     """Parsed, not run: an option that was renamed is found here."""
-    lines = list(commands_of(Path(__file__).parents[1] / page))
+    lines = list(commands_of(Path(__file__).parents[2] / page))
     assert lines
     for _, name, *arguments in lines:
         main.commands[name].make_context(name, arguments)
