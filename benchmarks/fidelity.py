@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from i2l.engines.base import Array
-from i2l.export.checkpoints.recognise import Checkpoint, find_checkpoints
+from i2l.export.checkpoints.finding import find_checkpoints
+from i2l.export.checkpoints.recognise import Checkpoint
 from i2l.export.reference import reference_steps
 from i2l.look.verification import lora_errors, step_error
 from i2l.lora.lora import Lora, factors_by_module, lora_from_factors

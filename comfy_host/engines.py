@@ -44,7 +44,7 @@ def prepare_engines(adapter: Path, roots: Sequence[Path], precision: str, report
     """
     with pack_requirements():
         from ..export.build import build_engines, build_key, choose_precision, current_manifest  # noqa: PLC0415
-        from ..export.checkpoints.recognise import find_checkpoints  # noqa: PLC0415
+        from ..export.checkpoints.finding import find_checkpoints  # noqa: PLC0415
     own = roots[0] / FOLDER / f"{adapter.stem}-{choose_precision(precision)[0]}"
     manifests = {folder: current_manifest(folder) for folder in (roots[0] / FOLDER, own)}
     existing = {folder: m for folder, m in manifests.items() if m and precision in {"auto", m.precision}}
@@ -74,7 +74,7 @@ def find_encoders(roots: Sequence[Path]) -> "Mapping[Family, Checkpoint]":
     Raises:
         CheckpointError: no root has them; the first root says why.
     """
-    from ..export.checkpoints.recognise import find_checkpoints  # noqa: PLC0415
+    from ..export.checkpoints.finding import find_checkpoints  # noqa: PLC0415
 
     missing: list[CheckpointMissing] = []
     for root in roots:

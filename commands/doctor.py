@@ -20,7 +20,7 @@ def doctor(engines: Path | None, *, as_json: bool) -> None:
     For each backend and each command that needs an optional package: does it work here, and if not, why and what to do?
     With --engines also: may that directory be used here, and what does that take? Exit code 1 if it may not.
     """
-    from ..look.inspection import diagnose, diagnosis_lines  # noqa: PLC0415
+    from ..look.diagnosis import diagnose, diagnosis_lines  # noqa: PLC0415
 
     facts = diagnose()
     lines = list(diagnosis_lines(facts))

@@ -24,7 +24,8 @@ from ..machine.wording import format_bytes, format_path
 from ..specs import FAMILIES, DiffusionModel, Family
 from .backends.build_lock import only_build
 from .backends.cpu import write_cpu_plan
-from .checkpoints.recognise import Checkpoint, find_checkpoints, require_fitting
+from .checkpoints.finding import find_checkpoints, require_fitting
+from .checkpoints.recognise import Checkpoint
 from .graphs.graphs import export_graphs, standalone_model
 from .packs.packs import PackPlan, plan_pack, write_pack
 from .precisions.parallel import quantising_threads

@@ -18,7 +18,7 @@ from ..machine.wording import format_bytes
 from ..specs import DiffusionModel
 from .backends.cards import require_precision
 from .build import BuildResult, build_engines, build_key, choose_precision, current_manifest, packs_bytes, plan_packs
-from .checkpoints.recognise import find_checkpoints
+from .checkpoints.finding import find_checkpoints
 
 log = logging.getLogger(__name__)
 

@@ -1,34 +1,22 @@
-"""What is this? Checkpoints, engines directories, LoRA files and the machine, described."""
+"""What is this? Checkpoints, engines directories, LoRA files, described."""
 
-import importlib.util
 import json
-import os
-import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..engines.backends import detect_backends
 from ..engines.directory.generations import fp8_engines
 from ..engines.directory.integrity import check_files
 from ..engines.directory.manifest import MANIFEST, read_manifest
 from ..engines.tensorrt.plans import PlanFacts, planned_generations
 from ..export.checkpoints.errors import CheckpointError, CheckpointForeign
-from ..export.checkpoints.recognise import checkpoint_paths, describe, recognise
+from ..export.checkpoints.finding import checkpoint_paths
+from ..export.checkpoints.recognise import describe, recognise
 from ..lora.errors import LoraUnreadable
 from ..lora.lora import describe_lora
 from ..machine.wording import format_bytes
 from ..specs import spec_to_dict
 from .errors import NothingToInspect
-
-EXTRAS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
-    "export": (
-        ("build-engines", "verify", "make-checkpoints"),
-        ("torch", "onnx", "onnxscript", "onnx_ir"),
-    ),
-    "plot": (("plot", "plot-trace"), ("matplotlib",)),
-}
-"""``extra -> (commands that need it, what it installs)``."""
 
 
 def inspect_path(path: Path) -> dict[str, Any]:
@@ -73,49 +61,6 @@ def text_lines(facts: Mapping[str, Any]) -> Iterator[str]:
             yield from (f"  {item}" for item in value)
         else:
             yield f"{name}: {format_bytes(value) if name == 'nbytes' else value}"
-
-
-def diagnose() -> dict[str, Any]:
-    """The machine: backends, what the commands that need more than the core can do here, cores and memory."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "memory_bytes": _memory_bytes(),
-        "backends": [
-            {
-                "name": status.name,
-                "works": status.works and status.proven,
-                "untried": status.works and not status.proven,
-                "reason": status.reason,
-                "remedy": status.remedy,
-            }
-            for status in detect_backends()
-        ],
-        "extras": [_extra_facts(name, commands, modules) for name, (commands, modules) in EXTRAS.items()],
-    }
-
-
-def diagnosis_lines(facts: Mapping[str, Any]) -> Iterator[str]:
-    """:func:`diagnose` for people."""
-    memory = f", {format_bytes(facts['memory_bytes'])} memory" if facts["memory_bytes"] else ""
-    yield f"Python {facts['python']} on {facts['platform']}, {facts['cores']} cores{memory}"
-    for backend in facts["backends"]:
-        if backend["works"]:
-            yield f"backend {backend['name']}: works ({backend['reason']})"
-        elif backend["untried"]:
-            yield f"backend {backend['name']}: untried ({backend['reason']}); {backend['remedy']}"
-        else:
-            yield f"backend {backend['name']}: no ({backend['reason']}); {backend['remedy']}"
-    for extra in facts["extras"]:
-        lacks = f"no ({', '.join(extra['missing'])} missing); {extra['remedy']}"
-        yield f"{', '.join(extra['commands'])}: {lacks if extra['missing'] else 'works'}"
-
-
-def _extra_facts(name: str, commands: Sequence[str], modules: Sequence[str]) -> dict[str, Any]:
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    remedy = f"pip install 'i2l-engines[{name}]'" if missing else ""
-    return {"name": name, "commands": list(commands), "missing": missing, "remedy": remedy}
 
 
 def _engines_facts(directory: Path) -> dict[str, Any]:
@@ -166,9 +111,3 @@ def _folder_facts(path: Path) -> dict[str, Any]:
     if not models and not problems:
         raise NothingToInspect(path)
     return {"kind": "checkpoints", "path": str(path), "models": models, "problems": problems}
-
-
-def _memory_bytes() -> int | None:
-    if not hasattr(os, "sysconf"):
-        return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -60,7 +60,7 @@ def verify_engines(
     Raises:
         CheckpointError, EnginesError, ImageError: an input cannot be used.
     """
-    from ..export.checkpoints.recognise import find_checkpoints  # noqa: PLC0415 - torch is needed only here
+    from ..export.checkpoints.finding import find_checkpoints  # noqa: PLC0415 - torch is needed only here
     from ..export.reference import reference_steps  # noqa: PLC0415
 
     adapter = read_manifest(engines).models["adapter"].spec

@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image
 
 from .errors import NoImages
-from .images import ImageSource, content_sha256, load_image, square_image
+from .images import ImageSource, load_image
+from .pixels import content_sha256, square_image
 
 
 def as_several(images: Sequence[ImageSource] | ImageSource) -> list[ImageSource]:

@@ -1,42 +1,21 @@
-"""Checkpoints: found and recognised by their tensors.
+"""Checkpoints: recognised by their tensors.
 
 Upstream calls all three files ``model.safetensors`` and users rename them, so a name says nothing. A published file is
 recognised by its shape hash; a synthetic one carries its spec in the header. A file that shares tensors with a known
 model but differs is reported tensor by tensor, as that is nearly always a part of it or a broken conversion.
 """
 
-import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from ...engines.directory.tensorfile import TensorInfo, parse_header, read_header
-from ...specs import (
-    FAMILIES,
-    PUBLISHED,
-    AdapterSpec,
-    DiffusionModel,
-    EncoderSpec,
-    Family,
-    Spec,
-    spec_from_dict,
-    spec_to_dict,
-)
-from .errors import (
-    AdapterAmbiguous,
-    CheckpointAmbiguous,
-    CheckpointError,
-    CheckpointForeign,
-    CheckpointMismatch,
-    CheckpointMissing,
-    CheckpointPrefixed,
-    CheckpointsUnfit,
-    CheckpointUnreadable,
-)
+from ...specs import PUBLISHED, AdapterSpec, EncoderSpec, Family, Spec, spec_from_dict, spec_to_dict
+from .errors import CheckpointForeign, CheckpointMismatch, CheckpointPrefixed, CheckpointUnreadable
+from .shapes import Shapes, shape_hash, shapes_of, tensor_shapes
 
 SPEC_KEY = "i2l_spec"
 """Header entry of a synthetic checkpoint that holds its spec as JSON."""
@@ -44,7 +23,6 @@ FLOAT_DTYPES = frozenset({"F32", "F16", "BF16"})
 LIKENESS = 0.1
 """Share of a model's tensors, by name and shape, that makes a file look like it. Low enough for a file that is one of
 several parts; other models, and other sizes of the same architecture, share next to nothing."""
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -70,66 +48,6 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.tensors.values())
-
-
-def find_checkpoints(
-    models: Path, families: Sequence[Family] = FAMILIES, *, adapter: DiffusionModel | None = None
-) -> dict[Family, Checkpoint]:
-    """The checkpoint of each family anywhere under ``models``.
-
-    Args:
-        models: a folder, or a file.
-        families: what is wanted.
-        adapter: the diffusion model that the adapter must be for; by default whichever is there.
-
-    Raises:
-        CheckpointMissing: a family has no file; damaged files that may have been one are named.
-        CheckpointMismatch, CheckpointPrefixed, CheckpointUnreadable: one family has no file, but this one that looks
-            like it.
-        CheckpointAmbiguous: a family has several files.
-        AdapterAmbiguous: the adapters of several diffusion models are there, and none was chosen.
-    """
-    found: dict[Family, list[Checkpoint]] = {family: [] for family in families}
-    errors: list[CheckpointError] = []
-    for path in checkpoint_paths(models):
-        try:
-            checkpoint = recognise(path)
-        except CheckpointForeign:
-            continue
-        except CheckpointError as error:
-            errors.append(error)
-        else:
-            if adapter in (None, getattr(checkpoint.spec, "diffusion_model", adapter)):
-                found.setdefault(checkpoint.spec.family, []).append(checkpoint)
-    missing = [family for family in families if not found[family]]
-    if missing:
-        damaged = [error for error in errors if error.family is None or error.family in missing]
-        if [error.family for error in damaged] == missing[:1] == missing:
-            raise damaged[0]
-        raise CheckpointMissing(missing, models, damaged)
-    for family in families:
-        for_models = {c.spec.diffusion_model: c.path for c in found[family] if isinstance(c.spec, AdapterSpec)}
-        if len(for_models) > 1:
-            raise AdapterAmbiguous(for_models)
-        if len(found[family]) > 1:
-            raise CheckpointAmbiguous(family, [checkpoint.path for checkpoint in found[family]])
-    return {family: found[family][0] for family in families}
-
-
-def checkpoint_paths(models: Path) -> Iterator[Path]:
-    """Every safetensors file under ``models`` (or ``models`` itself), in a stable order, each once; follows links."""
-    if models.is_file():
-        yield models
-        return
-    seen: set[Path] = set()  # by their real places: links may go round in circles
-    for name, folders, files in os.walk(models, followlinks=True):
-        folder = Path(name)
-        folders[:] = sorted(f for f in folders if (folder / f).resolve() not in seen)
-        seen.update((folder / f).resolve() for f in folders)
-        for path in (folder / f for f in sorted(files) if f.endswith(".safetensors") and not f.startswith(".")):
-            if path.is_file() and path.resolve() not in seen:
-                seen.add(path.resolve())
-                yield path
 
 
 def recognise(path: Path) -> Checkpoint:
@@ -162,33 +80,6 @@ def recognise(path: Path) -> Checkpoint:
     if missing or unexpected or misshapen or wrong_dtype:
         raise CheckpointMismatch(path, spec.family, missing, unexpected, misshapen, wrong_dtype)
     return Checkpoint(path, spec, tensors)
-
-
-def require_fitting(checkpoints: Mapping[Family, Checkpoint]) -> None:
-    """Raise :class:`CheckpointsUnfit` if the adapter does not take what the encoders give."""
-    adapter = checkpoints["adapter"].spec
-    assert isinstance(adapter, AdapterSpec)
-    siglip2, dinov3 = checkpoints["siglip2"].spec.hidden, checkpoints["dinov3"].spec.hidden
-    if adapter.embedding != siglip2 + dinov3:
-        raise CheckpointsUnfit(checkpoints["adapter"].path, adapter.embedding, siglip2, dinov3)
-
-
-def shapes_of(tensors: Mapping[str, TensorInfo]) -> dict[str, tuple[int, ...]]:
-    """``name -> shape``."""
-    return {name: info.shape for name, info in tensors.items()}
-
-
-def shape_hash(shapes: Shapes) -> str:
-    """MD5 over the sorted strings ``key:d0_d1`` and ``key`` joined by commas: how DiffSynth names a model's form."""
-    words = [f"{name}:{'_'.join(map(str, shape))}" for name, shape in shapes.items()] + list(shapes)
-    return hashlib.md5(",".join(sorted(words)).encode(), usedforsecurity=False).hexdigest()
-
-
-def tensor_shapes(spec: Spec) -> dict[str, tuple[int, ...]]:
-    """Every key of a checkpoint of this spec with its shape, in the published key style."""
-    if isinstance(spec, AdapterSpec):
-        return _adapter_shapes(spec)
-    return _siglip2_shapes(spec) if spec.family == "siglip2" else _dinov3_shapes(spec)
 
 
 def _family_by_header(path: Path) -> Family | None:
@@ -239,71 +130,6 @@ def _prefixed(shapes: Shapes) -> tuple[Family, str] | None:
         if spec := _nearest_spec(behind):
             return spec.family, prefix
     return None
-
-
-def _linear(name: str, out_features: int, in_features: int, *, bias: bool = True) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (out_features, in_features)}
-    return shapes | {f"{name}.bias": (out_features,)} if bias else shapes
-
-
-def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-
-
-def _siglip2_shapes(spec: EncoderSpec) -> dict[str, tuple[int, ...]]:
-    width, inner = spec.hidden, spec.intermediate
-    shapes: dict[str, tuple[int, ...]] = {
-        "embeddings.patch_embedding.weight": (width, 3, spec.patch, spec.patch),
-        "embeddings.patch_embedding.bias": (width,),
-        "embeddings.position_embedding.weight": (spec.tokens, width),
-    }
-    for index in range(spec.depth):
-        layer = f"encoder.layers.{index}"
-        shapes |= _norm(f"{layer}.layer_norm1", width)
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            shapes |= _linear(f"{layer}.self_attn.{name}", width, width)
-        shapes |= _norm(f"{layer}.layer_norm2", width)
-        shapes |= _linear(f"{layer}.mlp.fc1", inner, width) | _linear(f"{layer}.mlp.fc2", width, inner)
-    shapes |= _norm("post_layernorm", width)
-    shapes |= {"head.probe": (1, 1, width), "head.attention.in_proj_weight": (3 * width, width)}
-    shapes |= {"head.attention.in_proj_bias": (3 * width,)} | _linear("head.attention.out_proj", width, width)
-    shapes |= _norm("head.layernorm", width)
-    return shapes | _linear("head.mlp.fc1", inner, width) | _linear("head.mlp.fc2", width, inner)
-
-
-def _dinov3_shapes(spec: EncoderSpec) -> dict[str, tuple[int, ...]]:
-    width, inner = spec.hidden, spec.intermediate
-    shapes: dict[str, tuple[int, ...]] = {
-        "embeddings.cls_token": (1, 1, width),
-        "embeddings.register_tokens": (1, spec.registers, width),
-        "embeddings.mask_token": (1, 1, width),
-        "embeddings.patch_embeddings.weight": (width, 3, spec.patch, spec.patch),
-        "embeddings.patch_embeddings.bias": (width,),
-    }
-    for index in range(spec.depth):
-        layer = f"layer.{index}"
-        shapes |= _norm(f"{layer}.norm1", width) | _norm(f"{layer}.norm2", width)
-        for name in ("q_proj", "k_proj", "v_proj"):
-            shapes |= _linear(f"{layer}.attention.{name}", width, width, bias=False)
-        shapes |= _linear(f"{layer}.attention.o_proj", width, width)
-        shapes |= _linear(f"{layer}.mlp.gate_proj", inner, width) | _linear(f"{layer}.mlp.up_proj", inner, width)
-        shapes |= _linear(f"{layer}.mlp.down_proj", width, inner)
-        shapes |= {f"{layer}.layer_scale{n}.lambda1": (width,) for n in (1, 2)}
-    return shapes | _norm("norm", width)
-
-
-def _adapter_shapes(spec: AdapterSpec) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for component, blocks in spec.components:
-        for order, (_, targets) in enumerate(spec.kinds):
-            for index in range(blocks):
-                block = f"{spec.checkpoint_blocks(component)}.{order * blocks + index}"
-                for target, (_, in_features, out_features) in enumerate(targets):
-                    for factor, width in (("a", in_features), ("b", out_features)):
-                        name = f"{block}.layers.{target}.proj_{factor}"
-                        shapes |= _linear(f"{name}.proj_in", spec.compress, spec.embedding, bias=False)
-                        shapes |= _linear(f"{name}.proj_out", width * spec.rank, spec.compress, bias=False)
-    return shapes
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, object]:

@@ -22,7 +22,8 @@ from ...engines.directory.tensorfile import LayoutWriter, plan_layout
 from ...machine.files import atomic_path, explained_os_errors, require_free
 from ...machine.progress import Report, silent
 from ...specs import PRESETS, QWEN_IMAGE_ADAPTERS, DiffusionModel, Family, Spec, spec_to_dict
-from .recognise import SPEC_KEY, tensor_shapes
+from .recognise import SPEC_KEY
+from .shapes import tensor_shapes
 
 FILES: dict[Family, str] = {
     "siglip2": "CLIPS/SigLIP2-G384.safetensors",

@@ -33,7 +33,7 @@ from i2l.engines.cpu import backend as ort
 from i2l.engines.directory.integrity import CHECKED
 from i2l.engines.directory.manifest import MANIFEST, read_manifest
 from i2l.engines.directory.tensorfile import LayoutWriter
-from i2l.export.checkpoints.recognise import shape_hash
+from i2l.export.checkpoints.shapes import shape_hash
 from i2l.lora.lora import Lora
 from i2l.machine import files
 from i2l.runtime.pipeline import open_engines

@@ -21,7 +21,9 @@ from i2l.errors import (
     CheckpointPrefixed,
     CheckpointUnreadable,
 )
-from i2l.export.checkpoints.recognise import SPEC_KEY, describe, find_checkpoints, recognise, shape_hash, tensor_shapes
+from i2l.export.checkpoints.finding import find_checkpoints
+from i2l.export.checkpoints.recognise import SPEC_KEY, describe, recognise
+from i2l.export.checkpoints.shapes import shape_hash, tensor_shapes
 from i2l.machine.wording import format_path
 from i2l.specs import FAMILIES, PRESETS, AdapterSpec, EncoderSpec, Family, Spec, spec_to_dict
 

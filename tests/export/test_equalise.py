@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from i2l.export.checkpoints.recognise import SPEC_KEY, Checkpoint, find_checkpoints, recognise, tensor_shapes
+from i2l.export.checkpoints.finding import find_checkpoints
+from i2l.export.checkpoints.recognise import SPEC_KEY, Checkpoint, recognise
+from i2l.export.checkpoints.shapes import tensor_shapes
 from i2l.export.checkpoints.weights import Matrix, Step, graph_weights, plan_steps
 from i2l.export.graphs.graphs import stored_tensors
 from i2l.export.graphs.modules import graph_modules

@@ -16,16 +16,7 @@ from i2l.engines.directory.dtypes import ELEMENT_TYPES
 from i2l.export.checkpoints.torch_dtypes import TORCH_DTYPES
 from i2l.export.graphs.graphs import export_graph
 from i2l.export.precisions import precision as precision_module
-from i2l.export.precisions.precision import (
-    Float,
-    Float8,
-    LeftInt8,
-    Precision,
-    RotatedInt8,
-    Rows,
-    Stored,
-    Weights,
-)
+from i2l.export.precisions.precision import Float, Float8, LeftInt8, Precision, RotatedInt8, Rows, Stored, Weights
 from i2l.export.precisions.torch_rotation import rotate, rotation
 from i2l.specs import EncoderSpec
 

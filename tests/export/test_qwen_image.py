@@ -12,7 +12,9 @@ from safetensors import safe_open
 from conftest import MakeEngines, MakeModels, picture
 from i2l.cli import main
 from i2l.errors import AdapterAmbiguous, CheckpointMissing
-from i2l.export.checkpoints.recognise import find_checkpoints, recognise, shape_hash, tensor_shapes
+from i2l.export.checkpoints.finding import find_checkpoints
+from i2l.export.checkpoints.recognise import recognise
+from i2l.export.checkpoints.shapes import shape_hash, tensor_shapes
 from i2l.export.checkpoints.synthetic import QWEN_IMAGE_FILE, make_checkpoints
 from i2l.lora.lora import describe_lora
 from i2l.lora.lowrank import product_error

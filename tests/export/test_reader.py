@@ -14,8 +14,9 @@ from conftest import MakeModels
 from i2l.engines.directory.tensorfile import TensorInfo, read_header
 from i2l.errors import CheckpointUnreadable
 from i2l.export.checkpoints import reader
+from i2l.export.checkpoints.finding import find_checkpoints
 from i2l.export.checkpoints.reader import BLOCK, GAP, plan_ranges, stream_tensors
-from i2l.export.checkpoints.recognise import Checkpoint, find_checkpoints
+from i2l.export.checkpoints.recognise import Checkpoint
 from i2l.specs import PRESETS, Family
 
 placements = st.lists(st.tuples(st.integers(0, 3 * GAP), st.integers(1, 3 * BLOCK)), min_size=1, max_size=20)

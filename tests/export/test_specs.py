@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from i2l.export.checkpoints.recognise import shape_hash, tensor_shapes
+from i2l.export.checkpoints.shapes import shape_hash, tensor_shapes
 from i2l.specs import FAMILIES, PRESETS, AdapterSpec, EncoderSpec, Family, Spec, spec_from_dict, spec_to_dict
 
 # Facts about the published files: shape hash, tensors, parameters.

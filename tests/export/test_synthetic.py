@@ -22,12 +22,15 @@ from conftest import picture
 from i2l.engines.directory.tensorfile import LayoutWriter
 from i2l.errors import DiskFull
 from i2l.export.checkpoints import synthetic
-from i2l.export.checkpoints.recognise import find_checkpoints, recognise, tensor_shapes
+from i2l.export.checkpoints.finding import find_checkpoints
+from i2l.export.checkpoints.recognise import recognise
+from i2l.export.checkpoints.shapes import tensor_shapes
 from i2l.export.checkpoints.synthetic import make_checkpoints, synthetic_pieces
 from i2l.export.precisions import precision
 from i2l.export.reference import reference_steps
 from i2l.machine.wording import format_bytes
-from i2l.runtime.images import load_image, pixels_dinov3, pixels_siglip2, square_image
+from i2l.runtime.images import load_image
+from i2l.runtime.pixels import pixels_dinov3, pixels_siglip2, square_image
 from i2l.specs import PRESETS, Family
 
 Array = NDArray[np.float32]

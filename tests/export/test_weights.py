@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from i2l.engines.directory.tensorfile import PAD_PREFIX, PAGE, TENSOR_ALIGN
-from i2l.export.checkpoints.recognise import find_checkpoints, tensor_shapes
+from i2l.export.checkpoints.finding import find_checkpoints
+from i2l.export.checkpoints.shapes import tensor_shapes
 from i2l.export.checkpoints.weights import Matrix, Step, graph_weights, plan_steps
 from i2l.export.graphs.graphs import stored_tensors
 from i2l.export.packs.packs import PackPlan, plan_pack

@@ -9,7 +9,7 @@ import torch
 
 from conftest import picture
 from i2l.engines.directory.manifest import read_manifest
-from i2l.export.checkpoints.recognise import find_checkpoints
+from i2l.export.checkpoints.finding import find_checkpoints
 from i2l.lora.lora import Lora
 from i2l.lora.lowrank import product_error
 from i2l.runtime.pipeline import ENCODERS, Pipeline

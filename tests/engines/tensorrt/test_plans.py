@@ -33,7 +33,7 @@ from i2l.errors import BackendUnavailable, PlanBuildFailed, PlanMissing, PlanSta
 from i2l.export.backends.build_lock import LOCK
 from i2l.export.backends.cards import compute_dtype
 from i2l.export.backends.tensorrt import build_plans, gpu_graphs
-from i2l.export.checkpoints.recognise import find_checkpoints
+from i2l.export.checkpoints.finding import find_checkpoints
 from i2l.export.checkpoints.weights import graph_weights
 from i2l.export.graphs.graphs import export_graph, stored_tensors
 from i2l.export.graphs.modules import graph_modules
