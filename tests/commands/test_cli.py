@@ -766,7 +766,7 @@ def test_standard_output_is_a_closed_pipe(place: Place, unbuffered: str) -> None
 # Writing slowly, so that Ctrl-C comes in the middle of a file.
 SLOW_WRITE = """
 import pathlib, signal, time
-from i2l.engines.tensorfile import LayoutWriter
+from i2l.engines.directory.tensorfile import LayoutWriter
 signal.signal(signal.SIGINT, signal.default_int_handler)
 def write(self, name, data, real=LayoutWriter.write):
     time.sleep(0.02)
@@ -819,7 +819,7 @@ def test_ctrl_c_leaves_whole_files(place: Place, monkeypatch: pytest.MonkeyPatch
 # background job of a shell ignores SIGINT, and so would its children.
 SLOW_BUILD = """
 import signal, time
-from i2l.engines.tensorfile import LayoutWriter
+from i2l.engines.directory.tensorfile import LayoutWriter
 from i2l.export import build
 signal.signal(signal.SIGINT, signal.default_int_handler)
 def write_graphs(folder, checkpoints, *_):

@@ -273,7 +273,8 @@ def test_interrupted_while_removing_the_old_build(
 KILLED_BUILD = """
 import sys
 from pathlib import Path
-from i2l.export import build, cpuplan
+from i2l.export import build
+from i2l.export.backends import cpu as cpuplan
 def write_graphs(folder, checkpoints, *_):
     for family in checkpoints:
         (folder / family).mkdir()

@@ -189,7 +189,7 @@ def test_a_disk_that_fills_up_on_the_way(tmp_path: Path, monkeypatch: pytest.Mon
 def test_tensors_are_written_as_they_are_made(tmp_path: Path) -> None:
     program = f"""
 from pathlib import Path
-from i2l.export.synthetic import make_checkpoints
+from i2l.export.checkpoints.synthetic import make_checkpoints
 def peak():
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 folder = Path({str(tmp_path)!r})

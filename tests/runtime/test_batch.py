@@ -186,8 +186,8 @@ def test_a_file_of_somebody_else_is_not_replaced(folder: Path, engines: MakeEngi
 SLOW = """
 import sys, time
 from i2l.cli import main
-from i2l.runtime.lora import Lora
-from i2l.runtime import lora as module
+from i2l.lora.lora import Lora
+from i2l.lora import lora as module
 real = module.converted
 def slow(*arguments):
     print("saving", flush=True)
