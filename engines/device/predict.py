@@ -12,10 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from ...specs import EncoderSpec, Family
-from ..directory.manifest import Model
+from ..directory.manifest import Model, inputs_of
 from ..directory.tensorfile import TensorInfo
 from .residency import GraphMemory, Residency, estimated_memory
-from .slots import inputs_of
 
 VRAM_GBPS = 300.0
 """Assumed bandwidth of the card's own memory, 10^9 bytes per second: the slower cards of a generation."""

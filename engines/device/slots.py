@@ -19,8 +19,7 @@ from typing import TypeAlias
 from ...machine.wording import format_bytes
 from ...specs import Family
 from ..base import Value
-from ..directory.manifest import Chunk, Model, Step
-from ..directory.tensorfile import TensorInfo
+from ..directory.manifest import Chunk, Model, Step, inputs_of
 from ..errors import OutOfDeviceMemory
 from .device import Device, Event, Lane, Workspace, aligned
 from .residency import Residency
@@ -196,9 +195,3 @@ class DeviceStore:
 def untimed(lane: Lane, name: str, *, nbytes: int) -> AbstractContextManager[None]:  # noqa: ARG001
     """No span."""
     return nullcontext()
-
-
-def inputs_of(step: Step, model: Model) -> dict[str, TensorInfo]:
-    """``graph input -> tensor`` of a step's weights."""
-    prefix = f"{step.name}."
-    return {name.removeprefix(prefix): info for name, info in model.tensors.items() if name.startswith(prefix)}

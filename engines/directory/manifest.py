@@ -127,6 +127,12 @@ def content_id(manifest: Manifest, families: Sequence[Family]) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
+def inputs_of(step: Step, model: Model) -> dict[str, TensorInfo]:
+    """``graph input -> tensor`` of a step's weights."""
+    prefix = f"{step.name}."
+    return {name.removeprefix(prefix): info for name, info in model.tensors.items() if name.startswith(prefix)}
+
+
 def graphs_of(model: Model) -> set[str]:
     """The graphs that a model's steps run."""
     return {step.graph for chunk in model.chunks for step in chunk.steps}
