@@ -33,15 +33,8 @@ from .export.checkpoints.errors import (
 from .look.errors import EnginesOfOtherCheckpoints, NothingToInspect, TraceUnreadable
 from .lora.errors import LoraNotFinite, LorasDiffer, LoraUnreadable, StrengthInvalid, WeightsMismatch
 from .machine.errors import DiskFull, I2LError, OutputUnwritable, PackageMissing, StandardOutputUnwritable
-from .runtime.errors import (
-    EnginesReplaced,
-    FolderEmpty,
-    ImageAbsurd,
-    ImageError,
-    ImageUnreadable,
-    NoImages,
-    PipelineClosed,
-)
+from .runtime.errors import EnginesReplaced, PipelineClosed
+from .runtime.pictures.errors import FolderEmpty, ImageAbsurd, ImageError, ImageUnreadable, NoImages
 
 __all__ = [
     "AdapterAmbiguous",

@@ -71,7 +71,7 @@ def batch(
     require_gpu_for_budget(backend, vram_budget_bytes)
     from ..machine.files import explained_os_errors  # noqa: PLC0415
     from ..runtime.jobs import BatchProgress, plan_jobs, run_jobs  # noqa: PLC0415
-    from ..runtime.listing import skipped_line  # noqa: PLC0415
+    from ..runtime.pictures.listing import skipped_line  # noqa: PLC0415
     from ..runtime.pipeline import Pipeline  # noqa: PLC0415
 
     start = time.perf_counter()

@@ -9,7 +9,7 @@ import click
 
 from ..machine.progress import show_progress
 from ..machine.wording import format_bytes, format_path
-from ..runtime.errors import NoImages
+from ..runtime.pictures.errors import NoImages
 from .options import (
     PATH,
     backend_option,
@@ -80,7 +80,7 @@ def run(
     require_gpu_for_budget(backend, vram_budget_bytes)
     from ..machine.files import require_writable  # noqa: PLC0415
     from ..machine.memory import peak_resident_bytes  # noqa: PLC0415
-    from ..runtime.listing import list_images, skipped_line  # noqa: PLC0415
+    from ..runtime.pictures.listing import list_images, skipped_line  # noqa: PLC0415
     from ..runtime.pipeline import Pipeline  # noqa: PLC0415
 
     chosen = list_images(images)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engines.cpu.converted import CPU_FOLDER, bytes_to_convert
-from ..engines.cuda.graphs import checked_graphs, graphs_folder
+from ..engines.cuda.graph_files import checked_graphs, graphs_folder
 from ..engines.directory.architectures import GENERATIONS
 from ..engines.directory.generations import FP8_FOLDER, fp8_engines
 from ..engines.directory.integrity import check_files

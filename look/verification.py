@@ -18,7 +18,7 @@ from ..engines.directory.manifest import read_manifest
 from ..lora.lora import Lora, factors_by_module, lora_from_factors
 from ..lora.lowrank import product_error
 from ..machine.progress import Report, silent
-from ..runtime.images import ImageSource
+from ..runtime.pictures.images import ImageSource
 from ..runtime.pipeline import Pipeline
 from ..specs import AdapterSpec, Family
 from .errors import EnginesOfOtherCheckpoints

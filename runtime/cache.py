@@ -28,7 +28,7 @@ from ..engines.base import Array
 from ..machine.errors import I2LError, OutputUnwritable
 from ..machine.files import atomic_path
 from ..machine.wording import format_path
-from .pixels import content_sha256
+from .pictures.pixels import content_sha256
 
 log = logging.getLogger(__name__)
 PIXELS_VERSION = 1

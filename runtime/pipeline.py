@@ -23,11 +23,11 @@ from ..lora.lora import MODEL_METADATA, Lora, factors_by_module, joining_weights
 from ..machine.progress import Report, silent
 from ..specs import FAMILIES, AdapterSpec, EncoderSpec, Family
 from .cache import EmbeddingCache, encoders_id
-from .images import ImageSource, load_image
 from .lanes import Lanes
 from .opening import OpenEngines
-from .pixels import pixels_dinov3, pixels_siglip2, square_image
-from .sources import as_several, images_mark, load_squares
+from .pictures.images import ImageSource, load_image
+from .pictures.pixels import pixels_dinov3, pixels_siglip2, square_image
+from .pictures.sources import as_several, images_mark, load_squares
 from .streamer import stream
 from .trace import CountedStore, Trace, TracedEngine, TracedStore
 

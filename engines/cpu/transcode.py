@@ -33,7 +33,7 @@ LARGEST = 448.0
 """The largest value of e4m3, which ends every row of an FP8 matrix."""
 LARGEST_STEP = 127.0
 SMALLEST = 1e-30
-"""Keeps the scale of a row of zeros from being zero, as in export/precision.py."""
+"""Keeps the scale of a row of zeros from being zero, as in export/precisions/precision.py."""
 PIECE_VALUES = 1 << 19
 """Values handled at a time where no panel says it: 2 MiB of float32 stay in the cache."""
 PIECES_AHEAD = 4

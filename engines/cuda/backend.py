@@ -18,7 +18,7 @@ from ..device.residency import CONTEXT_BYTES, GraphMemory
 from ..directory.architectures import BFLOAT16_FROM
 from ..directory.manifest import Manifest, Model
 from ..errors import BackendUnavailable
-from .graphs import checked_graphs
+from .graph_files import checked_graphs
 
 
 def find_cuda() -> BackendStatus:

@@ -1,6 +1,6 @@
 """What an fp8 build holds for the CPU: int8 graphs, and the plan of the packs that are made from the FP8 ones at need.
 
-The packs themselves would double the build for machines that may never use them; see engines/converted.py.
+The packs themselves would double the build for machines that may never use them; see engines/cpu/converted.py.
 """
 
 from collections.abc import Callable, Mapping

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ...engines.cuda.graphs import FACTS, FORM, GraphFacts, graphs_folder, graphs_to_json
+from ...engines.cuda.graph_files import FACTS, FORM, GraphFacts, graphs_folder, graphs_to_json
 from ...engines.directory.manifest import graphs_of, read_manifest, spec_hash
 from ...machine.files import atomic_path
 from ...machine.progress import Report, silent

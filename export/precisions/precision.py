@@ -151,7 +151,7 @@ class FloatLinear(Linear):
 class Float8(Float32Patch):
     """FP8 e4m3 ``[out, in]``, one float32 scale per output channel: ``w = q * scale``, ``scale = max|row| / 448``.
 
-    Equalised for the sake of FP8 activations, and as the CPU runs it as int8 (engines/transcode.py).
+    Equalised for the sake of FP8 activations, and as the CPU runs it as int8 (engines/cpu/transcode.py).
     """
 
     equalised: bool = True

@@ -29,8 +29,8 @@ from i2l.export.checkpoints.synthetic import make_checkpoints, synthetic_pieces
 from i2l.export.precisions import precision
 from i2l.export.reference import reference_steps
 from i2l.machine.wording import format_bytes
-from i2l.runtime.images import load_image
-from i2l.runtime.pixels import pixels_dinov3, pixels_siglip2, square_image
+from i2l.runtime.pictures.images import load_image
+from i2l.runtime.pictures.pixels import pixels_dinov3, pixels_siglip2, square_image
 from i2l.specs import PRESETS, Family
 
 Array = NDArray[np.float32]

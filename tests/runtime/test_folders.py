@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from conftest import MakeEngines, picture
 from i2l.cli import main
 from i2l.errors import FolderEmpty
-from i2l.runtime.listing import list_images, natural_key, skipped_line
+from i2l.runtime.pictures.listing import list_images, natural_key, skipped_line
 from i2l.runtime.pipeline import open_engines
 
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
 from i2l.errors import ImageAbsurd, ImageError, ImageUnreadable
-from i2l.runtime.images import load_image
-from i2l.runtime.pixels import content_sha256, pixels_dinov3, pixels_siglip2, square_image
+from i2l.runtime.pictures.images import load_image
+from i2l.runtime.pictures.pixels import content_sha256, pixels_dinov3, pixels_siglip2, square_image
 from oracles import import_torchvision
 
 RNG = np.random.default_rng(0)

@@ -1,6 +1,6 @@
 """The cuda backend without a GPU: its engines over host pointers, its graphs in float32, what stands in its way.
 
-Nothing here shows that CUDA works. tests/test_gpu.py does, where there is a GPU.
+Nothing here shows that CUDA works. tests/engines/tensorrt/test_gpu.py does, where there is a GPU.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ from i2l.cli import main
 from i2l.engines import backends
 from i2l.engines.base import Limits, VramBudget
 from i2l.engines.cuda.backend import arena_memory, open_cuda
-from i2l.engines.cuda.graphs import FACTS, checked_graphs, graphs_folder
+from i2l.engines.cuda.graph_files import FACTS, checked_graphs, graphs_folder
 from i2l.engines.cuda.session import CpuTarget, CudaTarget, OrtDeviceEngine
 from i2l.engines.device import card as cuda_device
 from i2l.engines.device.backend import DeviceBackend

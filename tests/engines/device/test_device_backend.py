@@ -26,8 +26,8 @@ from i2l.engines.directory.manifest import Manifest, read_manifest
 from i2l.errors import BudgetTooSmall, EnginesReplaced, OutOfDeviceMemory, PipelineClosed
 from i2l.lora.lora import Lora
 from i2l.runtime.cache import EmbeddingCache
+from i2l.runtime.pictures.pixels import square_image
 from i2l.runtime.pipeline import Pipeline
-from i2l.runtime.pixels import square_image
 from i2l.runtime.trace import Trace
 
 PICTURES = [picture(90, 70, seed=1), picture(64, 64, seed=2)]

@@ -1,6 +1,6 @@
 """The tensorrt backend without a GPU: a played TensorRT over host memory (played_tensorrt.py).
 
-Nothing here shows that TensorRT computes what it should. tests/test_gpu.py does, where there is a GPU.
+Nothing here shows that TensorRT computes what it should. tests/engines/tensorrt/test_gpu.py does, where there is a GPU.
 """
 
 import hashlib

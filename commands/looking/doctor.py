@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import PATH, debug_option, json_option
+from ..options import PATH, debug_option, json_option
 
 
 @click.command()
@@ -20,7 +20,7 @@ def doctor(engines: Path | None, *, as_json: bool) -> None:
     For each backend and each command that needs an optional package: does it work here, and if not, why and what to do?
     With --engines also: may that directory be used here, and what does that take? Exit code 1 if it may not.
     """
-    from ..look.diagnosis import diagnose, diagnosis_lines  # noqa: PLC0415
+    from ...look.diagnosis import diagnose, diagnosis_lines  # noqa: PLC0415
 
     facts = diagnose()
     lines = list(diagnosis_lines(facts))
@@ -36,7 +36,7 @@ def doctor(engines: Path | None, *, as_json: bool) -> None:
 
 def engines_checked(engines: Path) -> tuple[Mapping[str, Any], list[str]]:
     """The facts of an engines directory, and their lines for people."""
-    from ..look.checkup import check_engines, check_lines  # noqa: PLC0415
+    from ...look.checkup import check_engines, check_lines  # noqa: PLC0415
 
     checked = check_engines(engines)
     return checked, list(check_lines(checked))

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..machine.wording import format_path
+from ...machine.wording import format_path
 from .errors import FolderEmpty, ImageUnreadable
 
 SUFFIXES = (

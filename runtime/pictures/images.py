@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile
 
-from ..machine.wording import format_path
+from ...machine.wording import format_path
 from .errors import ImageAbsurd, ImageError, ImageUnreadable
 
 ImageSource: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[Any]

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..machine.wording import format_bytes
-from .options import PATH, SIZE, debug_option, json_option, needs_extra
+from ...machine.wording import format_bytes
+from ..options import PATH, SIZE, debug_option, json_option, needs_extra
 
 if TYPE_CHECKING:
-    from ..engines.directory.manifest import Model
-    from ..specs import Family
+    from ...engines.directory.manifest import Model
+    from ...specs import Family
 
 
 @click.command()
@@ -64,8 +64,8 @@ def plan(
 
 def models_of_engines(engines: Path) -> "dict[str, dict[Family, Model]]":
     """``precision -> models``: what the manifest says, and that of the FP8 engines inside, if there are any."""
-    from ..engines.directory.generations import fp8_engines  # noqa: PLC0415
-    from ..engines.directory.manifest import read_manifest  # noqa: PLC0415
+    from ...engines.directory.generations import fp8_engines  # noqa: PLC0415
+    from ...engines.directory.manifest import read_manifest  # noqa: PLC0415
 
     manifests = [read_manifest(folder) for folder in (engines, fp8_engines(engines)) if folder]
     return {manifest.precision: dict(manifest.models) for manifest in manifests}
@@ -74,8 +74,8 @@ def models_of_engines(engines: Path) -> "dict[str, dict[Family, Model]]":
 def models_of_preset(preset: str, precision: str) -> "dict[Family, Model]":
     """What a build would make; needs no checkpoint."""
     with needs_extra("export", "i2l plan --preset"):
-        from ..export.packs.packs import planned_model  # noqa: PLC0415
-    from ..specs import PRESETS  # noqa: PLC0415
+        from ...export.packs.packs import planned_model  # noqa: PLC0415
+    from ...specs import PRESETS  # noqa: PLC0415
 
     return {spec.family: planned_model(spec, precision) for spec in PRESETS[preset]}
 
@@ -84,8 +84,8 @@ def predicted(
     models: "dict[Family, Model]", budget: int, links: Sequence[float], tflops: float, images: int
 ) -> list[dict[str, Any]]:
     """The facts of one budget, one row per link."""
-    from ..engines.device.predict import LARGEST_BATCH, Card, graph_memory, predict  # noqa: PLC0415
-    from ..engines.device.residency import plan_residency  # noqa: PLC0415
+    from ...engines.device.predict import LARGEST_BATCH, Card, graph_memory, predict  # noqa: PLC0415
+    from ...engines.device.residency import plan_residency  # noqa: PLC0415
 
     graphs = graph_memory(models, min(images, LARGEST_BATCH))
     residency = plan_residency({family: model.chunks for family, model in models.items()}, graphs, budget)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import click
 
-from ..machine.wording import format_path
-from .options import PATH, debug_option, needs_extra
+from ...machine.wording import format_path
+from ..options import PATH, debug_option, needs_extra
 
 
 @click.command()
@@ -25,8 +25,8 @@ def plot(loras: Sequence[Path], output: Path | None) -> None:
     if output.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise click.UsageError(f"{format_path(output)}: the name must end in .png, .svg or .pdf")
     with needs_extra("plot", "i2l plot"):
-        from ..look.plotting import plot_loras  # noqa: PLC0415
-    from ..lora.lorafiles import read_lora  # noqa: PLC0415
+        from ...look.plotting import plot_loras  # noqa: PLC0415
+    from ...lora.lorafiles import read_lora  # noqa: PLC0415
 
     plot_loras([read_lora(path) for path in loras], output)
     click.echo(f"drawn: {format_path(output)}")

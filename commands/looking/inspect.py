@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from .options import PATH, debug_option, json_option
+from ..options import PATH, debug_option, json_option
 
 
 @click.command()
@@ -17,7 +17,7 @@ def inspect(path: Path, *, as_json: bool) -> None:
 
     PATH is a checkpoint or a folder of them, an engines directory or a LoRA file.
     """
-    from ..look.inspection import inspect_path, text_lines  # noqa: PLC0415
+    from ...look.inspection import inspect_path, text_lines  # noqa: PLC0415
 
     facts = inspect_path(path)
     click.echo(json.dumps(facts) if as_json else "\n".join(text_lines(facts)))
