@@ -33,7 +33,7 @@ from .precisions.precision import precision_for
 
 log = logging.getLogger(__name__)
 BUILD_PREFIX = "build-"
-BUILD_VERSION = 5
+BUILD_VERSION = 6
 """Raised whenever the same inputs give other engines, so that an old directory is rebuilt."""
 
 

@@ -20,7 +20,7 @@ from ...specs import FAMILIES, Family
 from ..base import Array, BackendStatus, Limits, Offer, Opened
 from ..device.residency import resident_chunks
 from ..directory.dtypes import ELEMENT_TYPES
-from ..directory.manifest import Chunk, Manifest, Model, Step
+from ..directory.manifest import IMAGES_MEET, Chunk, Manifest, Model, Step
 from ..directory.mapping import give_back, open_mapped, populate
 from ..directory.tensorfile import TensorInfo
 from ..errors import OutOfDeviceMemory, ShapeMismatch
@@ -95,11 +95,19 @@ class OrtEngine:
         self.activation: str = first.name
         self._shape = first.shape[1:]
         self._outputs = [output.name for output in self._session.get_outputs()]
+        self._batches = self._session.get_modelmeta().custom_metadata_map.get(IMAGES_MEET) == "no"
 
     def run(self, activation: ort.OrtValue, weights: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
         shape = activation.shape()
         if list(shape[1:]) != list(self._shape):
             raise ShapeMismatch(self._graph, self.activation, str(list(shape)), str(["batch", *self._shape]))
+        if self._batches or shape[0] == 1:
+            return self._run(activation, weights)
+        alone = [ort.OrtValue.ortvalue_from_numpy(image[None]) for image in activation.numpy()]
+        each = [self._run(image, weights) for image in alone]
+        return {name: _owning(np.concatenate([outputs[name].numpy() for outputs in each])) for name in self._outputs}
+
+    def _run(self, activation: ort.OrtValue, weights: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
         feed = {self.activation: activation, **weights}
         return dict(zip(self._outputs, self._session.run_with_ort_values(self._outputs, feed), strict=True))
 
@@ -171,6 +179,13 @@ class MappedPack:
         count = info.nbytes // np.dtype(dtype).itemsize
         flat: NDArray[np.generic] = np.frombuffer(self._map, dtype, count, info.offset)
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(flat.reshape(info.shape), element_type)
+
+
+def _owning(array: Array) -> ort.OrtValue:
+    """A copy of an array with memory of its own: ``ortvalue_from_numpy`` borrows it, and so does what is made of it."""
+    value = ort.OrtValue.ortvalue_from_shape_and_type(array.shape, array.dtype.type)
+    value.update_inplace(array)
+    return value
 
 
 def bytes_ahead(available: int | None) -> int:

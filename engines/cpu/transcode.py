@@ -9,6 +9,7 @@ The rows of an FP8 matrix end at 448, so the adapter's form, which is not rotate
 127, and the table gives the eight-bit step of every code.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,13 +26,13 @@ from ..directory.manifest import Model
 from ..directory.mapping import give_back, open_mapped, read_ahead
 from ..directory.tensorfile import PAD_PREFIX, TENSOR_ALIGN, Layout, LayoutWriter, TensorInfo, plan_layout
 from .rotation import rotate, rotation
+from .sums import LARGEST_PAIR, WEIGHT_LEVELS
 
 Codes: TypeAlias = NDArray[np.uint8]
 Job: TypeAlias = Callable[[], NDArray[Any]]
 """Makes the next bytes of a tensor."""
 LARGEST = 448.0
 """The largest value of e4m3, which ends every row of an FP8 matrix."""
-LARGEST_STEP = 127.0
 SMALLEST = 1e-30
 """Keeps the scale of a row of zeros from being zero, as in export/precisions/precision.py."""
 PIECE_VALUES = 1 << 19
@@ -70,7 +71,7 @@ def e4m3_values() -> Array:
 
 
 VALUES = PairTable(e4m3_values())
-STEPS = PairTable((np.rint(np.nan_to_num(e4m3_values()) * LARGEST_STEP / LARGEST) + 128).astype(np.uint8))
+STEPS = PairTable((np.rint(np.nan_to_num(e4m3_values()) * WEIGHT_LEVELS / LARGEST) + 128).astype(np.uint8))
 """e4m3 code -> uint8 around 128."""
 
 
@@ -86,7 +87,12 @@ def rotated_panel(codes: Codes, matrix: Array) -> tuple[NDArray[np.int8], Array]
     """
     values = rotate(VALUES.look_up(codes), matrix)
     peak = np.maximum(values.max(axis=1), -values.min(axis=1))
-    scale = np.maximum(peak / np.float32(LARGEST_STEP), np.float32(SMALLEST))
+    even = values[:, : values.shape[1] // 2 * 2]
+    pair = np.abs(even).reshape(len(values), -1, 2).sum(axis=2).max(axis=1, initial=0)
+    scale = np.maximum(
+        peak / np.float32(WEIGHT_LEVELS), pair / np.float32(LARGEST_PAIR)
+    )  # see sums.py
+    scale = np.maximum(scale, np.float32(SMALLEST))
     values /= scale[:, None]
     np.rint(values, out=values)
     return np.ascontiguousarray(values.astype(np.int8).T), scale
@@ -154,10 +160,11 @@ def _jobs(
         scale_info = stored[scale_name := f"{name.removesuffix('weight')}scale"]
         scale = np.frombuffer(mapped, np.float32, scale_info.shape[0], scale_info.offset)
         if new.dtype == "U8":
-            scales[scale_name] = scale * np.float32(LARGEST / LARGEST_STEP)
-            rows = max(1, PIECE_VALUES // old.shape[1])
-            for start in range(0, old.shape[0], rows):
-                yield name, partial(STEPS.look_up, codes[start : start + rows])
+            scales[scale_name] = scale * np.float32(LARGEST / WEIGHT_LEVELS)
+            panels, _, width = new.shape
+            rows = max(1, PIECE_VALUES // width)
+            for left, start in itertools.product(range(0, panels * width, width), range(0, old.shape[0], rows)):
+                yield name, partial(STEPS.look_up, codes[start : start + rows, left : left + width])
         else:
             panels, in_features, width = new.shape
             matrix = rotation(in_features)

@@ -18,7 +18,7 @@ from .errors import CudaGraphsUnusable
 
 FOLDER = "cuda"
 FACTS = "graphs.json"
-FORM = 1
+FORM = 2
 """Raised whenever the arithmetic of the graphs changes."""
 
 

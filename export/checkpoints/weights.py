@@ -43,6 +43,8 @@ class Matrix:
     out_features: int
     in_features: int
     sources: tuple[Source, ...]
+    group: int | None = None
+    """Rows that belong together, such as a head's: what a precision lays side by side does not cross them."""
 
 
 Weight: TypeAlias = Plain | Matrix
@@ -96,8 +98,10 @@ def _norm(name: str, key: str, width: int) -> list[Weight]:
     return [_plain(f"{name}.{part}", (width,), f"{key}.{part}") for part in ("weight", "bias")]
 
 
-def _linear(name: str, out_features: int, in_features: int, *keys: str, bias: bool = True) -> list[Weight]:
-    matrix = Matrix(name, out_features, in_features, tuple(Source(f"{key}.weight") for key in keys))
+def _linear(
+    name: str, out_features: int, in_features: int, *keys: str, bias: bool = True, group: int | None = None
+) -> list[Weight]:
+    matrix = Matrix(name, out_features, in_features, tuple(Source(f"{key}.weight") for key in keys), group)
     return [matrix, _plain(f"{name}.bias", (out_features,), *(f"{key}.bias" for key in keys))] if bias else [matrix]
 
 
@@ -115,7 +119,9 @@ def _siglip2_block(spec: EncoderSpec) -> list[Weight]:
     attention = f"{layer}.self_attn"
     return [
         *_norm("norm1", f"{layer}.layer_norm1", width),
-        *_linear("attention.qkv", 3 * width, width, *(f"{attention}.{name}_proj" for name in "qkv")),
+        *_linear(
+            "attention.qkv", 3 * width, width, *(f"{attention}.{name}_proj" for name in "qkv"), group=spec.head_dim
+        ),
         *_linear("attention.out", width, width, f"{attention}.out_proj"),
         *_norm("norm2", f"{layer}.layer_norm2", width),
         *_linear("mlp.up", inner, width, f"{layer}.mlp.fc1"),
@@ -128,7 +134,8 @@ def _siglip2_head(spec: EncoderSpec) -> list[Weight]:
     query, key_value = (0, width), (width, 2 * width)
     stacked: list[Weight] = []
     for name, (start, rows) in (("attention.q", query), ("attention.kv", key_value)):
-        stacked.append(Matrix(name, rows, width, (Source(f"{attention}.in_proj_weight", start, rows),)))
+        source = Source(f"{attention}.in_proj_weight", start, rows)
+        stacked.append(Matrix(name, rows, width, (source,), spec.head_dim))
         stacked.append(Plain(f"{name}.bias", (rows,), (Source(f"{attention}.in_proj_bias", start, rows),)))
     return [
         *_norm("norm", "post_layernorm", width),
@@ -155,11 +162,18 @@ def _dinov3_block(spec: EncoderSpec) -> list[Weight]:
     attention = f"{layer}.attention"
     return [
         *_norm("norm1", f"{layer}.norm1", width),
-        *_linear("attention.qkv", 3 * width, width, *(f"{attention}.{name}_proj" for name in "qkv"), bias=False),
+        *_linear(
+            "attention.qkv",
+            3 * width,
+            width,
+            *(f"{attention}.{name}_proj" for name in "qkv"),
+            bias=False,
+            group=spec.head_dim,
+        ),
         *_linear("attention.out", width, width, f"{attention}.o_proj"),
         _plain("scale1", (width,), f"{layer}.layer_scale1.lambda1"),
         *_norm("norm2", f"{layer}.norm2", width),
-        *_linear("mlp.gate_up", 2 * inner, width, f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj"),
+        *_linear("mlp.gate_up", 2 * inner, width, f"{layer}.mlp.gate_proj", f"{layer}.mlp.up_proj", group=inner),
         *_linear("mlp.down", width, inner, f"{layer}.mlp.down_proj"),
         _plain("scale2", (width,), f"{layer}.layer_scale2.lambda1"),
     ]

@@ -15,6 +15,7 @@ import torch
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ...engines.directory.manifest import IMAGES_MEET
 from ...engines.directory.tensorfile import TensorInfo
 from ...specs import AdapterSpec, EncoderSpec, Spec
 from ..checkpoints.torch_dtypes import TORCH_DTYPES
@@ -39,7 +40,11 @@ def export_graphs(spec: Spec, precision: Precision) -> Iterator[tuple[str, onnx.
     """Every graph of a model: ``(name, model)``."""
     weights = graph_weights(spec)
     for name, module in graph_modules(spec, precision).items():
-        yield name, export_graph(name, module, spec, stored_tensors(weights[name], precision))
+        graph = export_graph(name, module, spec, stored_tensors(weights[name], precision))
+        # How a product of floats is cut into threads and blocks depends on its rows, and so does the order of its sums.
+        if not precision.images_meet and not name.endswith(".embed"):
+            graph.metadata_props.add(key=IMAGES_MEET, value="no")
+        yield name, graph
 
 
 def stored_tensors(weights: Sequence[Weight], precision: Precision) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -47,7 +52,7 @@ def stored_tensors(weights: Sequence[Weight], precision: Precision) -> list[tupl
     stored: list[tuple[str, str, tuple[int, ...]]] = []
     for weight in weights:
         if isinstance(weight, Matrix):
-            parts = precision.stored(weight.out_features, weight.in_features)
+            parts = precision.stored(weight.out_features, weight.in_features, weight.group)
             stored += [(f"{weight.name}.{suffix}", dtype, shape) for suffix, dtype, shape in parts]
         else:
             stored.append((weight.name, "F32", weight.shape))

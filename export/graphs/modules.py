@@ -67,21 +67,21 @@ class Siglip2Block(nn.Module):
     def __init__(self, spec: EncoderSpec, precision: Precision) -> None:
         super().__init__()
         self.spec = spec
-        self.qkv = precision.linear("attention.qkv", spec.hidden, normed=True)
-        self.out = precision.linear("attention.out", spec.hidden, normed=False)
-        self.up = precision.linear("mlp.up", spec.hidden, normed=True)
-        self.down = precision.linear("mlp.down", spec.intermediate, normed=False)
+        self.qkv = precision.linear("attention.qkv", spec.hidden)
+        self.out = precision.linear("attention.out", spec.hidden)
+        self.up = precision.linear("mlp.up", spec.hidden)
+        self.down = precision.linear("mlp.down", spec.intermediate)
 
     def forward(self, hidden_in: Tensor, weights: Weights) -> Tensor:
         spec = self.spec
         x = layer_norm(hidden_in, weights, "norm1", spec.norm_eps).view(-1, spec.hidden)
-        qkv = self.qkv(x, weights).view(-1, spec.tokens, 3, spec.heads, spec.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, T, D/H]
+        q, k, v = self.qkv.heads(x, weights, 3, spec.heads, spec.tokens)  # each [B, H, T, D/H]
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, spec.hidden)
         hidden = hidden_in + self.out(attended, weights).view(-1, spec.tokens, spec.hidden)
         x = layer_norm(hidden, weights, "norm2", spec.norm_eps).view(-1, spec.hidden)
-        x = F.gelu(self.up(x, weights), approximate="tanh")
-        return hidden + self.down(x, weights).view(-1, spec.tokens, spec.hidden)
+        (up,) = self.up.spread(x, weights, 1)
+        x = self.down.gathered(F.gelu(up, approximate="tanh"), weights)
+        return hidden + x.view(-1, spec.tokens, spec.hidden)
 
 
 class Siglip2Head(nn.Module):
@@ -90,18 +90,17 @@ class Siglip2Head(nn.Module):
     def __init__(self, spec: EncoderSpec, precision: Precision) -> None:
         super().__init__()
         self.spec = spec
-        self.q = precision.linear("attention.q", spec.hidden, normed=False)
-        self.kv = precision.linear("attention.kv", spec.hidden, normed=True)
-        self.out = precision.linear("attention.out", spec.hidden, normed=False)
-        self.up = precision.linear("mlp.up", spec.hidden, normed=True)
-        self.down = precision.linear("mlp.down", spec.intermediate, normed=False)
+        self.q = precision.linear("attention.q", spec.hidden)
+        self.kv = precision.linear("attention.kv", spec.hidden)
+        self.out = precision.linear("attention.out", spec.hidden)
+        self.up = precision.linear("mlp.up", spec.hidden)
+        self.down = precision.linear("mlp.down", spec.intermediate)
 
     def forward(self, hidden_in: Tensor, weights: Weights) -> Tensor:
         spec = self.spec
         x = layer_norm(hidden_in, weights, "norm", spec.norm_eps).view(-1, spec.hidden)
         q = self.q(weights["probe"], weights).view(1, spec.heads, 1, spec.head_dim)
-        kv = self.kv(x, weights).view(-1, spec.tokens, 2, spec.heads, spec.head_dim)
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        k, v = self.kv.heads(x, weights, 2, spec.heads, spec.tokens)
         q = q.expand(k.shape[0], -1, -1, -1)
         pooled = F.scaled_dot_product_attention(q, k, v).reshape(-1, spec.hidden)  # [B, D]: the probe is one token
         pooled = self.out(pooled, weights).to(hidden_in.dtype)
@@ -134,10 +133,10 @@ class Dinov3Block(nn.Module):
     def __init__(self, spec: EncoderSpec, precision: Precision) -> None:
         super().__init__()
         self.spec = spec
-        self.qkv = precision.linear("attention.qkv", spec.hidden, normed=True)
-        self.out = precision.linear("attention.out", spec.hidden, normed=False)
-        self.gate_up = precision.linear("mlp.gate_up", spec.hidden, normed=True)
-        self.down = precision.linear("mlp.down", spec.intermediate, normed=False)
+        self.qkv = precision.linear("attention.qkv", spec.hidden)
+        self.out = precision.linear("attention.out", spec.hidden)
+        self.gate_up = precision.linear("mlp.gate_up", spec.hidden)
+        self.down = precision.linear("mlp.down", spec.intermediate)
         cos, sin = rotary_tables(spec)
         self.register_buffer("rotary_cos", cos)
         self.register_buffer("rotary_sin", sin)
@@ -146,14 +145,13 @@ class Dinov3Block(nn.Module):
     def forward(self, hidden_in: Tensor, weights: Weights) -> Tensor:
         spec = self.spec
         x = layer_norm(hidden_in, weights, "norm1", spec.norm_eps).view(-1, spec.hidden)
-        qkv = self.qkv(x, weights).view(-1, spec.tokens, 3, spec.heads, spec.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each [B, H, T, D/H]
+        q, k, v = self.qkv.heads(x, weights, 3, spec.heads, spec.tokens)  # each [B, H, T, D/H]
         attended = F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v)
         x = self.out(attended.transpose(1, 2).reshape(-1, spec.hidden), weights)
         hidden = hidden_in + x.view(-1, spec.tokens, spec.hidden) * weights["scale1"]
         x = layer_norm(hidden, weights, "norm2", spec.norm_eps).view(-1, spec.hidden)
-        gate, up = self.gate_up(x, weights).chunk(2, dim=-1)
-        x = self.down(F.silu(gate) * up, weights)
+        gate, up = self.gate_up.spread(x, weights, 2)
+        x = self.down.gathered(F.silu(gate) * up, weights)
         return hidden + x.view(-1, spec.tokens, spec.hidden) * weights["scale2"]
 
     def rotate(self, x: Tensor) -> Tensor:
@@ -183,15 +181,13 @@ class AdapterBlock(nn.Module):
         super().__init__()
         self.spec = spec
         self.targets = targets
-        self.proj_in = precision.linear("proj_in", spec.embedding, normed=False)
+        self.proj_in = precision.linear("proj_in", spec.embedding)
         names = [f"{target}.{factor}" for target, _, _ in targets for factor in "AB"]
-        self.proj_out = nn.ModuleList(precision.linear(name, spec.compress, normed=False) for name in names)
+        self.proj_out = precision.linears(names, spec.compress)
 
     def forward(self, embedding: Tensor, weights: Weights) -> dict[str, Tensor]:
-        compressed = torch.split(self.proj_in(embedding, weights), self.spec.compress, dim=-1)
-        outputs = iter(
-            [linear(x, weights).to(embedding.dtype) for linear, x in zip(self.proj_out, compressed, strict=True)]
-        )
+        compressed = self.proj_in(embedding, weights).view(-1, 2 * len(self.targets), self.spec.compress)
+        outputs = iter([y.to(embedding.dtype) for y in self.proj_out(compressed, weights)])
         factors = {}
         for target, in_features, out_features in self.targets:
             factors[f"{target}.A"] = next(outputs).view(-1, self.spec.rank, in_features)

@@ -119,7 +119,7 @@ def prepared_weights(
     for weight in weights:
         if isinstance(weight, Matrix):
             rows = scaled(values.pop(weight.name).rows, gains.rows.get(weight.name), gains.columns.get(weight.name))
-            for suffix, piece in precision.prepare(rows, weight.out_features, weight.in_features):
+            for suffix, piece in precision.prepare(rows, weight.out_features, weight.in_features, weight.group):
                 yield f"{weight.name}.{suffix}", piece
         else:
             gain = gains.rows.get(weight.name.rsplit(".", 1)[0])  # of its norm, or of the matrix whose bias it is

@@ -10,6 +10,7 @@ float16 would need no cast of the scale, but DINOv3's activations do not fit it.
 the tests run on the CPU provider.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ...specs import Spec
 from .gpu_precision import GpuLinear, GpuRotatedInt8Linear
-from .precision import Float, Float8, LeftInt8, Linear, Precision, RotatedInt8, Weights
+from .precision import Float, Float8, LeftInt8, Linear, Linears, Precision, RotatedInt8, Weights
 
 Compute: TypeAlias = torch.dtype
 
@@ -59,7 +60,7 @@ class CudaFloat8(Float8):
 
     compute: Compute = torch.bfloat16
 
-    def linear(self, name: str, in_features: int, *, normed: bool) -> Linear:  # noqa: ARG002
+    def linear(self, name: str, in_features: int) -> Linear:  # noqa: ARG002
         return CudaScaledLinear(name, self.compute)
 
 
@@ -69,15 +70,19 @@ class CudaLeftInt8(LeftInt8):
 
     compute: Compute = torch.bfloat16
 
-    def linear(self, name: str, in_features: int, *, normed: bool) -> Linear:  # noqa: ARG002
+    def linear(self, name: str, in_features: int) -> Linear:  # noqa: ARG002
         return CudaLeftInt8Linear(name, self.compute)
+
+    def linears(self, names: Sequence[str], in_features: int) -> Linears:
+        return Linears([self.linear(name, in_features) for name in names])
 
 
 class CudaLeftInt8Linear(CudaScaledLinear):
     """The matrix moved back around zero; both steps are exact in bfloat16."""
 
     def matrix(self, weights: Weights) -> Tensor:
-        return super().matrix(weights) - 128
+        panels = super().matrix(weights) - 128
+        return panels.transpose(0, 1).reshape(panels.shape[1], -1)
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class CudaRotatedInt8(RotatedInt8):
 
     compute: Compute = torch.bfloat16
 
-    def linear(self, name: str, in_features: int, *, normed: bool) -> Linear:  # noqa: ARG002
+    def linear(self, name: str, in_features: int) -> Linear:
         return CudaRotatedInt8Linear(name, self.compute, in_features)
 
 
@@ -103,5 +108,5 @@ class CudaFloat(Float):
 
     compute: Compute = torch.bfloat16
 
-    def linear(self, name: str, in_features: int, *, normed: bool) -> Linear:  # noqa: ARG002
+    def linear(self, name: str, in_features: int) -> Linear:  # noqa: ARG002
         return CudaLinear(name, self.compute)

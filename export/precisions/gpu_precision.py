@@ -19,6 +19,7 @@ linear is float32, but for q, k and v: sm75 has no float32 product for the atten
 The patches are multiplied in float16 there for the same reason.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ...specs import Spec
-from .precision import SMALLEST, Float, Float8, LeftInt8, Linear, Precision, RotatedInt8, Weights
+from .precision import SMALLEST, Float, Float8, LeftInt8, Linear, Linears, Precision, RotatedInt8, Weights
 from .torch_rotation import rotate, rotation
 
 FLOAT8_LARGEST = 448.0
@@ -102,7 +103,7 @@ class GpuFloat8(Float8):
     compute: Compute = torch.bfloat16
     levels: int = 1
 
-    def linear(self, name: str, in_features: int, *, normed: bool) -> Linear:  # noqa: ARG002
+    def linear(self, name: str, in_features: int) -> Linear:  # noqa: ARG002
         return GpuFloat8Linear(name, self.compute, self.levels)
 
 
@@ -133,7 +134,7 @@ class GpuRotatedInt8(RotatedInt8):
 
     compute: Compute = torch.bfloat16
 
-    def linear(self, name: str, in_features: int, *, normed: bool) -> Linear:  # noqa: ARG002
+    def linear(self, name: str, in_features: int) -> Linear:
         return GpuRotatedInt8Linear(name, self.compute, in_features)
 
     def patch(self) -> Linear:
@@ -169,8 +170,11 @@ class GpuLeftInt8(LeftInt8):
 
     compute: Compute = torch.bfloat16
 
-    def linear(self, name: str, in_features: int, *, normed: bool) -> Linear:  # noqa: ARG002
+    def linear(self, name: str, in_features: int) -> Linear:  # noqa: ARG002
         return GpuLeftInt8Linear(name, self.compute)
+
+    def linears(self, names: Sequence[str], in_features: int) -> Linears:
+        return Linears([self.linear(name, in_features) for name in names])
 
 
 class GpuLeftInt8Linear(GpuLinear):
@@ -180,7 +184,8 @@ class GpuLeftInt8Linear(GpuLinear):
         return super().product(x, weights) * self.scale(weights)
 
     def matrix(self, weights: Weights) -> Tensor:
-        return super().matrix(weights) - 128  # at most 8 bits: exact in bfloat16
+        panels = super().matrix(weights) - 128  # at most 8 bits: exact in bfloat16
+        return panels.transpose(0, 1).reshape(panels.shape[1], -1)
 
 
 @dataclass(frozen=True)
@@ -189,5 +194,5 @@ class GpuFloat(Float):
 
     compute: Compute = torch.bfloat16
 
-    def linear(self, name: str, in_features: int, *, normed: bool) -> Linear:  # noqa: ARG002
+    def linear(self, name: str, in_features: int) -> Linear:  # noqa: ARG002
         return GpuLinear(name, self.compute)

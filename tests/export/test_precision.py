@@ -31,8 +31,8 @@ FORMS: dict[str, Precision] = {
 }
 SIZES = [(64, 96), (384, 512), (192, 1536)]
 """``(out_features, in_features)``"""
-PRODUCTS = {"normed+bias": (True, True), "normed": (True, False), "raw+bias": (False, True), "raw": (False, False)}
-"""``matrix -> (its input comes from a norm, it has a bias)``"""
+PRODUCTS = {"biased": True, "plain": False}
+"""``matrix -> it has a bias``"""
 TOLERANCES = {
     # Two float32 programs differ by the order of up to 1536 additions: a few times 6e-8; 4e-7 observed.
     "fp32": (1e-6, 1e-6),
@@ -40,7 +40,7 @@ TOLERANCES = {
     "bf16": (2.0**-9, 2.0**-8),
     # e4m3 rounds to 4 bits: at most 2^-4 of each weight, 2.6 % in the mean square; 3 and 4.1 % observed.
     "fp8": (0.035, 2.0**-4),
-    # Weights and activations in steps of largest / 127, largest being 3 to 4.5 deviations: 0.9 % each; 1.3 and 1.8 %.
+    # Activations in steps of largest / 108, weights of largest pair / 151: 0.8 to 1 % each; 1.4 and 1.9 % observed.
     "int8": (0.018, 0.027),
     # The same weights, activations 100 times finer; 0.9 and 1.2 % observed.
     "int8-adapter": (0.012, 0.018),
@@ -79,9 +79,7 @@ class Products(torch.nn.Module):
     def __init__(self, form: Precision, in_features: int) -> None:
         super().__init__()
         self.in_features = in_features
-        self.linears = torch.nn.ModuleList(
-            form.linear(name, in_features, normed=normed) for name, (normed, _) in PRODUCTS.items()
-        )
+        self.linears = torch.nn.ModuleList(form.linear(name, in_features) for name in PRODUCTS)
 
     def forward(self, hidden_in: torch.Tensor, weights: Weights) -> torch.Tensor:
         x = hidden_in.view(-1, self.in_features)
@@ -93,7 +91,7 @@ def exported(form_name: str, out_features: int, in_features: int) -> Callable[[A
     """``x -> name of product -> y`` by onnxruntime; the weights go in as inputs."""
     form = FORMS[form_name]
     stored: list[Stored] = []
-    for name, (_, biased) in PRODUCTS.items():
+    for name, biased in PRODUCTS.items():
         parts = form.stored(out_features, in_features)
         stored += [(f"{name}.{suffix}", dtype, shape) for suffix, dtype, shape in parts]
         if biased:
@@ -126,32 +124,29 @@ def rms(values: Array, axis: int | None = None) -> Array:
     return np.asarray(np.sqrt(np.square(values).mean(axis=axis)))
 
 
-def activations(rows: int, width: int, *, normed: bool, outlier: bool) -> Array:
-    """Gaussian rows; one channel may be 100 times the others. Behind a norm rows are alike, elsewhere one is 100 times
-    the others."""
+def activations(rows: int, width: int, *, massive: bool, outlier: bool) -> Array:
+    """Gaussian rows; one channel may be 100 times the others, and so may one row."""
     x = np.random.default_rng(rows).standard_normal((rows, width))
     if outlier:
         x[:, width // 3] = 100 * np.sign(x[:, width // 3])
-    if normed:
-        x /= np.sqrt(np.square(x).mean(axis=1, keepdims=True))
-    else:
+    if massive:
         x[rows // 2] *= 100
     return x.astype(np.float32)
 
 
 @pytest.mark.parametrize("outlier", [False, True], ids=["even", "outlier"])
+@pytest.mark.parametrize("massive", [False, True], ids=["alike", "massive-row"])
 @pytest.mark.parametrize("rows", [1, 33])
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize(("out_features", "in_features"), SIZES)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_product_is_near_the_exact_one(
-    form: str, out_features: int, in_features: int, product: str, rows: int, outlier: bool
+    form: str, out_features: int, in_features: int, product: str, rows: int, massive: bool, outlier: bool
 ) -> None:
-    normed, biased = PRODUCTS[product]
-    x = activations(rows, in_features, normed=normed, outlier=outlier)
+    x = activations(rows, in_features, massive=massive, outlier=outlier)
     x, w = x.astype(np.float64), matrix(out_features, in_features).astype(np.float64)
     exact = x @ w.T
-    wanted = exact + bias(out_features) if biased else exact
+    wanted = exact + bias(out_features) if PRODUCTS[product] else exact
     error = exported(form, out_features, in_features)(x)[product] - wanted
     typical = rms(x, axis=1)[:, None] * np.linalg.norm(w, axis=1)  # size of a product of Gaussians
     overall, worst_row = TOLERANCES[form]
@@ -165,10 +160,10 @@ def test_a_product_is_near_the_exact_one(
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("form", FORMS)
 def test_rows_of_zeros_give_the_bias(form: str, product: str, zeros: slice) -> None:
-    x = activations(5, 96, normed=True, outlier=False)
+    x = activations(5, 96, massive=False, outlier=False)
     x[zeros] = 0
     found = exported(form, 64, 96)(x)[product][zeros]
-    wanted = np.broadcast_to(bias(64) if PRODUCTS[product][1] else np.zeros(64), found.shape)
+    wanted = np.broadcast_to(bias(64) if PRODUCTS[product] else np.zeros(64), found.shape)
     assert (np.abs(found - wanted) <= np.finfo(np.float32).eps * np.abs(wanted)).all()  # nan fails; one rounding
 
 
@@ -215,11 +210,13 @@ def steps_and_scales(form: str, values: Array) -> tuple[torch.Tensor, torch.Tens
     weight, scale = tensors["weight"].float(), tensors["scale"].reshape(-1)
     if form == "int8":  # panels [out / p, in, p]
         weight = weight.transpose(1, 2).reshape(values.shape)
+    if form == "int8-adapter":  # panels [in / p, out, p]
+        weight = weight.transpose(0, 1).reshape(values.shape)
     return weight - (128 if form == "int8-adapter" else 0), scale
 
 
 @pytest.mark.parametrize(("out_features", "in_features"), SIZES)
-@pytest.mark.parametrize(("form", "end"), [("fp8", 448), ("int8", 127), ("int8-adapter", 127)])
+@pytest.mark.parametrize(("form", "end"), [("fp8", 448), ("int8-adapter", 127)])
 def test_a_scale_brings_the_largest_value_of_a_row_to_the_end_of_the_range(
     form: str, end: int, out_features: int, in_features: int
 ) -> None:

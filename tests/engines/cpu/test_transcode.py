@@ -18,6 +18,7 @@ from conftest import MakeEngines, picture
 from i2l.engines.cpu import converted, transcode
 from i2l.engines.cpu.converted import CPU_FOLDER, LOCK, cpu_engines, remove_cpu_engines
 from i2l.engines.cpu.rotation import rotate, rotation
+from i2l.engines.cpu.sums import LARGEST_PAIR, WEIGHT_LEVELS
 from i2l.engines.cpu.transcode import STEPS, VALUES, PairTable, e4m3_values, rotated_panel
 from i2l.engines.directory.manifest import MANIFEST, Manifest, manifest_to_json, read_manifest
 from i2l.engines.directory.tensorfile import PAD_PREFIX, LayoutWriter, TensorInfo
@@ -84,24 +85,27 @@ def tensor(directory: Path, pack: str, info: TensorInfo) -> torch.Tensor:
     return torch.from_numpy(raw).view(dtypes[info.dtype]).reshape(info.shape)
 
 
-def quantised(form: Precision, matrix: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the torch quantiser of a build makes of a float32 matrix."""
+def quantised(form: Precision, matrix: torch.Tensor, group: int | None) -> dict[str, torch.Tensor]:
+    """What the torch quantiser of a build makes of a float32 matrix; ``group``: rows that stay together."""
     out_features, in_features = matrix.shape
     pieces: dict[str, list[torch.Tensor]] = {}
-    for suffix, piece in form.prepare(lambda a, n: matrix[a : a + n].clone(), out_features, in_features):
+    for suffix, piece in form.prepare(lambda a, n: matrix[a : a + n].clone(), out_features, in_features, group):
         pieces.setdefault(suffix, []).append(piece)
-    shapes = {suffix: shape for suffix, _, shape in form.stored(out_features, in_features)}
+    shapes = {suffix: shape for suffix, _, shape in form.stored(out_features, in_features, group)}
     return {suffix: torch.cat(parts).reshape(shapes[suffix]) for suffix, parts in pieces.items()}
 
 
 def exact_steps(codes: torch.Tensor, *, rotated: bool, shape: torch.Size) -> torch.Tensor:
-    """Where every value lies on its row's scale of 127 steps, float64, laid out as int8 is stored."""
+    """Where every value lies on its row's scale, float64, laid out as int8 is stored."""
     values = codes.double()
-    if rotated:
-        matrix = torch.from_numpy(rotation(codes.shape[1])).double()
-        values = (values.reshape(-1, len(matrix)) @ matrix).reshape(codes.shape)
-    steps = values / values.abs().amax(dim=1, keepdim=True) * 127
-    return steps.reshape(shape[0], shape[2], shape[1]).transpose(1, 2) if rotated else steps
+    scale = values.abs().amax(dim=1, keepdim=True) / WEIGHT_LEVELS
+    if not rotated:
+        return (values / scale).reshape(shape[1], shape[0], shape[2]).transpose(0, 1)
+    matrix = torch.from_numpy(rotation(codes.shape[1])).double()
+    values = (values.reshape(-1, len(matrix)) @ matrix).reshape(codes.shape)
+    pair = values.abs().reshape(len(values), -1, 2).sum(dim=2).amax(dim=1, keepdim=True) / LARGEST_PAIR
+    scale = torch.maximum(values.abs().amax(dim=1, keepdim=True) / WEIGHT_LEVELS, pair)
+    return (values / scale).reshape(shape[0], shape[2], shape[1]).transpose(1, 2)
 
 
 def test_packs_are_what_the_quantiser_makes_of_the_same_values(fp8: Path) -> None:
@@ -120,7 +124,8 @@ def test_packs_are_what_the_quantiser_makes_of_the_same_values(fp8: Path) -> Non
             if old[name].dtype == "F8_E4M3":
                 scale_name = name.removesuffix("weight") + "scale"
                 scale = tensor(old_folder, source.models[family].pack, old[scale_name])
-                values = quantised(form, stored.float() * scale[:, None])
+                panel = found.shape[2] if family != "adapter" else None
+                values = quantised(form, stored.float() * scale[:, None], panel)
                 wanted[scale_name] = values["scale"]
                 difference = (found.int() - values["weight"].int()).abs()
                 assert difference.max() <= 1

@@ -369,7 +369,7 @@ def test_two_levels_make_the_adapters_activations_finer() -> None:
     wanted = (x @ (weight.float() * scale[:, None]).t()).numpy()
     errors = []
     for levels in (1, 2):
-        module = replace(kept, levels=levels).linear("w", 64, normed=False)  # type: ignore[type-var]
+        module = replace(kept, levels=levels).linear("w", 64)  # type: ignore[type-var]
 
         class Alone(torch.nn.Module):
             def __init__(self, inner: Any) -> None:
@@ -415,7 +415,7 @@ def test_no_row_overflows_float16(monkeypatch: pytest.MonkeyPatch) -> None:
         "i2l.export.precisions.gpu_precision.dequantised", lambda weight, scale, dtype: weight.to(dtype) * scale
     )
     width = PRESETS["full"].dinov3.intermediate
-    linear = gpu_precision("int8", PRESETS["full"].dinov3, torch.float16).linear("w", width, normed=False)
+    linear = gpu_precision("int8", PRESETS["full"].dinov3, torch.float16).linear("w", width)
     weights = {"w.weight": torch.full((1, width, 8), 127, dtype=torch.int8), "w.scale": torch.full((1, 1, 8), 1e-3)}
     parallel = rotate(torch.ones(1, width), rotation(width).t().contiguous())
     x = torch.tensor([[1e-6], [1.0], [3e5]]) * parallel  # 3e5 is more than float16 holds
