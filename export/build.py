@@ -28,8 +28,8 @@ from .checkpoints.finding import find_checkpoints, require_fitting
 from .checkpoints.recognise import Checkpoint
 from .graphs.graphs import export_graphs, standalone_model
 from .packs.packs import PackPlan, plan_pack, write_pack
+from .precisions.choosing import precision_for
 from .precisions.parallel import quantising_threads
-from .precisions.precision import precision_for
 
 log = logging.getLogger(__name__)
 BUILD_PREFIX = "build-"

@@ -17,7 +17,7 @@ from .checkpoints.weights import Matrix, Step, Weight, graph_weights, plan_steps
 from .graphs.modules import graph_modules
 from .packs.packs import source_keys
 from .packs.stack import Stack
-from .precisions.precision import precision_for
+from .precisions.choosing import precision_for
 
 Array = NDArray[np.float32]
 

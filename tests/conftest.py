@@ -15,7 +15,7 @@ from i2l.export.backends import cpu as cpuplan
 from i2l.export.build import build_engines
 from i2l.export.checkpoints.synthetic import make_checkpoints
 from i2l.export.graphs.graphs import export_graphs
-from i2l.export.precisions.precision import Precision
+from i2l.export.precisions.base import Precision
 from i2l.specs import Spec
 
 MakeModels = Callable[..., Path]

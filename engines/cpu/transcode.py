@@ -34,7 +34,7 @@ Job: TypeAlias = Callable[[], NDArray[Any]]
 LARGEST = 448.0
 """The largest value of e4m3, which ends every row of an FP8 matrix."""
 SMALLEST = 1e-30
-"""Keeps the scale of a row of zeros from being zero, as in export/precisions/precision.py."""
+"""Keeps the scale of a row of zeros from being zero, as in export/precisions/base.py."""
 PIECE_VALUES = 1 << 19
 """Values handled at a time where no panel says it: 2 MiB of float32 stay in the cache."""
 PIECES_AHEAD = 4
@@ -89,9 +89,7 @@ def rotated_panel(codes: Codes, matrix: Array) -> tuple[NDArray[np.int8], Array]
     peak = np.maximum(values.max(axis=1), -values.min(axis=1))
     even = values[:, : values.shape[1] // 2 * 2]
     pair = np.abs(even).reshape(len(values), -1, 2).sum(axis=2).max(axis=1, initial=0)
-    scale = np.maximum(
-        peak / np.float32(WEIGHT_LEVELS), pair / np.float32(LARGEST_PAIR)
-    )  # see sums.py
+    scale = np.maximum(peak / np.float32(WEIGHT_LEVELS), pair / np.float32(LARGEST_PAIR))  # see sums.py
     scale = np.maximum(scale, np.float32(SMALLEST))
     values /= scale[:, None]
     np.rint(values, out=values)

@@ -14,7 +14,7 @@ from ...specs import Family
 from ..checkpoints.recognise import Checkpoint
 from ..graphs.graphs import export_graphs
 from ..packs.packs import plan_pack
-from ..precisions.precision import precision_for
+from ..precisions.choosing import precision_for
 
 
 def write_cpu_plan(

@@ -10,7 +10,7 @@ from ...engines.directory.manifest import graphs_of, read_manifest, spec_hash
 from ...machine.files import atomic_path
 from ...machine.progress import Report, silent
 from ..graphs.graphs import export_graphs
-from ..precisions.cuda_precision import cuda_precision
+from ..precisions.choosing import cuda_precision
 from .build_lock import only_build
 
 

@@ -29,7 +29,7 @@ from ...machine.files import atomic_path
 from ...machine.progress import Report, silent
 from ...specs import Spec
 from ..graphs.graphs import export_graphs
-from ..precisions.gpu_precision import gpu_precision
+from ..precisions.choosing import gpu_precision
 from .build_lock import only_build
 from .cards import compute_dtype, require_precision
 

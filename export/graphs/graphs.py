@@ -20,7 +20,7 @@ from ...engines.directory.tensorfile import TensorInfo
 from ...specs import AdapterSpec, EncoderSpec, Spec
 from ..checkpoints.torch_dtypes import TORCH_DTYPES
 from ..checkpoints.weights import Matrix, Step, Weight, graph_weights
-from ..precisions.precision import Precision
+from ..precisions.base import Precision
 from .modules import graph_modules
 
 OPSET = 23

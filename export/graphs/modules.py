@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812 - the usual name
 from torch import Tensor, nn
 
 from ...specs import AdapterSpec, EncoderSpec, Spec, Target
-from ..precisions.precision import Precision, Weights
+from ..precisions.base import Precision, Weights
 
 
 def graph_modules(spec: Spec, precision: Precision) -> dict[str, nn.Module]:

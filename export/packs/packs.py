@@ -22,7 +22,8 @@ from ..checkpoints.reader import stream_tensors
 from ..checkpoints.recognise import Checkpoint
 from ..checkpoints.weights import Matrix, Plain, Step, Weight, graph_weights, plan_steps
 from ..graphs.graphs import stored_tensors
-from ..precisions.precision import Precision, Rows, precision_for
+from ..precisions.base import Precision, Rows
+from ..precisions.choosing import precision_for
 from .equalise import Gains, plan_gains
 from .stack import Stack
 

@@ -31,7 +31,7 @@ from i2l.errors import (
     NodePackIncomplete,
     OutputOutside,
 )
-from i2l.export.precisions.precision import Precision
+from i2l.export.precisions.base import Precision
 from i2l.lora.lora import describe_lora
 from i2l.runtime.cache import FOLDER_VARIABLE, default_cache_folder
 from i2l.runtime.pipeline import Pipeline

@@ -22,8 +22,8 @@ from i2l.export.graphs.modules import graph_modules
 from i2l.export.packs.equalise import FEEDS, WIDEST, plan_gains
 from i2l.export.packs.packs import prepared_weights
 from i2l.export.packs.stack import Stack
-from i2l.export.precisions import precision
-from i2l.export.precisions.precision import Float
+from i2l.export.precisions import base as precision
+from i2l.export.precisions.floats import Float
 from i2l.specs import EncoderSpec, Family, spec_to_dict
 
 Models = Callable[..., Path]

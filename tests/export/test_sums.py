@@ -20,7 +20,9 @@ from conftest import MakeEngines
 from i2l.engines.cpu.converted import cpu_engines
 from i2l.engines.cpu.sums import ACTIVATION_LEVELS, PAIR_LEVELS, WEIGHT_LEVELS
 from i2l.engines.directory.manifest import read_manifest
-from i2l.export.precisions.precision import LeftInt8, RotatedInt8, row_scales_for_exact_sums
+from i2l.export.precisions.base import row_scales_for_exact_sums
+from i2l.export.precisions.left_int8 import LeftInt8
+from i2l.export.precisions.rotated_int8 import RotatedInt8
 from i2l.export.precisions.torch_rotation import rotate, rotation
 
 Array = NDArray[Any]

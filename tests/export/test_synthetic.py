@@ -26,7 +26,7 @@ from i2l.export.checkpoints.finding import find_checkpoints
 from i2l.export.checkpoints.recognise import recognise
 from i2l.export.checkpoints.shapes import tensor_shapes
 from i2l.export.checkpoints.synthetic import make_checkpoints, synthetic_pieces
-from i2l.export.precisions import precision
+from i2l.export.precisions import base as precision
 from i2l.export.reference import reference_steps
 from i2l.machine.wording import format_bytes
 from i2l.runtime.pictures.images import load_image

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from conftest import MakeEngines, picture
-from i2l.export.precisions.precision import PRECISIONS
+from i2l.export.precisions.choosing import PRECISIONS
 from i2l.runtime.jobs import Job, run_jobs
 from i2l.runtime.pipeline import IMAGES_PER_PASS, Pipeline, open_engines
 

@@ -23,7 +23,9 @@ from i2l.engines.cpu.transcode import STEPS, VALUES, PairTable, e4m3_values, rot
 from i2l.engines.directory.manifest import MANIFEST, Manifest, manifest_to_json, read_manifest
 from i2l.engines.directory.tensorfile import PAD_PREFIX, LayoutWriter, TensorInfo
 from i2l.errors import CpuPacksUnwritable, DiskFull, EnginesMissing, ManifestInvalid
-from i2l.export.precisions.precision import LeftInt8, Precision, RotatedInt8
+from i2l.export.precisions.base import Precision
+from i2l.export.precisions.left_int8 import LeftInt8
+from i2l.export.precisions.rotated_int8 import RotatedInt8
 from i2l.lora.lowrank import product_error
 from i2l.runtime.pipeline import Pipeline
 

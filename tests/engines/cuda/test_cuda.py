@@ -45,7 +45,7 @@ from i2l.errors import (
 )
 from i2l.export.backends.cuda import build_cuda_graphs
 from i2l.export.graphs.graphs import export_graphs
-from i2l.export.precisions.cuda_precision import cuda_precision
+from i2l.export.precisions.choosing import cuda_precision
 from i2l.lora.lora import Lora
 from i2l.runtime.pipeline import Pipeline
 from i2l.specs import PRESETS

@@ -13,7 +13,7 @@ from i2l.engines.device.residency import GraphMemory, Residency, estimated_memor
 from i2l.engines.directory.manifest import Chunk
 from i2l.errors import BudgetTooSmall
 from i2l.export.packs.packs import plan_pack, planned_model
-from i2l.export.precisions.precision import precision_for
+from i2l.export.precisions.choosing import precision_for
 from i2l.machine.wording import GIB
 from i2l.specs import FAMILIES, PRESETS, Family
 

@@ -38,7 +38,7 @@ from i2l.export.checkpoints.weights import graph_weights
 from i2l.export.graphs.graphs import export_graph, stored_tensors
 from i2l.export.graphs.modules import graph_modules
 from i2l.export.packs.packs import planned_model
-from i2l.export.precisions.gpu_precision import gpu_precision
+from i2l.export.precisions.choosing import gpu_precision
 from i2l.export.precisions.torch_rotation import rotate, rotation
 from i2l.export.reference import reference_steps
 from i2l.look.verification import step_error
@@ -412,7 +412,7 @@ def test_no_row_overflows_float16(monkeypatch: pytest.MonkeyPatch) -> None:
     Half as much more, and the product were infinite. In torch, as onnxruntime's CPU keeps float16 products in float32.
     """
     monkeypatch.setattr(
-        "i2l.export.precisions.gpu_precision.dequantised", lambda weight, scale, dtype: weight.to(dtype) * scale
+        "i2l.export.precisions.rotated_int8.dequantised", lambda weight, scale, dtype: weight.to(dtype) * scale
     )
     width = PRESETS["full"].dinov3.intermediate
     linear = gpu_precision("int8", PRESETS["full"].dinov3, torch.float16).linear("w", width)

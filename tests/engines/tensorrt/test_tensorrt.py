@@ -54,7 +54,7 @@ from i2l.errors import (
     PlanStale,
     ShapeMismatch,
 )
-from i2l.export.precisions.gpu_precision import gpu_precision
+from i2l.export.precisions.choosing import gpu_precision
 from i2l.lora.lora import Lora
 from i2l.runtime.pipeline import IMAGES_PER_PASS, Pipeline
 
