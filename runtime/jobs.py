@@ -18,10 +18,11 @@ from ..lora.errors import LoraNotFinite, LoraUnreadable
 from ..lora.lora import DTYPES, Dtype, KeyFormat, describe_lora
 from ..machine.errors import OutputUnwritable
 from ..machine.progress import Report, silent
+from .passes import ENCODERS, IMAGES_PER_PASS
 from .pictures.errors import FolderEmpty, ImageError
 from .pictures.listing import SUFFIXES, images_in
 from .pictures.sources import images_mark, load_squares
-from .pipeline import ENCODERS, IMAGES_PER_PASS, Pipeline
+from .pipeline import Pipeline
 
 Per: TypeAlias = Literal["image", "folder"]
 UNITS = 100

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from i2l.export.checkpoints.finding import find_checkpoints
 from i2l.lora.lora import Lora
 from i2l.lora.lowrank import product_error
-from i2l.runtime.pipeline import ENCODERS
+from i2l.runtime.passes import ENCODERS
 from i2l.specs import AdapterSpec, EncoderSpec, Family, Spec
 
 TOLERANCES = {

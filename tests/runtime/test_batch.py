@@ -21,7 +21,8 @@ from i2l.cli import main
 from i2l.errors import FolderEmpty
 from i2l.lora.lora import describe_lora
 from i2l.runtime.jobs import BatchProgress, Job, plan_jobs, run_jobs
-from i2l.runtime.pipeline import IMAGES_PER_PASS, Pipeline, open_engines
+from i2l.runtime.passes import IMAGES_PER_PASS
+from i2l.runtime.pipeline import Pipeline, open_engines
 
 
 @pytest.fixture

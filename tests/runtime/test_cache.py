@@ -20,8 +20,9 @@ from i2l.engines.base import Array
 from i2l.engines.cpu.backend import CpuBackend
 from i2l.engines.directory.manifest import FileFacts, content_id, read_manifest
 from i2l.runtime.cache import FOLDER_VARIABLE, EmbeddingCache, default_cache_folder, encoders_id
+from i2l.runtime.passes import ENCODERS, IMAGES_PER_PASS
 from i2l.runtime.pictures.pixels import square_image
-from i2l.runtime.pipeline import ENCODERS, IMAGES_PER_PASS, Pipeline, open_engines
+from i2l.runtime.pipeline import Pipeline, open_engines
 from i2l.specs import Family
 
 PICTURES = [picture(90, 60 + 10 * seed, seed) for seed in range(3)]

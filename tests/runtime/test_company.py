@@ -15,7 +15,8 @@ from safetensors.numpy import load_file
 from conftest import MakeEngines, picture
 from i2l.export.precisions.choosing import PRECISIONS
 from i2l.runtime.jobs import Job, run_jobs
-from i2l.runtime.pipeline import IMAGES_PER_PASS, Pipeline, open_engines
+from i2l.runtime.passes import IMAGES_PER_PASS
+from i2l.runtime.pipeline import Pipeline, open_engines
 
 PICTURES = [picture(40 + 24 * seed, 90 - 12 * seed, seed) for seed in range(6)]
 COMPANIES = st.lists(st.sampled_from(range(len(PICTURES))), min_size=2, max_size=IMAGES_PER_PASS + 1)

@@ -225,7 +225,7 @@ def test_an_open_pipeline_outlives_a_rebuild(
     wanted = pipeline.lora_from_images(PICTURES[:1]).factors
     with open_engines(own) as opened:
         if steps_before == "siglip2":
-            opened._encode("siglip2", opened.pixels(PICTURES[:1])["siglip2"], None)
+            opened._passes._encode("siglip2", opened.pixels(PICTURES[:1])["siglip2"], None)
         shutil.rmtree(own)  # what a rebuild leaves of the old build
         shutil.copytree(engines("tiny", "int8"), own)
         found = opened.lora_from_images(PICTURES[:1]).factors

@@ -56,7 +56,8 @@ from i2l.errors import (
 )
 from i2l.export.precisions.choosing import gpu_precision
 from i2l.lora.lora import Lora
-from i2l.runtime.pipeline import IMAGES_PER_PASS, Pipeline
+from i2l.runtime.passes import IMAGES_PER_PASS
+from i2l.runtime.pipeline import Pipeline
 
 PICTURES = [picture(90, 70, seed=1), picture(64, 64, seed=2)]
 OOM = "[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory): 123456789 bytes"
