@@ -39,14 +39,14 @@ lint: setup  ## ruff
 	$(BIN)/ruff format --check .
 
 types: setup  ## mypy, strict
-	MYPYPATH=.typecheck:tests $(BIN)/mypy -p i2l
+	MYPYPATH=.typecheck:tests:tests/export $(BIN)/mypy -p i2l
 
 unit: setup  ## pytest
 	$(BIN)/python -m pytest
 
 test-cpus: $(CPUS)/.ready  ## The same LoRA on other CPUs, which qemu emulates; on Debian, x86-64
 	$(BIN)/python -m pytest -m cpus tests/test_cpus.py
-	$(CPUS)/qemu/qemu-x86_64-static -cpu Haswell $(BIN)/python -m pytest tests/test_precision.py
+	$(CPUS)/qemu/qemu-x86_64-static -cpu Haswell $(BIN)/python -m pytest tests/export/test_precision.py
 
 $(CPUS)/.ready: $(VENV)/.ready tests/cpus/setup
 	tests/cpus/setup $(CPUS) $(BIN)/python

@@ -22,9 +22,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from ..engines.base import Array
-from ..errors import I2LError, OutputUnwritable, format_path
-from ..files import atomic_path
-from .images import content_sha256
+from ..machine.errors import I2LError, OutputUnwritable
+from ..machine.files import atomic_path
+from ..machine.wording import format_path
+from .pictures.pixels import content_sha256
 
 log = logging.getLogger(__name__)
 PIXELS_VERSION = 1
