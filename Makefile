@@ -46,7 +46,7 @@ unit: setup  ## pytest
 
 test-cpus: $(CPUS)/.ready  ## The same LoRA on other CPUs, which qemu emulates; on Debian, x86-64
 	$(BIN)/python -m pytest -m cpus tests/test_cpus.py
-	$(CPUS)/qemu/qemu-x86_64-static -cpu Haswell $(BIN)/python -m pytest tests/export/test_precision.py
+	$(CPUS)/qemu/qemu-x86_64-static -cpu Haswell $(BIN)/python -m pytest tests/export/test_precision.py tests/export/test_sums.py -k "not packs"
 
 $(CPUS)/.ready: $(VENV)/.ready tests/cpus/setup
 	tests/cpus/setup $(CPUS) $(BIN)/python

@@ -1,7 +1,7 @@
 """Shared fixtures: synthetic checkpoints, engines built from them once per session, and pictures."""
 
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -10,12 +10,15 @@ import onnx
 import pytest
 from PIL import Image
 
+from i2l.engines.cpu import backend as cpu_backend
 from i2l.export import build
 from i2l.export.backends import cpu as cpuplan
 from i2l.export.build import build_engines
 from i2l.export.checkpoints.synthetic import make_checkpoints
 from i2l.export.graphs.graphs import export_graphs
 from i2l.export.precisions.base import Precision
+from i2l.lora.lora import Lora
+from i2l.runtime.pipeline import Pipeline
 from i2l.specs import Spec
 
 MakeModels = Callable[..., Path]
@@ -103,3 +106,15 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("photos") / "photo.jpg"
     picture(320, 240).save(path, quality=95)
     return path
+
+
+def lora_of_one_batch(directory: Path, pictures: Sequence[Image.Image]) -> Lora:
+    """The cpu backend's LoRA with all pictures in one batch, which float graphs get on a device only.
+
+    How float products are cut, and so the order of their additions, depends on the batch: this one can be compared with
+    a device's to the bit.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_backend, "takes_batches", lambda _: True)
+        with Pipeline(directory, backend="cpu", threads=1) as pipeline:
+            return pipeline.lora_from_images(pictures)

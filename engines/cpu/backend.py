@@ -82,6 +82,11 @@ class CpuBackend:
         self._reader.shutdown()
 
 
+def takes_batches(session: ort.InferenceSession) -> bool:
+    """Whether the graph gives each picture of a batch what it gives it alone, to the bit."""
+    return bool(session.get_modelmeta().custom_metadata_map.get(IMAGES_MEET) == "no")
+
+
 class OrtEngine:
     """An onnxruntime session of one graph."""
 
@@ -95,7 +100,7 @@ class OrtEngine:
         self.activation: str = first.name
         self._shape = first.shape[1:]
         self._outputs = [output.name for output in self._session.get_outputs()]
-        self._batches = self._session.get_modelmeta().custom_metadata_map.get(IMAGES_MEET) == "no"
+        self._batches = takes_batches(self._session)
 
     def run(self, activation: ort.OrtValue, weights: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
         shape = activation.shape()

@@ -493,7 +493,7 @@ def test_building_again_says_that_nothing_is_to_do(place: Place) -> None:
     engines = place.own_engines()
     result = i2l("build-engines", "--models", place.models, "--engines", engines, "--precision", "fp32")
     assert result.exit_code == 0
-    assert result.stdout.startswith(f"nothing to do: {engines} is up to date (5.4 MiB, precision fp32)")
+    assert result.stdout.startswith(f"nothing to do: {engines} is up to date (5.5 MiB, precision fp32)")
 
 
 def test_making_checkpoints_says_where(tmp_path: Path) -> None:

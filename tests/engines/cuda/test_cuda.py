@@ -22,7 +22,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from conftest import MakeEngines, MakeModels, picture
+from conftest import MakeEngines, MakeModels, lora_of_one_batch, picture
 from fake_device import HostDevice
 from i2l.cli import main
 from i2l.engines import backends
@@ -106,8 +106,7 @@ def relative_error(found: Lora, wanted: Lora) -> float:
 
 @pytest.fixture(scope="module")
 def wanted(engines: MakeEngines) -> Lora:
-    with Pipeline(engines("tiny", "fp32"), backend="cpu", threads=1) as pipeline:
-        return pipeline.lora_from_images(PICTURES)
+    return lora_of_one_batch(engines("tiny", "fp32"), PICTURES)
 
 
 @pytest.mark.parametrize("spare_bytes", [0, 60_000, 400_000, 10_000_000])
