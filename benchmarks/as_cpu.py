@@ -1,13 +1,13 @@
-"""Runs a Python script as if the CPU were an older one: libraries are told of fewer instructions, and run at full speed.
+"""Runs a Python script as if the CPU were an older one: libraries see fewer instructions, and run at full speed.
 
-Libraries choose their kernels by the instruction `cpuid`, which nothing in user space can intercept here. So the libraries
+Libraries choose their kernels by the instruction `cpuid`, which few systems let a process intercept. So the libraries
 of this Python are searched for it, and while they are loaded each is replaced by an illegal instruction whose signal
 handler answers with fewer features (as_cpu.c). The hard thing is to find it: its two bytes also occur inside other
 instructions, some hundred times in a large library. The code before each place is disassembled from several starts; x86
 code decoded from a wrong start soon falls into step, so most starts agree on whether an instruction begins there.
 
-What the mask cannot change is the CPU behind it: caches, clocks, how wide its adders are. Say so with each number: "Zen 4
-as AVX2".
+What the mask cannot change is the CPU behind it: caches, clocks, how wide its adders are. Say so with each number:
+"Zen 4 with AVX-512 masked".
 Usage: python benchmarks/as_cpu.py avx2|avx512|avx512-vnni|avx512-bf16 SCRIPT [ARGUMENT ...]. Wants gcc, objdump, glibc.
 """
 
