@@ -1,4 +1,4 @@
-"""benchmarks/as_cpu.py makes onnxruntime choose an older CPU's kernel: the one that saturates, and nothing else fails."""
+"""benchmarks/as_cpu.py makes onnxruntime choose an older CPU's kernel, the one that saturates; nothing else fails."""
 
 import platform
 import shutil
