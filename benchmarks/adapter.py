@@ -1,9 +1,10 @@
 """How near is the adapter to the speed of memory? One pass reads all its weights once and computes next to nothing.
 
-Reading is measured here, in the same process, with as many threads, on the same mapped file, all of it in memory: every
-byte goes through an XOR, which no core does slower than memory delivers. A pass may not be faster; what it takes beyond
-that is onnxruntime's operators, of its own profile below, and the runtime around them: bringing chunks in, giving them
-back, and copying the factors out. Reading and passes take turns. Prints one JSON line.
+Reading is measured here, in the same process, with as many threads, on the same mapped file, all of it in memory:
+every byte goes through an XOR, which no core does slower than memory delivers. A pass may not be faster; what it
+takes beyond that is onnxruntime's operators, of its own profile below, and the runtime around them: bringing chunks
+in, giving them back, and copying the factors out. Reading and passes take turns; on a busy machine compare CPU times.
+Prints one JSON line.
 Usage: python benchmarks/adapter.py --engines DIR
 """
 
@@ -50,7 +51,7 @@ def main() -> None:
     populate(mapped, first, nbytes)
     words = np.frombuffer(mapped, np.uint64, nbytes // 8, first)
     pieces = [words[start : start + PIECE_BYTES // 8] for start in range(0, len(words), PIECE_BYTES // 8)]
-    seconds: dict[str, list[float]] = {}
+    seconds: dict[str, list[tuple[float, float]]] = {}
     with ThreadPoolExecutor(default_threads()) as threads, open_engines(engines, backend="cpu") as pipeline:
         calls: dict[str, Callable[[], object]] = {
             "reading": lambda: list(threads.map(np.bitwise_xor.reduce, pieces)),
@@ -58,18 +59,20 @@ def main() -> None:
         }
         for _ in range(ROUNDS + 1):
             for name, call in calls.items():
-                start = time.perf_counter()
+                start, cpu_start = time.perf_counter(), time.process_time()
                 call()
-                seconds.setdefault(name, []).append(time.perf_counter() - start)
-    middle = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    fastest = {name: min(values[1:]) for name, values in seconds.items()}
+                cpu_seconds = (time.process_time() - cpu_start) / default_threads()
+                seconds.setdefault(name, []).append((time.perf_counter() - start, cpu_seconds))
+    middle = {name: statistics.median(value for value, _ in values[1:]) for name, values in seconds.items()}
+    cpu = {name: statistics.median(value for _, value in values[1:]) for name, values in seconds.items()}
     facts = {
         "bytes": nbytes,
         "threads": default_threads(),
         "reading_gb_per_second": round(nbytes / middle["reading"] / 1e9, 2),
         "seconds": {name: round(value, 4) for name, value in middle.items()},
         "times_reading": {name: round(value / middle["reading"], 2) for name, value in middle.items()},
-        "fastest_seconds": {name: round(value, 4) for name, value in fastest.items()},
+        "cpu_seconds_by_thread": {name: round(value, 4) for name, value in cpu.items()},
+        "cpu_times_reading": {name: round(value / cpu["reading"], 2) for name, value in cpu.items()},
         "operators_ms": {n: operators_ms(engines, manifest, batch) for n, batch in embeddings.items()},
     }
     print(json.dumps(facts))

@@ -3,10 +3,11 @@
 How to read it: on a CPU without BF16, torch emulates it, so a ratio to torch BF16 flatters. The row to beat is the
 fastest peer, and only at an equal error: the last columns say how far a block's output is from float32, against the
 output and against what the block adds to its input, SigLIP2 / DINOv3. Each contender has a process of its own; they
-take turns for some rounds, and a number is the median of the rounds' medians. On a shared machine the fastest pass, in
-brackets, says more, and with many beside us the CPU time by thread in the JSON object: waiting for a core is no part of
-it, though spinning for the other thread is. All is for one image; "both" is the blocks of both encoders. contenders.py
-says what a peer gets.
+take turns for some rounds, and a number is the median of the rounds' medians. In brackets is the CPU time of a pass
+divided by the threads, which hardly changes when others use the machine, where the time itself doubles: it leaves out
+waiting for a core, but also what only one thread does, unless the other spins meanwhile, as onnxruntime's do. So on a
+busy machine compare CPU times, and expect those of OpenVINO to be a little low. All is for one image; "both" is the
+blocks of both encoders. contenders.py says what a peer gets.
 
 Wants nncf and openvino, which `make bench-peers` installs, and checkpoints of the preset `full`: 6 GB of disk in
 --work, 4 GB of memory; ten minutes, and as long once to write what the peers load.
@@ -20,6 +21,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -59,28 +61,29 @@ def main() -> None:
 
 
 def middle(rounds: Rounds, family: str) -> dict[str, float] | None:
-    """The median of every number over the rounds, and the encoder's seconds."""
+    """The median of every number over the rounds, and the seconds of the encoder's blocks."""
     of = [values for one in rounds if (values := one[family])]
     if not of:
         return None
     facts = {name: statistics.median(values[name] for values in of) for name in of[0]}
-    facts["fastest_ms"] = min(values["fastest_ms"] for values in of)
-    return facts | {"seconds": facts["block_ms"] * DEPTHS[family] / 1e3}
+    seconds, cpu_seconds = (facts[name] * DEPTHS[family] / 1e3 for name in ("block_ms", "cpu_ms"))
+    return facts | {"seconds": seconds, "cpu_seconds": cpu_seconds}
 
 
 def show(results: dict[str, dict[str, Any]]) -> None:
     """A row for each contender, the fastest first."""
-    table = Table("", "SigLIP2, ms", "DINOv3, ms", "both, s", "times i2l", "error", "of what is added")
+    table = Table("", "SigLIP2, ms", "DINOv3, ms", "both, s", "i2l = 1", "error", "of what is added", box=MARKDOWN)
     rows = {name: list(of.values()) for name, of in results.items() if all(of.values())}
-    seconds = {name: sum(facts["seconds"] for facts in of) for name, of in rows.items()}
-    ours = seconds[next(iter(CONTENDERS))]
-    for name in sorted(seconds, key=lambda name: seconds[name]):
-        cells = [f"{facts['block_ms']:.0f} ({facts['fastest_ms']:.0f})" for facts in rows[name]]
-        cells += [f"{seconds[name]:.1f}", f"{seconds[name] / ours:.2f}"]
-        for error in ("error", "error_of_what_is_added"):
-            cells.append(" / ".join(f"{facts[error]:.2%}" for facts in rows[name]))
+    sums = {name: [sum(one[of] for one in rows[name]) for of in ("seconds", "cpu_seconds")] for name in rows}
+    ours = sums[next(iter(CONTENDERS))]
+    for name in sorted(rows, key=lambda name: sums[name]):
+        cells = [f"{one['block_ms']:.0f} ({one['cpu_ms']:.0f})" for one in rows[name]]
+        cells.append("{:.1f} ({:.1f})".format(*sums[name]))
+        cells.append("{:.2f} ({:.2f})".format(*(x / our for x, our in zip(sums[name], ours, strict=True))))
+        errors = ("error", "error_of_what_is_added")
+        cells += [" / ".join(f"{one[error]:.2%}" for one in rows[name]) for error in errors]
         table.add_row(name, *cells)
-    Console().print(table)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":
