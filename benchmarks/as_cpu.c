@@ -52,7 +52,8 @@ unsigned la_objopen(struct link_map *map, Lmid_t space, uintptr_t *cookie) {
     FILE *places = fopen(getenv("AS_CPU_PLACES"), "r");
     (void)space, (void)cookie;
     if (!places) fail("AS_CPU_PLACES");
-    while (realpath(map->l_name, path) && fgets(line, sizeof line, places)) { /* "address path\n" */
+    if (!realpath(map->l_name, path)) *path = 0;
+    while (*path && fgets(line, sizeof line, places)) { /* "address path\n" */
         char *name = strchr(line, ' ') + 1;
         name[strcspn(name, "\n")] = 0;
         if (strcmp(name, path)) continue;
