@@ -35,6 +35,6 @@ print(np.linalg.norm(y - exact) / np.linalg.norm(exact))
 @pytest.mark.skipif(not (shutil.which("gcc") and shutil.which("objdump")), reason="wants gcc and objdump")
 @pytest.mark.parametrize("cpu", ["avx2", "avx512"])
 def test_onnxruntime_adds_as_a_cpu_without_vnni_does(cpu: str, tmp_path: Path) -> None:
-    command, variables = [sys.executable, AS_CPU, cpu, "-c", PRODUCT], os.environ | {"TMPDIR": str(tmp_path)}
+    command, variables = [sys.executable, str(AS_CPU), cpu, "-c", PRODUCT], os.environ | {"TMPDIR": str(tmp_path)}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
     assert float(done.stdout) > 0.1, "uniform weights make the kernel without VNNI saturate; exact is below 0.01"
