@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def measure(blocks: Sequence[Block], work: Path, family: Family) -> dict[str, float] | None:
-    """The median and the fastest pass, and the largest error of a block; None where the CPU has no such arithmetic."""
+    """The median pass, and the largest error of a block; None where the CPU has no such arithmetic."""
     if not blocks:
         return None
     inputs, exact = (np.load(work / f"{family}.{name}.npy") for name in ("inputs", "outputs"))
@@ -65,7 +65,6 @@ def measure(blocks: Sequence[Block], work: Path, family: Family) -> dict[str, fl
         cpu_seconds.append((time.process_time() - cpu_start) / default_threads())
     return {
         "block_ms": statistics.median(seconds) * 1e3,
-        "fastest_ms": min(seconds) * 1e3,
         "cpu_ms": statistics.median(cpu_seconds) * 1e3,
         "error": float(max(errors)),
         "error_of_what_is_added": float(max(added)),
