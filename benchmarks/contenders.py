@@ -172,7 +172,6 @@ CONTENDERS: dict[str, Callable[[argparse.Namespace, Family], list[Block]]] = {
     "OpenVINO BF16": openvino_blocks("fp32", "bf16"),
     "OpenVINO int8 weights": openvino_blocks("weights"),
     "OpenVINO int8 weights, dynamic": openvino_blocks("weights", group=128),
-    "OpenVINO int8 weights, dynamic, BF16": openvino_blocks("weights", "bf16", group=128),
     "OpenVINO W8A8, calibrated": openvino_blocks("w8a8"),
 }
 
