@@ -10,7 +10,7 @@ COMFYUI ?= ../ComfyUI
 COMFYUI_PYTHON ?= $(COMFYUI)/venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit test-cpus test-comfyui test-gpu format bench-cpu bench-gpu clean
+.PHONY: help setup demo test lint types unit test-cpus test-comfyui test-gpu format bench-cpu bench-peers bench-gpu clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -39,7 +39,7 @@ lint: setup  ## ruff
 	$(BIN)/ruff format --check .
 
 types: setup  ## mypy, strict
-	MYPYPATH=.typecheck:tests:tests/export $(BIN)/mypy -p i2l
+	MYPYPATH=.typecheck:tests:tests/export:benchmarks $(BIN)/mypy -p i2l
 
 unit: setup  ## pytest
 	$(BIN)/python -m pytest
@@ -64,6 +64,10 @@ format: setup  ## Let ruff mend and format
 
 bench-cpu: setup  ## This project beside the torch reference (PRESET=small|full)
 	$(BIN)/python benchmarks/cpu.py --preset $(PRESET)
+
+bench-peers: setup  ## One block beside torch, onnxruntime and OpenVINO, after bench-cpu PRESET=full (AS_CPU=avx2: as such a CPU)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt nncf openvino
+	$(BIN)/python benchmarks/peers.py --models bench/full --engines bench/full-int8 $(if $(AS_CPU),--as-cpu $(AS_CPU))
 
 bench-gpu: setup  ## The backends of a GPU: parity, bandwidth, times, VRAM, kernels (PRESET=small|full)
 	$(BIN)/python benchmarks/gpu.py --preset $(PRESET)

@@ -63,7 +63,7 @@ def drop_page_cache() -> bool:
 
 def peak_of(command: list[str | Path]) -> int:
     """Run a command and return its peak resident bytes."""
-    import resource  # noqa: PLC0415
+    import resource
 
     subprocess.run(command, check=True)
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024

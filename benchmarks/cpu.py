@@ -3,12 +3,13 @@
 Everything runs in turn, each contender in a process of its own, on the same synthetic checkpoints and image. `full`
 needs 60 GB of disk, 22 GB of memory for the original's path, and the better part of an hour.
 Usage: python benchmarks/cpu.py --preset small|full [--work DIR] [--json FILE] [--only speed|fidelity]
-[--without-amx FILE.so]
+[--as-cpu avx2|avx512|avx512-vnni|avx512-bf16]
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -20,10 +21,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from as_cpu import CPUS, environment
+
 HERE = Path(__file__).parent
 IMAGE = HERE.parent / "docs" / "photo.jpg"
 CALLS = 4
 """Calls of an opened pipeline; the first warms up, the median of the others counts."""
+INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
 PRECISIONS = {"small": ("int8", "fp8", "bf16", "fp32"), "full": ("int8", "fp8")}
 """bf16 and fp32 engines of the full preset take 18 and 35 GiB; parity tests cover them at small sizes."""
 
@@ -35,11 +39,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("bench"), help="scratch folder; checkpoints in it are reused")
     parser.add_argument("--json", type=Path, help="where to write the JSON object; default: standard output")
     parser.add_argument("--only", choices=["speed", "fidelity"])
-    parser.add_argument("--without-amx", type=Path, help="both contenders without AMX: the library made of no_amx.c")
+    parser.add_argument("--as-cpu", choices=CPUS, help="both contenders as on such a CPU: see as_cpu.py")
     arguments = parser.parse_args()
-    if arguments.without_amx:
-        os.environ |= {"LD_PRELOAD": str(arguments.without_amx.absolute()), "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
-    facts: dict[str, Any] = {"preset": arguments.preset, "machine": machine(), "amx": arguments.without_amx is None}
+    os.environ |= environment(arguments.as_cpu) if arguments.as_cpu else {}
+    facts: dict[str, Any] = {"preset": arguments.preset, "machine": machine(), "as_cpu": arguments.as_cpu}
     if arguments.only != "fidelity":
         facts["speed"] = speed(arguments.preset, arguments.work)
         show_speed(facts["speed"])
@@ -61,6 +64,7 @@ def speed(preset: str, work: Path) -> dict[str, Any]:
         "ours": script("ours.py", "--engines", engines, *common, "--calls", CALLS),
         "ours_four_images": script("ours.py", "--engines", engines, *common, "--calls", 3, "--copies", 4),
         "gemm": script("gemm.py", "--engines", engines),
+        "adapter": script("adapter.py", "--engines", engines),
         "reference": script("rival.py", "--models", models, *common, "--calls", CALLS),
     }
     return facts
@@ -126,11 +130,13 @@ def run(*arguments: object) -> str:
 def machine() -> dict[str, Any]:
     """What the numbers depend on."""
     cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    flags = next((line.split() for line in cpu.splitlines() if line.startswith("flags")), [])
+    lines = dict(re.findall(r"^(model name|cpu family|model|flags)\s*: (.*)$", cpu, re.MULTILINE))
+    flags = lines.pop("flags", "").split()
     commit = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S607, E501  # fmt: skip
     return {
         "cores": os.cpu_count(),
-        "instructions": [flag for flag in ("avx2", "avx512f", "avx512_vnni", "amx_int8") if flag in flags],
+        "cpu": lines,
+        "instructions": [flag for flag in INSTRUCTIONS if flag in flags],
         "commit": commit.stdout.strip(),
     }
 
@@ -160,6 +166,10 @@ def show_speed(facts: dict[str, Any]) -> None:
     table.add_row("the encoders' linears alone at the int8 peak", "", f"{floor:.2f}", f"{theirs['total'] / floor:.1f}")
     for family, profile in facts["gemm"].items():
         table.add_row(f"int8 peak in linears, {family}", "", f"{profile['fraction_of_peak']:.0%}", "")
+    adapter = facts["adapter"]
+    for name, ratio in adapter["times_reading"].items():
+        label = f"adapter, {name.replace('_', ' ')}; ratio to reading"
+        table.add_row(label, "", f"{adapter['seconds'][name]:.3f}", f"{ratio:.2f}")
     Console().print(table)
 
 

@@ -61,6 +61,17 @@ def encoder_oracle(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """``pixels [B, 3, S, S] -> embedding [B, hidden]`` by transformers, from a checkpoint's published keys."""
     assert isinstance(spec, EncoderSpec)
+    model = encoder_model(spec, {name: tensor.to(dtype) for name, tensor in load_file(checkpoint).items()})
+
+    @torch.inference_mode()
+    def run(pixels: torch.Tensor) -> torch.Tensor:
+        return model(pixels).pooler_output
+
+    return run
+
+
+def encoder_model(spec: EncoderSpec, values: dict[str, torch.Tensor]) -> Any:
+    """transformers' vision model with the values of a checkpoint's published keys."""
     import_torchvision()  # transformers imports it for its vision models
     from transformers.initialization import no_init_weights
 
@@ -102,14 +113,8 @@ def encoder_oracle(
         kind = DINOv3ViTModel
     with no_init_weights():
         model = kind(config)
-    _load_published(model, {name: tensor.to(dtype) for name, tensor in load_file(checkpoint).items()})
-    model.eval()
-
-    @torch.inference_mode()
-    def run(pixels: torch.Tensor) -> torch.Tensor:
-        return model(pixels).pooler_output
-
-    return run
+    _load_published(model, values)
+    return model.eval()
 
 
 def adapter_oracle(
