@@ -3,13 +3,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CPUS := .cpus
 DEMO := demo
 PRESET ?= small
 COMFYUI ?= ../ComfyUI
 COMFYUI_PYTHON ?= $(COMFYUI)/venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit test-comfyui test-gpu format bench-cpu bench-peers bench-gpu clean
+.PHONY: help setup demo test lint types unit test-cpus test-comfyui test-gpu format bench-cpu bench-peers bench-gpu clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -31,17 +32,25 @@ demo: setup  ## Tiny checkpoints, engines, a LoRA from a picture, and what is in
 	$(BIN)/i2l run docs/photo.jpg --engines $(DEMO)/engines --output $(DEMO)/photo.safetensors
 	$(BIN)/i2l inspect $(DEMO)/photo.safetensors
 
-test: lint types unit  ## Lint, types and tests: what CI runs
+test: lint types unit  ## Lint, types and tests; CI runs this and test-cpus
 
 lint: setup  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 types: setup  ## mypy, strict
-	MYPYPATH=.typecheck:tests:benchmarks $(BIN)/mypy -p i2l
+	MYPYPATH=.typecheck:tests:tests/export:benchmarks $(BIN)/mypy -p i2l
 
 unit: setup  ## pytest
 	$(BIN)/python -m pytest
+
+test-cpus: $(CPUS)/.ready  ## The same LoRA on other CPUs, which qemu emulates; on Debian, x86-64
+	$(BIN)/python -m pytest -m cpus tests/test_cpus.py
+	$(CPUS)/qemu/qemu-x86_64-static -cpu Haswell $(BIN)/python -m pytest tests/export/test_precision.py
+
+$(CPUS)/.ready: $(VENV)/.ready tests/cpus/setup
+	tests/cpus/setup $(CPUS) $(BIN)/python
+	@touch $@
 
 test-comfyui: setup  ## The nodes in a real ComfyUI (COMFYUI=folder COMFYUI_PYTHON=its Python)
 	$(BIN)/python tests/real_comfyui.py $(COMFYUI) --python $(COMFYUI_PYTHON)
@@ -64,4 +73,4 @@ bench-gpu: setup  ## The backends of a GPU: parity, bandwidth, times, VRAM, kern
 	$(BIN)/python benchmarks/gpu.py --preset $(PRESET)
 
 clean:  ## Remove the demo and all caches
-	rm -rf $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(DEMO) $(CPUS) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -12,18 +12,18 @@ which this folder is a node pack: it asks for ``NODE_CLASS_MAPPINGS``, and nobod
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .errors import I2LError
-    from .runtime.lora import Lora
+    from .lora.lora import Lora
+    from .machine.errors import I2LError
     from .runtime.pipeline import Pipeline, open_engines
 
 __all__ = ["I2LError", "Lora", "Pipeline", "__version__", "open_engines"]
 __version__ = "0.1.0"
 
 _HOMES = {
-    "I2LError": "errors",
+    "I2LError": "machine.errors",
     "NODE_CLASS_MAPPINGS": "comfy_nodes",
     "NODE_DISPLAY_NAME_MAPPINGS": "comfy_nodes",
-    "Lora": "runtime.lora",
+    "Lora": "lora.lora",
     "Pipeline": "runtime.pipeline",
     "open_engines": "runtime.pipeline",
 }

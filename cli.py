@@ -15,18 +15,18 @@ import click
 from . import __version__
 from .commands.batch import batch
 from .commands.build_engines import build_engines
-from .commands.doctor import doctor
 from .commands.embed import embed
-from .commands.inspect import inspect
+from .commands.looking.doctor import doctor
+from .commands.looking.inspect import inspect
+from .commands.looking.plan import plan
+from .commands.looking.plot import plot
+from .commands.looking.plot_trace import plot_trace
+from .commands.looking.verify import verify
 from .commands.make_checkpoints import make_checkpoints
 from .commands.merge import merge
 from .commands.options import DEBUG
-from .commands.plan import plan
-from .commands.plot import plot
-from .commands.plot_trace import plot_trace
 from .commands.run import run
-from .commands.verify import verify
-from .errors import I2LError, StandardOutputUnwritable
+from .machine.errors import I2LError, StandardOutputUnwritable
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 import comfy.sd
 
 from .comfy_host.engines import prepare_engines
+from .comfy_host.errors import LoraDataForeign, LoraNotApplied
 from .comfy_host.folders import (
     DEFAULT_ADAPTER,
     adapter_names,
@@ -30,9 +31,9 @@ from .comfy_host.folders import (
 )
 from .comfy_host.pipelines import OpenPipelines
 from .comfy_host.progress import comfy_report, total_steps
-from .errors import GIB, LoraDataForeign, LoraNotApplied, format_path
-from .runtime.lora import KEYS, KeyFormat, Lora, converted
-from .runtime.lowrank import reduce_lora
+from .lora.lora import KEYS, KeyFormat, Lora, converted
+from .lora.lowrank import reduce_lora
+from .machine.wording import GIB, format_path
 
 log = logging.getLogger(__name__)
 register_folders()

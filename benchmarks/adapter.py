@@ -23,10 +23,10 @@ import numpy as np
 import onnxruntime as ort
 
 from gemm import kernel_events, profiled
-from i2l.engines.manifest import Manifest, read_manifest
-from i2l.engines.mapping import open_mapped, populate
-from i2l.engines.ort import CpuBackend
-from i2l.engines.threads import default_threads
+from i2l.engines.cpu.backend import CpuBackend
+from i2l.engines.directory.manifest import Manifest, read_manifest
+from i2l.engines.directory.mapping import open_mapped, populate
+from i2l.machine.threads import default_threads
 from i2l.runtime.pipeline import open_engines
 from i2l.runtime.streamer import stream
 from i2l.specs import AdapterSpec

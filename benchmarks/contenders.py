@@ -23,9 +23,9 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from i2l.engines.manifest import read_manifest
-from i2l.engines.ort import CpuBackend
-from i2l.engines.threads import default_threads
+from i2l.engines.cpu.backend import CpuBackend
+from i2l.engines.directory.manifest import read_manifest
+from i2l.machine.threads import default_threads
 from i2l.specs import Family
 
 Array: TypeAlias = NDArray[np.float32]

@@ -16,12 +16,14 @@ import numpy as np
 import torch
 
 from i2l.engines.base import Array
-from i2l.export.checkpoints import Checkpoint, find_checkpoints
+from i2l.export.checkpoints.finding import find_checkpoints
+from i2l.export.checkpoints.recognise import Checkpoint
 from i2l.export.reference import reference_steps
-from i2l.runtime.lora import Lora, factors_by_module, lora_from_factors
-from i2l.runtime.pipeline import ENCODERS, Pipeline
+from i2l.look.verification import lora_errors, step_error
+from i2l.lora.lora import Lora, factors_by_module, lora_from_factors
+from i2l.runtime.passes import ENCODERS
+from i2l.runtime.pipeline import Pipeline
 from i2l.specs import Family
-from i2l.verification import lora_errors, step_error
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from i2l.engines.manifest import Manifest, Model, read_manifest
-from i2l.engines.ort import CpuBackend
-from i2l.engines.threads import default_threads
+from i2l.engines.cpu.backend import CpuBackend
+from i2l.engines.directory.manifest import Manifest, Model, read_manifest
+from i2l.machine.threads import default_threads
 from i2l.specs import EncoderSpec
 
 PASSES = 12

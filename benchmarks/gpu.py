@@ -16,22 +16,22 @@ from typing import Any
 
 import numpy as np
 
+from i2l.engines.backends import detect_backends
 from i2l.engines.base import Array
-from i2l.engines.detect import detect_backends
-from i2l.engines.tensorrt import current_sm
-from i2l.engines.tensorrt_layers import products
+from i2l.engines.device.backend import DeviceBackend
+from i2l.engines.device.predict import Card, predict
+from i2l.engines.tensorrt.backend import TensorRTBackend
+from i2l.engines.tensorrt.layers import products
+from i2l.engines.tensorrt.library import current_sm
 from i2l.errors import BudgetTooSmall, I2LError
+from i2l.export.backends.cuda import build_cuda_graphs
+from i2l.export.backends.tensorrt import build_plans
 from i2l.export.build import build_engines
-from i2l.export.cuda_graphs import build_cuda_graphs
-from i2l.export.plans import build_plans
-from i2l.export.synthetic import make_checkpoints
-from i2l.runtime.device_backend import DeviceBackend
-from i2l.runtime.lora import Lora
+from i2l.export.checkpoints.synthetic import make_checkpoints
+from i2l.look.verification import step_error
+from i2l.lora.lora import Lora
 from i2l.runtime.pipeline import Pipeline
-from i2l.runtime.predict import Card, predict
 from i2l.runtime.streamer import stream
-from i2l.runtime.tensorrt_backend import TensorRTBackend
-from i2l.verification import step_error
 
 IMAGE = Path(__file__).parent.parent / "docs" / "photo.jpg"
 BUDGETS_GIB = {"small": (), "full": (2, 4, 8)}

@@ -9,7 +9,7 @@ import json
 import time
 from pathlib import Path
 
-from i2l.memory import peak_resident_bytes
+from i2l.machine.memory import peak_resident_bytes
 from i2l.runtime.pipeline import open_engines
 
 

@@ -21,9 +21,10 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from contenders import BLOCKS
-from i2l.engines.threads import default_threads
-from i2l.export.checkpoints import find_checkpoints
-from i2l.runtime.images import load_image, pixels_dinov3, pixels_siglip2, square_image
+from i2l.export.checkpoints.finding import find_checkpoints
+from i2l.machine.threads import default_threads
+from i2l.runtime.pictures.images import load_image
+from i2l.runtime.pictures.pixels import pixels_dinov3, pixels_siglip2, square_image
 from i2l.specs import EncoderSpec, Family
 from oracles import encoder_model
 

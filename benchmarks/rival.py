@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from i2l.export.checkpoints import find_checkpoints
-from i2l.memory import peak_resident_bytes
-from i2l.runtime.images import load_image, pixels_dinov3, pixels_siglip2, square_image
+from i2l.export.checkpoints.finding import find_checkpoints
+from i2l.machine.memory import peak_resident_bytes
+from i2l.runtime.pictures.images import load_image
+from i2l.runtime.pictures.pixels import pixels_dinov3, pixels_siglip2, square_image
 from i2l.specs import EncoderSpec
 from oracles import adapter_oracle, encoder_oracle
 

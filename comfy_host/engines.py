@@ -13,13 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..engines.manifest import Manifest
-from ..errors import CheckpointMissing, NodePackIncomplete, format_path
-from ..files import Report
+from ..engines.directory.manifest import Manifest
+from ..export.checkpoints.errors import CheckpointMissing
+from ..machine.progress import Report
+from ..machine.wording import format_path
 from ..specs import Family
+from .errors import NodePackIncomplete
 
 if TYPE_CHECKING:
-    from ..export.checkpoints import Checkpoint
+    from ..export.checkpoints.recognise import Checkpoint
 
 log = logging.getLogger(__name__)
 FOLDER = "engines"
@@ -42,7 +44,7 @@ def prepare_engines(adapter: Path, roots: Sequence[Path], precision: str, report
     """
     with pack_requirements():
         from ..export.build import build_engines, build_key, choose_precision, current_manifest  # noqa: PLC0415
-        from ..export.checkpoints import find_checkpoints  # noqa: PLC0415
+        from ..export.checkpoints.finding import find_checkpoints  # noqa: PLC0415
     own = roots[0] / FOLDER / f"{adapter.stem}-{choose_precision(precision)[0]}"
     manifests = {folder: current_manifest(folder) for folder in (roots[0] / FOLDER, own)}
     existing = {folder: m for folder, m in manifests.items() if m and precision in {"auto", m.precision}}
@@ -72,7 +74,7 @@ def find_encoders(roots: Sequence[Path]) -> "Mapping[Family, Checkpoint]":
     Raises:
         CheckpointError: no root has them; the first root says why.
     """
-    from ..export.checkpoints import find_checkpoints  # noqa: PLC0415
+    from ..export.checkpoints.finding import find_checkpoints  # noqa: PLC0415
 
     missing: list[CheckpointMissing] = []
     for root in roots:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import folder_paths
 
-from ..errors import CheckpointMissing, OutputOutside
+from ..export.checkpoints.errors import CheckpointMissing
+from .errors import OutputOutside
 
 KIND = "I2L"
 """The name of the search path, and of the folder under ``models``."""

@@ -16,9 +16,9 @@ from comfy.model_management import get_torch_device, load_models_gpu, unet_offlo
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP
 
-from ..engines.manifest import Manifest
-from ..errors import format_path
-from ..files import Report, silent
+from ..engines.directory.manifest import Manifest
+from ..machine.progress import Report, silent
+from ..machine.wording import format_path
 from .engines import pack_requirements
 from .folders import embeddings_folder
 from .progress import comfy_report

@@ -11,8 +11,8 @@ from contextvars import copy_context
 from comfy.model_management import throw_exception_if_processing_interrupted
 from comfy.utils import ProgressBar
 
-from ..engines.manifest import Manifest
-from ..files import Report
+from ..engines.directory.manifest import Manifest
+from ..machine.progress import Report
 
 
 def comfy_report(total: int | None = None) -> Report:
@@ -42,7 +42,7 @@ def comfy_report(total: int | None = None) -> Report:
 
 def total_steps(manifest: Manifest, images: int) -> int:
     """The steps of a run: the encoders once per group of images that share a pass, the adapter once."""
-    from ..runtime.pipeline import IMAGES_PER_PASS  # noqa: PLC0415 - onnxruntime: starting ComfyUI must not pay for it
+    from ..runtime.passes import IMAGES_PER_PASS  # noqa: PLC0415 - onnxruntime: starting ComfyUI must not pay for it
 
     steps = {family: sum(len(chunk.steps) for chunk in model.chunks) for family, model in manifest.models.items()}
     passes = math.ceil(images / IMAGES_PER_PASS)

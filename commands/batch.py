@@ -7,8 +7,8 @@ from typing import Literal
 
 import click
 
-from ..errors import format_path
-from ..progress import show_progress
+from ..machine.progress import show_progress
+from ..machine.wording import format_path
 from .options import (
     PATH,
     backend_option,
@@ -69,9 +69,9 @@ def batch(
     is listed at the end, with exit code 1.
     """
     require_gpu_for_budget(backend, vram_budget_bytes)
-    from ..files import explained_os_errors  # noqa: PLC0415
-    from ..runtime.batch import BatchProgress, plan_jobs, run_jobs  # noqa: PLC0415
-    from ..runtime.folders import skipped_line  # noqa: PLC0415
+    from ..machine.files import explained_os_errors  # noqa: PLC0415
+    from ..runtime.jobs import BatchProgress, plan_jobs, run_jobs  # noqa: PLC0415
+    from ..runtime.pictures.listing import skipped_line  # noqa: PLC0415
     from ..runtime.pipeline import Pipeline  # noqa: PLC0415
 
     start = time.perf_counter()

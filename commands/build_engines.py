@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..engines.gpus import FLOAT8_FROM, GENERATIONS
-from ..errors import format_bytes, format_path
-from ..progress import show_progress
+from ..engines.directory.architectures import FLOAT8_FROM, GENERATIONS
+from ..machine.progress import show_progress
+from ..machine.wording import format_bytes, format_path
 from ..specs import DIFFUSION_MODELS, DiffusionModel
 from .options import debug_option, engines_option, models_option, needs_extra
 
@@ -51,9 +51,9 @@ def build_engines(
     if sms and backend != "tensorrt":
         raise click.UsageError("--sm is for --backend tensorrt")
     with needs_extra("export", "i2l build-engines"):
-        from ..export.generations import build_parts, plan_parts  # noqa: PLC0415
-        from ..export.lock import only_build  # noqa: PLC0415
-        from ..export.parallel import keep_freed_memory  # noqa: PLC0415
+        from ..export.backends.build_lock import only_build  # noqa: PLC0415
+        from ..export.parts import build_parts, plan_parts  # noqa: PLC0415
+        from ..export.precisions.parallel import keep_freed_memory  # noqa: PLC0415
 
     keep_freed_memory()
     parts = plan_parts(precision, plan_targets(sms) if backend == "tensorrt" else ())
@@ -90,7 +90,7 @@ def tell_packs(engines: Path, result: "BuildResult") -> None:
 
 def tell_other_packs(engines: Path, *, remove: bool) -> None:
     """Deal with FP8 engines from an earlier build for more generations: those named now are all there shall be."""
-    from ..engines.generations import FP8_FOLDER, fp8_engines, remove_fp8_engines  # noqa: PLC0415
+    from ..engines.directory.generations import FP8_FOLDER, fp8_engines, remove_fp8_engines  # noqa: PLC0415
 
     inner = format_path(engines / FP8_FOLDER)
     if remove:
@@ -102,7 +102,7 @@ def tell_other_packs(engines: Path, *, remove: bool) -> None:
 
 def build_graphs(engines: Path) -> None:
     """Make the graphs of the cuda backend and say what they are."""
-    from ..export.cuda_graphs import build_cuda_graphs  # noqa: PLC0415
+    from ..export.backends.cuda import build_cuda_graphs  # noqa: PLC0415
 
     with show_progress("steps") as report:
         count = build_cuda_graphs(engines, report=report)
@@ -111,7 +111,7 @@ def build_graphs(engines: Path) -> None:
 
 def plan_targets(sms: Sequence[str]) -> list[int]:
     """The compute capabilities to build for; the card at hand if none is named."""
-    from ..engines.tensorrt import current_sm, find_flavour  # noqa: PLC0415
+    from ..engines.tensorrt.library import current_sm, find_flavour  # noqa: PLC0415
 
     find_flavour()  # before any work: is there a TensorRT at all?
     return list(dict.fromkeys(current_sm() if sm == "current" else int(sm) for sm in sms or ["current"]))
@@ -119,8 +119,8 @@ def plan_targets(sms: Sequence[str]) -> list[int]:
 
 def build_plans(engines: Path, sms: Sequence[int]) -> None:
     """Make the plans and say what they are."""
-    from ..engines.plans import BATCHES  # noqa: PLC0415
-    from ..export.plans import build_plans as build  # noqa: PLC0415
+    from ..engines.tensorrt.plans import BATCHES  # noqa: PLC0415
+    from ..export.backends.tensorrt import build_plans as build  # noqa: PLC0415
 
     with show_progress("steps") as report:
         result = build(engines, sms, report=report)

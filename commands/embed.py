@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
-from ..errors import NoImages, format_path
-from ..progress import show_progress
+from ..machine.progress import show_progress
+from ..machine.wording import format_path
+from ..runtime.pictures.errors import NoImages
 from .options import (
     PATH,
     backend_option,
@@ -49,9 +50,9 @@ def embed(
         raise click.UsageError(str(NoImages()))
     require_gpu_for_budget(backend, vram_budget_bytes)
     from ..runtime.cache import default_cache_folder  # noqa: PLC0415
-    from ..runtime.folders import list_images, skipped_line  # noqa: PLC0415
+    from ..runtime.pictures.listing import list_images, skipped_line  # noqa: PLC0415
+    from ..runtime.pictures.sources import load_squares  # noqa: PLC0415
     from ..runtime.pipeline import Pipeline  # noqa: PLC0415
-    from ..runtime.sources import load_squares  # noqa: PLC0415
 
     chosen = list_images(images)
     if chosen.skipped:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import click
 
-from ..errors import format_bytes, format_path
-from ..progress import show_progress
+from ..machine.progress import show_progress
+from ..machine.wording import format_bytes, format_path
 from ..specs import DIFFUSION_MODELS, DiffusionModel
 from .options import PATH, debug_option, needs_extra
 
@@ -29,7 +29,7 @@ def make_checkpoints(
     DIR gets three files with random values in the published form: for tests and benchmarks, not for pictures.
     """
     with needs_extra("export", "i2l make-checkpoints"):
-        from ..export.synthetic import make_checkpoints as make  # noqa: PLC0415
+        from ..export.checkpoints.synthetic import make_checkpoints as make  # noqa: PLC0415
 
     with show_progress("bytes") as report:
         kind = dtype.upper() if dtype else None

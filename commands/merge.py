@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from ..errors import format_bytes, format_path
+from ..machine.wording import format_bytes, format_path
 from .options import (
     LORA_DTYPES,
     PATH,
@@ -48,9 +48,9 @@ def merge(
     if len(loras) < 2:
         raise click.UsageError("merging takes two LoRA files or more")
     require_weights(weights, len(loras), "LoRA")
-    from ..files import require_writable  # noqa: PLC0415
-    from ..runtime.lorafiles import common_dtype, merge_loras, read_lora  # noqa: PLC0415
-    from ..runtime.lowrank import reduce_lora  # noqa: PLC0415
+    from ..lora.lorafiles import common_dtype, merge_loras, read_lora  # noqa: PLC0415
+    from ..lora.lowrank import reduce_lora  # noqa: PLC0415
+    from ..machine.files import require_writable  # noqa: PLC0415
 
     require_writable(output)
     files = [read_lora(path) for path in loras]

@@ -10,8 +10,11 @@ from typing import Any, TypeVar
 
 import click
 
-from ..errors import PackageMissing, WeightsMismatch, format_path
-from ..sizes import parse_budget
+from ..engines.backends import BACKENDS
+from ..lora.errors import WeightsMismatch
+from ..machine.errors import PackageMissing
+from ..machine.sizes import parse_budget
+from ..machine.wording import format_path
 
 
 class UserPath(click.Path):
@@ -96,7 +99,7 @@ lora_output_option = click.option(
     "--output", type=PATH, required=True, metavar="FILE", help="The LoRA file to write."
 )  # fmt: skip
 backend_option = click.option(
-    "--backend", type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]), default="auto", show_default=True,
+    "--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True,
     help="Where to compute; auto takes the best that works here.",
 )  # fmt: skip
 

@@ -7,8 +7,9 @@ from typing import Literal
 
 import click
 
-from ..errors import NoImages, format_bytes, format_path
-from ..progress import show_progress
+from ..machine.progress import show_progress
+from ..machine.wording import format_bytes, format_path
+from ..runtime.pictures.errors import NoImages
 from .options import (
     PATH,
     backend_option,
@@ -77,9 +78,9 @@ def run(
     if not images:
         raise click.UsageError(str(NoImages()))
     require_gpu_for_budget(backend, vram_budget_bytes)
-    from ..files import require_writable  # noqa: PLC0415
-    from ..memory import peak_resident_bytes  # noqa: PLC0415
-    from ..runtime.folders import list_images, skipped_line  # noqa: PLC0415
+    from ..machine.files import require_writable  # noqa: PLC0415
+    from ..machine.memory import peak_resident_bytes  # noqa: PLC0415
+    from ..runtime.pictures.listing import list_images, skipped_line  # noqa: PLC0415
     from ..runtime.pipeline import Pipeline  # noqa: PLC0415
 
     chosen = list_images(images)
@@ -109,7 +110,7 @@ def run(
         lora = pipeline.lora_from_images(images, strength=strength, weights=weights or None)
         reduction = None
         if reduce_rank:
-            from ..runtime.lowrank import reduce_lora  # noqa: PLC0415
+            from ..lora.lowrank import reduce_lora  # noqa: PLC0415
 
             with pipeline.timings.stage("reduce rank"):
                 lora, reduction = reduce_lora(lora, reduce_rank)

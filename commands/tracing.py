@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..files import require_writable
+from ..machine.files import require_writable
 from .options import PATH, needs_extra
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def traced(path: Path | None) -> "Iterator[Trace | None]":
     require_writable(path)
     if path.suffix == ".png":
         with needs_extra("plot", "--trace with a picture"):
-            from ..trace_picture import draw_trace  # noqa: PLC0415
+            from ..look.trace_picture import draw_trace  # noqa: PLC0415
     from ..runtime.trace import Trace  # noqa: PLC0415
 
     trace = Trace()

@@ -1,22 +1,27 @@
-"""What a backend is: engines that run a graph, and a store that hands out a pack's weights.
+"""What a backend is: engines that run a graph, and a store that hands out a pack's weights; found, and opened.
 
 ``Value`` is a tensor where the backend computes: an ``OrtValue`` for onnxruntime. The runtime passes values from engine
 to engine without looking inside; only pixels go in and embeddings and factors come out as arrays.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import OutOfDeviceMemory
+from ..machine.progress import Report, silent
 from ..specs import Family
-from .manifest import Chunk, Step
+from .directory.manifest import Chunk, Manifest, Step
+from .errors import OutOfDeviceMemory
 
 Value: TypeAlias = Any
 Array: TypeAlias = NDArray[np.float32]
+MARGIN_BYTES = 2 << 30
+"""What ``auto`` leaves free for other programs and the desktop."""
 
 
 class Engine(Protocol):
@@ -92,3 +97,85 @@ class Backend(Protocol):
     def close(self) -> None:
         """Give everything back."""
         ...
+
+
+class HasMemory(Protocol):
+    """What a budget needs to know of a device."""
+
+    name: str
+
+    def free_bytes(self) -> int:
+        """Bytes that an allocation could get now."""
+        ...
+
+
+@dataclass(frozen=True)
+class VramBudget:
+    """What a backend may take of a card."""
+
+    budget_bytes: int | None = None
+    """For everything; None takes what is free, less the margin."""
+    margin_bytes: int = MARGIN_BYTES
+
+    def on(self, device: HasMemory) -> int:
+        """The budget on a device.
+
+        Raises:
+            OutOfDeviceMemory: no more than the margin is free.
+        """
+        if self.budget_bytes is not None:
+            return self.budget_bytes
+        free = device.free_bytes()
+        if free <= self.margin_bytes:
+            raise OutOfDeviceMemory(device.name, self.margin_bytes, free)
+        return free - self.margin_bytes
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the caller of a backend allows; each backend takes what concerns it."""
+
+    images: int
+    """The most that share a pass."""
+    threads: int | None = None
+    """That compute on the CPU; by default one for each core."""
+    ram_budget_bytes: int | None = None
+    """For weights that stay in the CPU's memory."""
+    vram: VramBudget = VramBudget()
+    """For everything on a GPU."""
+    report: Report = silent
+    """Told of work that the first opening does once."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An engines directory opened on a backend."""
+
+    backend: Backend
+    manifest: Manifest
+    """Of the engines that were opened; those for a GPU may lie in an engines directory inside the other."""
+    running: Manifest
+    """Of the packs that are read: the same, except that the cpu backend reads the int8 form of fp8 engines."""
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """What was found out about a backend."""
+
+    name: str
+    works: bool
+    reason: str
+    remedy: str = ""
+    """What to install or change; empty if it works."""
+    proven: bool = True
+    """False: nobody has run it on such a device yet; ``auto`` passes it over."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a backend's room gives to the registry, as ``OFFER``."""
+
+    find: Callable[[], BackendStatus]
+    """Does it work on this machine?"""
+    open: Callable[[Path, Manifest, Limits], Opened]
+    """Open an engines directory, whose manifest this is and whose files were checked."""

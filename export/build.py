@@ -13,24 +13,27 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .. import __version__
-from ..engines.converted import PLAN_FOLDER, remove_cpu_engines
-from ..engines.generations import fp8_engines, remove_fp8_engines
-from ..engines.integrity import file_facts, record_checked
-from ..engines.manifest import FORMAT, MANIFEST, FileFacts, Manifest, Model, manifest_to_json, read_manifest
-from ..errors import EnginesError, format_bytes, format_path
-from ..files import Report, atomic_path, explained_os_errors, require_free, silent
+from ..engines.cpu.converted import PLAN_FOLDER, remove_cpu_engines
+from ..engines.directory.generations import fp8_engines, remove_fp8_engines
+from ..engines.directory.integrity import file_facts, record_checked
+from ..engines.directory.manifest import FORMAT, MANIFEST, FileFacts, Manifest, Model, manifest_to_json, read_manifest
+from ..engines.errors import EnginesError
+from ..machine.files import atomic_path, explained_os_errors, require_free
+from ..machine.progress import Report, silent
+from ..machine.wording import format_bytes, format_path
 from ..specs import FAMILIES, DiffusionModel, Family
-from .checkpoints import Checkpoint, find_checkpoints, require_fitting
-from .cpuplan import write_cpu_plan
-from .graphs import export_graphs, standalone_model
-from .lock import only_build
-from .packs import PackPlan, plan_pack, write_pack
-from .parallel import quantising_threads
-from .precision import precision_for
+from .backends.build_lock import only_build
+from .backends.cpu import write_cpu_plan
+from .checkpoints.finding import find_checkpoints, require_fitting
+from .checkpoints.recognise import Checkpoint
+from .graphs.graphs import export_graphs, standalone_model
+from .packs.packs import PackPlan, plan_pack, write_pack
+from .precisions.choosing import precision_for
+from .precisions.parallel import quantising_threads
 
 log = logging.getLogger(__name__)
 BUILD_PREFIX = "build-"
-BUILD_VERSION = 5
+BUILD_VERSION = 6
 """Raised whenever the same inputs give other engines, so that an old directory is rebuilt."""
 
 

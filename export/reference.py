@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from ..specs import AdapterSpec
-from .checkpoints import Checkpoint
-from .modules import graph_modules
-from .packs import source_keys
-from .precision import precision_for
-from .reader import stream_tensors
-from .stack import Stack
-from .weights import Matrix, Step, Weight, graph_weights, plan_steps
+from .checkpoints.reader import stream_tensors
+from .checkpoints.recognise import Checkpoint
+from .checkpoints.weights import Matrix, Step, Weight, graph_weights, plan_steps
+from .graphs.modules import graph_modules
+from .packs.packs import source_keys
+from .packs.stack import Stack
+from .precisions.choosing import precision_for
 
 Array = NDArray[np.float32]
 

@@ -4,11 +4,8 @@ An embedding is 5632 values (22 KiB) and takes nearly all the time of a run. Its
 the 1024 x 1024 square that both encoders look at, the contents of the encoders' packs and graphs, the precision and
 the backend. So a renamed file is found again, an edited picture or a rebuilt encoder is not; nothing expires.
 
-**int8 and batches.** The int8 graphs take one activation scale per product over the whole batch, so the other images of
-a batch move an embedding: by 1.3 to 2.0 % (small preset, with and without outliers, batches of 2 and 8 against single
-images; `fp32` moves 5e-7). That is rounding drawn again, not an error added: against fp32 the median error is 2.4 %
-(SigLIP2) and 1.8 % (DINOv3) both alone and in a batch of 8. So a cached embedding is that of the batch in which it was
-computed, and is as good as any other.
+What a picture gives does not depend on the pictures that share its pass, to the bit (tests/test_company.py), so it does
+not matter in which one a kept embedding was computed.
 """
 
 import hashlib
@@ -25,9 +22,10 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from ..engines.base import Array
-from ..errors import I2LError, OutputUnwritable, format_path
-from ..files import atomic_path
-from .images import content_sha256
+from ..machine.errors import I2LError, OutputUnwritable
+from ..machine.files import atomic_path
+from ..machine.wording import format_path
+from .pictures.pixels import content_sha256
 
 log = logging.getLogger(__name__)
 PIXELS_VERSION = 1

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from ..engines.device import Device, Event, Lane
+from ..engines.device.device import Device, Event, Lane
 from .trace import Trace
 
 

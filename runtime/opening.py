@@ -9,21 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from ..engines.base import Backend
-from ..engines.converted import cpu_engines
-from ..engines.detect import choose_backend
-from ..engines.generations import engines_for
-from ..engines.integrity import check_files
-from ..engines.manifest import Chunk, Manifest, read_manifest
-from ..engines.ort import CpuBackend
-from ..engines.tensorrt import current_sm
-from ..errors import EnginesReplaced, OutOfDeviceMemory, PipelineClosed, format_bytes
-from ..files import Report
-from ..specs import Family
-from .cuda_backend import open_cuda
-from .device_backend import VramBudget
-from .residency import resident_chunks
-from .tensorrt_backend import open_tensorrt
+from ..engines.backends import choose_backend, offer_of
+from ..engines.base import Backend, Limits, Opened
+from ..engines.directory.integrity import check_files
+from ..engines.directory.manifest import Manifest, read_manifest
+from ..engines.errors import OutOfDeviceMemory
+from ..machine.wording import format_bytes
+from .errors import EnginesReplaced, PipelineClosed
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -34,50 +26,29 @@ class OpenEngines:
 
     Args:
         path: the directory.
-        backend: ``auto``, ``cpu``, ``cuda`` or ``tensorrt``.
-        images: the most that share a pass.
-        threads: of the cpu backend.
-        ram_budget_bytes: for weights that the cpu backend keeps.
-        vram: for everything on a GPU.
-        report: told the MiB converted, if fp8 engines are converted for the cpu backend.
+        backend: ``auto``, or a backend's name.
+        limits: what it may take.
 
     Raises:
         EnginesError, DiskFull, BackendUnavailable: see :class:`.pipeline.Pipeline`.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        backend: str,
-        images: int,
-        threads: int | None,
-        ram_budget_bytes: int | None,
-        vram: VramBudget,
-        report: Report,
-    ) -> None:
+    def __init__(self, path: Path, *, backend: str, limits: Limits) -> None:
         self.path = path
-        self.manifest: Manifest = read_manifest(path)
-        """Of the engines that were opened; those for a GPU may lie in an engines directory inside the other."""
-        self.running: Manifest = self.manifest
-        """Of the packs that are read: the same, except that the cpu backend reads the int8 form of fp8 engines."""
-        self._for_cpu = self.manifest
-        self._images, self._threads, self._ram_budget_bytes, self._report = images, threads, ram_budget_bytes, report
+        self._for_cpu: Manifest = read_manifest(path)
+        self._limits = limits
         self.name, self.reason = choose_backend(backend)
-        check_files(path, self.manifest)
+        check_files(path, self._for_cpu)
         self._may_fall_back = backend == "auto" and self.name != "cpu"
-        self._standby: Backend | None = None
+        self._standby: Opened | None = None
         self._backend: Backend | None = None
-        if self._may_fall_back and self.manifest.precision != "fp8":  # files opened, no session made: 0.2 ms
-            self._standby = CpuBackend(path, self.manifest, threads, self._kept(self.manifest))
-        if self.name == "cpu":
-            if vram.budget_bytes is not None:
-                budget = format_bytes(vram.budget_bytes)
-                log.warning("a VRAM budget of %s has no effect: the backend is cpu (%s)", budget, self.reason)
-            self._open_cpu()
-            return
+        if self._may_fall_back and self._for_cpu.precision != "fp8":  # files opened, no session made: 0.2 ms
+            self._standby = self._open("cpu")
+        if self.name == "cpu" and limits.vram.budget_bytes is not None:
+            budget = format_bytes(limits.vram.budget_bytes)
+            log.warning("a VRAM budget of %s has no effect: the backend is cpu (%s)", budget, self.reason)
         try:
-            self._open_gpu(vram)
+            self._enter(self._open(self.name))
         except OutOfDeviceMemory as error:
             if not self._may_fall_back:
                 raise
@@ -110,10 +81,22 @@ class OpenEngines:
 
     def close(self) -> None:
         """Give sessions, memory and mapped packs back."""
-        for backend in (self._backend, self._standby):
-            if backend is not None:
-                backend.close()
+        if self._backend is not None:
+            self._backend.close()
+        if self._standby is not None:
+            self._standby.backend.close()
         self._backend = self._standby = None
+
+    def _open(self, name: str) -> Opened:
+        return offer_of(name).open(self.path, self._for_cpu, self._limits)
+
+    def _enter(self, opened: Opened) -> None:
+        """Compute there from now on."""
+        self._backend = opened.backend
+        self.manifest: Manifest = opened.manifest
+        """Of the engines that were opened; those for a GPU may lie in an engines directory inside the other."""
+        self.running: Manifest = opened.running
+        """Of the packs that are read: the same, except that the cpu backend reads the int8 form of fp8 engines."""
 
     def _fall_back(self, cause: OutOfDeviceMemory) -> None:
         """Go on with the CPU, on the build that was opened.
@@ -122,36 +105,10 @@ class OpenEngines:
             EnginesReplaced: it must first be converted from fp8, and a rebuild has removed it. Nothing is open then.
         """
         log.warning("%s: going on with the CPU", cause)
-        self._backend, self._standby = self._standby, None
-        if self._backend:
-            self.manifest = self.running = self._for_cpu
-        elif (self.path / self._for_cpu.build).is_dir():
-            self._open_cpu()
-        else:
+        self._backend = None
+        standby, self._standby = self._standby, None
+        if standby is None and not (self.path / self._for_cpu.build).is_dir():
             raise EnginesReplaced(self.path, self.name) from cause
+        self._enter(standby or self._open("cpu"))
         self.name, self.reason = "cpu", f"{self.name} ran out of memory"
         self._may_fall_back = False
-
-    def _open_gpu(self, vram: VramBudget) -> None:
-        """The backend on the first card."""
-        if self.name == "cuda":
-            self._backend = open_cuda(self.path, self.manifest, self._images, vram)
-            return
-        directory = engines_for(self.path, current_sm())
-        if directory != self.path:
-            self.manifest = self.running = read_manifest(directory)
-            check_files(directory, self.manifest)
-        self._backend = open_tensorrt(directory, self.manifest, self._images, vram)
-
-    def _open_cpu(self) -> None:
-        """The cpu backend, over the int8 form of fp8 engines."""
-        self.manifest = self._for_cpu
-        directory, self.running = cpu_engines(self.path, self.manifest, threads=self._threads, report=self._report)
-        self._backend = CpuBackend(directory, self.running, self._threads, self._kept(self.running))
-
-    def _kept(self, manifest: Manifest) -> dict[Family, frozenset[Chunk]]:
-        """The chunks that the CPU keeps between images."""
-        if self._ram_budget_bytes is None:
-            return {}
-        chunks = {family: model.chunks for family, model in manifest.models.items()}
-        return resident_chunks(chunks, self._ram_budget_bytes)

@@ -1,60 +1,25 @@
-"""The pipeline: an opened engines directory that turns images into LoRAs.
+"""The pipeline: an opened engines directory that turns images into LoRAs."""
 
-The images of a call share passes over the weights, a few at a time: a pass moves all weights once, whatever the batch.
-"""
-
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
 
-from ..engines.base import Array, Backend, Engine, Value, WeightStore
-from ..engines.manifest import Manifest, Step, content_id
-from ..files import Report, silent
+from ..engines.base import MARGIN_BYTES, Array, Backend, Limits, VramBudget
+from ..engines.device.backend import DeviceBackend
+from ..engines.directory.manifest import Manifest, content_id
+from ..lora.lora import MODEL_METADATA, Lora, joining_weights, lora_from_factors, require_finite
+from ..machine.progress import Report, silent
 from ..specs import FAMILIES, AdapterSpec, EncoderSpec, Family
 from .cache import EmbeddingCache, encoders_id
-from .device_backend import MARGIN_BYTES, DeviceBackend, VramBudget
-from .images import ImageSource, load_image, pixels_dinov3, pixels_siglip2, square_image
-from .lanes import Lanes
-from .lora import MODEL_METADATA, Lora, factors_by_module, joining_weights, lora_from_factors, require_finite
 from .opening import OpenEngines
-from .slots import DeviceStore
-from .sources import as_several, images_mark, load_squares
-from .streamer import stream
-from .trace import CountedStore, Trace, TracedEngine, TracedStore
-
-Observer: TypeAlias = Callable[[str, dict[str, Array]], None]
-"""Told every step's name and outputs; for comparing with a reference."""
-
-
-@dataclass
-class Timings:
-    """Seconds spent per stage of the last call."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
-IMAGES_PER_PASS = 4
-"""Images that share one pass over the weights. At full width on the CPU, int8, each image after the first adds 297 MiB
-to the peak (770, 1065, 1661 MiB for 1, 2, 4), while the time per image falls by less than a tenth as long as the packs
-are in the page cache. Where they are not, four images share one reading of the encoders' 7.3 GiB."""
-ENCODERS: tuple[Family, ...] = ("siglip2", "dinov3")
-"""In the order of their outputs in an embedding."""
+from .passes import ENCODERS, IMAGES_PER_PASS, Observer, Passes, Timings
+from .pictures.images import ImageSource, load_image
+from .pictures.pixels import pixels_dinov3, pixels_siglip2, square_image
+from .pictures.sources import as_several, images_mark, load_squares
+from .trace import Trace
 
 
 class Pipeline:
@@ -99,21 +64,23 @@ class Pipeline:
         self._open = OpenEngines(
             engines,
             backend=backend,
-            images=IMAGES_PER_PASS,
-            threads=threads,
-            ram_budget_bytes=ram_budget_bytes,
-            vram=VramBudget(vram_budget_bytes, vram_margin_bytes),
-            report=report,
+            limits=Limits(
+                images=IMAGES_PER_PASS,
+                threads=threads,
+                ram_budget_bytes=ram_budget_bytes,
+                vram=VramBudget(vram_budget_bytes, vram_margin_bytes),
+                report=report,
+            ),
         )
-        self._report = report
+        self._passes = Passes(self._open, report, trace)
         self.cache: EmbeddingCache | None = None if cache is None else EmbeddingCache(cache, self._encoders_id)
         self.from_cache: list[bool] = []
         """For each image of the last call that embedded images: did its embedding come from the cache?"""
-        self._trace = trace
-        self._lanes: Lanes | None = None
-        if trace and isinstance(self._open.backend, DeviceBackend):
-            self._lanes = Lanes(self._open.backend.device, trace)
-        self.timings = Timings()
+
+    @property
+    def timings(self) -> Timings:
+        """Seconds spent per stage of the last call."""
+        return self._passes.timings
 
     @property
     def manifest(self) -> Manifest:
@@ -150,7 +117,7 @@ class Pipeline:
             StrengthInvalid, WeightsMismatch: a number is not finite, or there is not one weight per image; found before
                 any computing.
         """
-        self.timings = Timings()
+        self._passes.timings = Timings()
         require_finite("strength", strength)
         with self.timings.stage("images"):
             squares, hashes = load_squares(images)
@@ -188,7 +155,7 @@ class Pipeline:
 
     def embed_pixels(self, pixels: Mapping[Family, Array], *, observe: Observer | None = None) -> Array:
         """:meth:`embed` from what :meth:`pixels` gave; ``observe`` is told every step's outputs."""
-        return self._open.in_memory(partial(self._encode_all, pixels, observe))
+        return self._passes.embeddings(pixels, observe)
 
     def lora_from_embeddings(
         self, embeddings: Array, *, strength: float = 1.0, weights: Sequence[float] | None = None
@@ -198,7 +165,7 @@ class Pipeline:
 
     def factors(self, embeddings: Array) -> dict[str, tuple[Array, Array]]:
         """``module -> (A [images, rank, in], B [images, out, rank])``: the factors of every image, not yet joined."""
-        return self._open.in_memory(partial(self._factors, embeddings))
+        return self._passes.factors(embeddings)
 
     def lora_from_factors(
         self,
@@ -237,7 +204,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Give sessions and mapped packs back."""
-        self._settle()
+        self._passes.settle()
         self._open.close()
 
     def __enter__(self) -> "Pipeline":
@@ -248,71 +215,8 @@ class Pipeline:
     ) -> None:
         self.close()
 
-    def _encode_all(self, pixels: Mapping[Family, Array], observe: Observer | None) -> Array:
-        """Both encoders on one backend: should the CPU take over, its packs may be of another precision."""
-        return np.concatenate([self._encode(family, pixels[family], observe) for family in ENCODERS], axis=1)
-
-    def _encode(self, family: Family, pixels: Array, observe: Observer | None) -> Array:
-        """``[images, 3, size, size] -> [images, hidden]`` through embed, blocks and head."""
-        with self.timings.stage(family):
-            hidden = self._backend.value(pixels)
-            for step, engine, weights in self._stream(family):
-                ((name, hidden),) = engine.run(hidden, weights).items()
-                if observe:
-                    observe(step.name, {name: self._backend.array(hidden)})
-            return self._backend.array(hidden)
-
-    def _factors(self, embeddings: Array) -> dict[str, tuple[Array, Array]]:
-        """The adapter's factors of all images, by module.
-
-        All share one pass over the weights, a few at a time: a device's memory is planned for those.
-        """
-        factors: dict[str, tuple[Array, Array]] = {}
-        starts = range(0, len(embeddings), IMAGES_PER_PASS)
-        groups = [np.ascontiguousarray(embeddings[i : i + IMAGES_PER_PASS], np.float32) for i in starts]
-        with self.timings.stage("adapter"):
-            for step, engine, weights in self._stream("adapter"):
-                parts = [
-                    {name: self._backend.array(y) for name, y in engine.run(value, weights).items()}
-                    for value in map(self._backend.value, groups)
-                ]
-                outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-                factors |= factors_by_module(step.name, outputs)
-        return factors
-
-    def _stream(self, family: Family) -> Iterator[tuple[Step, Engine, Mapping[str, Value]]]:
-        """Every step of a model in order with its engine and weights, progress told on the way."""
-        chunks = self._open.running.models[family].chunks
-        total = sum(len(chunk.steps) for chunk in chunks)
-        for done, (step, weights) in enumerate(stream(self._store(family), chunks)):
-            self._report(family, done, total)
-            engine = self._backend.engine(step.graph)
-            if self._trace:
-                engine = TracedEngine(engine, (self._lanes or self._trace).span, step.name)
-            yield step, engine, weights
-        self._report(family, total, total)
-
-    def _store(self, family: Family) -> WeightStore:
-        """A model's weights; traced, if that was asked for."""
-        store = self._backend.store(family)
-        if self._trace is None:
-            return store
-        if self._lanes and not isinstance(self._backend, DeviceBackend):  # the CPU took over
-            self._settle()
-        if self._lanes is None:
-            return TracedStore(store, self._trace)
-        assert isinstance(store, DeviceStore)
-        store.span = self._lanes.span
-        return CountedStore(store, self._trace)
-
     def _encoders_id(self) -> str:
         return encoders_id(content_id(self._open.running, ENCODERS), self.backend_name)
-
-    def _settle(self) -> None:
-        """Let the trace have what the device did."""
-        if self._lanes:
-            self._lanes.settle()
-            self._lanes = None
 
     @property
     def runs_as(self) -> str:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 
 from ..engines.base import Value, WeightStore
-from ..engines.manifest import Chunk, Step
+from ..engines.directory.manifest import Chunk, Step
 
 
 def stream(store: WeightStore, chunks: Sequence[Chunk]) -> Iterator[tuple[Step, Mapping[str, Value]]]:

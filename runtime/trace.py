@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..engines.base import Engine, Value, WeightStore
-from ..engines.device import Lane
-from ..engines.manifest import Chunk, Step
-from ..files import atomic_path
+from ..engines.device.device import Lane
+from ..engines.directory.manifest import Chunk, Step
+from ..machine.files import atomic_path
 
 LANES: tuple[Lane, ...] = ("copy", "compute")
 

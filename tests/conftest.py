@@ -10,11 +10,12 @@ import onnx
 import pytest
 from PIL import Image
 
-from i2l.export import build, cpuplan
+from i2l.export import build
+from i2l.export.backends import cpu as cpuplan
 from i2l.export.build import build_engines
-from i2l.export.graphs import export_graphs
-from i2l.export.precision import Precision
-from i2l.export.synthetic import make_checkpoints
+from i2l.export.checkpoints.synthetic import make_checkpoints
+from i2l.export.graphs.graphs import export_graphs
+from i2l.export.precisions.base import Precision
 from i2l.specs import Spec
 
 MakeModels = Callable[..., Path]

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnxruntime as ort
 
-from i2l.engines import ort_device
 from i2l.engines.base import Array
-from i2l.engines.device import Lane
-from i2l.engines.ort import ELEMENT_TYPES
-from i2l.engines.tensorfile import TensorInfo
+from i2l.engines.device import tensor
+from i2l.engines.device.device import Lane
+from i2l.engines.directory.dtypes import ELEMENT_TYPES, FLOAT32
+from i2l.engines.directory.tensorfile import TensorInfo
 from i2l.errors import OutOfDeviceMemory
 
 Work = Callable[[], None]
@@ -199,15 +199,15 @@ class HostDevice(FakeDevice):
         self._memory[address] = memoryview(raw)[start : start + nbytes]  # type: ignore[assignment, arg-type]
         return address
 
-    def value(self, address: int, info: TensorInfo) -> ort_device.DeviceTensor:  # type: ignore[override]
-        return ort_device.DeviceTensor(address, tuple(info.shape), ELEMENT_TYPES[info.dtype][1])
+    def value(self, address: int, info: TensorInfo) -> tensor.DeviceTensor:  # type: ignore[override]
+        return tensor.DeviceTensor(address, tuple(info.shape), ELEMENT_TYPES[info.dtype][1])
 
-    def upload(self, array: Array, address: int) -> ort_device.DeviceTensor:
+    def upload(self, array: Array, address: int) -> tensor.DeviceTensor:
         self.drain("compute")
         self._write(address, memoryview(np.ascontiguousarray(array, np.float32).tobytes()))
-        return ort_device.DeviceTensor(address, array.shape, ort_device.FLOAT32)
+        return tensor.DeviceTensor(address, array.shape, FLOAT32)
 
-    def download(self, value: ort.OrtValue | ort_device.DeviceTensor) -> Array:
+    def download(self, value: ort.OrtValue | tensor.DeviceTensor) -> Array:
         self.drain("compute")
         array = np.empty(value.shape(), np.float32)
         ctypes.memmove(array.ctypes.data, value.data_ptr(), array.nbytes)

@@ -3,16 +3,28 @@
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from i2l.specs import AdapterSpec, EncoderSpec, Spec
+from i2l.export.checkpoints.finding import find_checkpoints
+from i2l.lora.lora import Lora
+from i2l.lora.lowrank import product_error
+from i2l.runtime.passes import ENCODERS
+from i2l.specs import AdapterSpec, EncoderSpec, Family, Spec
 
+TOLERANCES = {
+    "fp32": 1e-4,  # the issue's bound; two float32 programs differ by summation order, 1e-6 observed
+    "bf16": 5e-2,  # weights rounded to 8 bits of mantissa where the checkpoint is float32; 0.5 % observed
+    "int8": 0.12,  # 3 % observed
+    "fp8": 0.25,  # e4m3 has 3 bits of mantissa: 2.6 % per product, and the CPU's int8 on top
+}
+"""Relative error of ``B @ A`` of the worst module, by the precision of the packs."""
 _SCHEMAS: list[torch.library.Library] = []
 """Kept alive: a library that is collected takes its operators along."""
 
@@ -182,6 +194,39 @@ def _qwen_image_oracle(
         return lora
 
     return run
+
+
+def oracle_lora(
+    models: Path, pixels: Mapping[Family, np.ndarray]
+) -> tuple[np.ndarray, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Embeddings, and the factors of all images joined the way the reference does."""
+    checkpoints = find_checkpoints(models)
+    embeddings = torch.cat(
+        [
+            encoder_oracle(checkpoints[family].spec, checkpoints[family].path)(torch.from_numpy(pixels[family]))
+            for family in ENCODERS
+        ],
+        dim=1,
+    )
+    adapter = adapter_oracle(checkpoints["adapter"].spec, checkpoints["adapter"].path)
+    loras = [adapter(embedding) for embedding in embeddings]
+    factors = {}
+    for key in loras[0]:
+        if key.endswith(".lora_A.default.weight"):
+            module = key.removesuffix(".lora_A.default.weight")
+            a = torch.cat([lora[key] for lora in loras]) / len(loras)
+            b = torch.cat([lora[f"{module}.lora_B.default.weight"] for lora in loras], dim=1)
+            factors[module] = (a.numpy(), b.numpy())
+    return embeddings.numpy(), factors
+
+
+def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def worst_module(lora: Lora, factors: dict[str, tuple[np.ndarray, np.ndarray]]) -> float:
+    assert lora.factors.keys() == factors.keys()
+    return max(product_error(lora.factors[module], factors[module]) for module in factors)
 
 
 def _load_published(model: torch.nn.Module, values: dict[str, torch.Tensor]) -> None:

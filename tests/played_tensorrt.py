@@ -17,7 +17,8 @@ import numpy as np
 import onnxruntime as ort
 
 from fake_device import HostDevice
-from i2l.engines.ort_device import CpuTarget, DeviceTensor, OrtDeviceEngine
+from i2l.engines.cuda.session import CpuTarget, OrtDeviceEngine
+from i2l.engines.device.tensor import DeviceTensor
 
 ELEMENTS = {"tensor(float)": 1, "tensor(uint8)": 2, "tensor(int8)": 3, "tensor(bfloat16)": 16}
 LARGEST_BATCH = 8

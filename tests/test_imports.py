@@ -1,53 +1,102 @@
-"""Who may import whom (docs of the design: the house), and what stays unloaded until it is needed."""
+"""Who may import whom (docs/architecture.md), and what stays unloaded until it is needed."""
 
 import ast
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import i2l
 from conftest import MakeEngines
+from i2l.engines.backends import BACKENDS
 
 ROOT = Path(i2l.__file__).parent
-BASE = {"cgroups", "specs", "errors", "files", "lock", "memory", "sizes"}
-MAY_IMPORT = {
-    "base": {"base"},
-    "engines": {"base", "engines"},
-    "runtime": {"base", "engines", "runtime"},
-    "export": {"base", "engines", "export"},
-    "command line": {"base", "engines", "runtime", "export", "command line"},
+DISK = {"specs", "machine", "engines.errors", "engines.directory"}
+"""What knows the engines directory as files."""
+COMPUTING = DISK | {"engines.base", "engines.device"}
+"""What a backend may use: the protocol, and what backends on a device share."""
+RUNNING = COMPUTING | {"engines.backends", "lora", "runtime.pictures"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "specs": set(),
+    "machine": set(),
+    "runtime.pictures": {"machine"},
+    "engines.errors": {"machine"},
+    "engines.directory": {"specs", "machine", "engines.errors"},
+    "engines.base": DISK,
+    "engines.device": DISK | {"engines.base"},
+    "engines.cpu": COMPUTING,
+    "engines.cuda": COMPUTING,
+    "engines.tensorrt": COMPUTING,
+    "engines.backends": COMPUTING | {"engines.cpu", "engines.cuda", "engines.tensorrt"},
+    "lora": DISK | {"engines.base"},
+    "runtime": RUNNING,
+    "export.checkpoints": DISK,
+    "export.precisions": DISK | {"engines.cpu", "export.checkpoints"},
+    "export.graphs": DISK | {"export.checkpoints", "export.precisions"},
+    "export.packs": DISK | {"export.checkpoints", "export.precisions", "export.graphs"},
+    "export.backends": DISK
+    | {"engines.cpu", "engines.cuda", "engines.tensorrt"}
+    | {"export.checkpoints", "export.precisions", "export.graphs", "export.packs"},
+    "export": DISK
+    | {"engines.cpu"}
+    | {"export.checkpoints", "export.precisions", "export.graphs", "export.packs", "export.backends"},
+    "look": RUNNING | {"runtime", "engines.cpu", "engines.cuda", "engines.tensorrt", "export.checkpoints", "export"},
+    "comfy_host": DISK | {"runtime", "export.checkpoints", "export"},
+    "comfy_nodes": {"machine", "lora", "comfy_host"},
+    "commands": RUNNING
+    | {"runtime", "look", "engines.tensorrt"}
+    | {"export.checkpoints", "export.precisions", "export.packs", "export.backends", "export"},
+    "cli": {"machine", "commands"},
 }
-"""Which layers a layer may use; a module at the root that is not in BASE belongs to the command line's layer."""
+"""``room -> the rooms that it may use``, which stand above it in this table: so nothing goes up or in a circle."""
+DOORS = {"", "errors"}
+"""Open onto any room, and nobody inside goes through them: the public names."""
 ONLY_IN = {
     "torch": {"export", "comfy_nodes"},
     "onnx": {"export"},
     "onnxscript": {"export"},
     "onnx_ir": {"export"},
-    "matplotlib": {"plotting", "trace_picture"},
+    "matplotlib": {"look.plotting", "look.trace_picture"},
     "comfy": {"comfy_nodes", "comfy_host"},
     "folder_paths": {"comfy_host"},
-    "tensorrt": {"engines"},
-    "cuda": {"engines"},
-    "tensorrt_rtx": {"engines"},
+    "tensorrt": {"engines.tensorrt"},
+    "tensorrt_rtx": {"engines.tensorrt"},
+    "cuda": {"engines.device.card"},
+    "rich": {"machine.progress"},
+    "filelock": {"machine.locks"},
+    "click": {"cli", "commands"},
 }
 CORE_DEPENDENCIES = {"numpy", "onnxruntime", "safetensors", "PIL", "click", "rich", "filelock"}
 """What a machine that only runs has installed (pyproject.toml, dependencies)."""
 
 
+FOLDERS = ("comfy_host", "commands", "engines", "export", "look", "lora", "machine", "runtime")
+
+
 def sources() -> list[str]:
     """Every module of the package as a path from the root."""
-    folders = (".", "comfy_host", "commands", "engines", "export", "runtime")
-    return sorted(path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).glob("*.py"))
+    paths = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
+    return sorted(path.relative_to(ROOT).as_posix() for path in paths)
 
 
-def layer(module: str) -> str:
-    """The layer of a module of ours, such as ``engines.ort``."""
-    first = module.split(".", maxsplit=1)[0]
-    return first if first in MAY_IMPORT else "base" if first in BASE else "command line"
+def module_of(path: str) -> str:
+    """``engines.cpu.backend`` of ``engines/cpu/backend.py``; the root's own is empty."""
+    return path.removesuffix(".py").replace("/", ".").removesuffix("__init__").rstrip(".")
+
+
+def within(name: str, places: Iterable[str]) -> bool:
+    """Whether a module is one of these, or inside one."""
+    return any(name == place or name.startswith(f"{place}.") for place in places)
+
+
+def room(module: str) -> str:
+    """The room of a module: the longest name in the table that it begins with, or a door."""
+    rooms = [name for name in MAY_IMPORT if within(module, [name])]
+    return max(rooms, key=len, default="errors" if within(module, ["errors"]) else "")
 
 
 def imports(source: str, module: str, *, is_package: bool) -> Iterator[tuple[str, bool, bool]]:
@@ -68,17 +117,51 @@ def imports(source: str, module: str, *, is_package: bool) -> Iterator[tuple[str
 
 def violations(source: str, path: str) -> list[str]:
     """What a file imports against the rules."""
-    module = path.removesuffix(".py").replace("/", ".").removesuffix("__init__").rstrip(".")
+    module = module_of(path)
+    here = room(module)
     found = []
     for name, ours, relative in imports(source, module, is_package=path.endswith("__init__.py")):
-        first = name.split(".")[0]
+        first, there = name.split(".")[0], room(name)
         if ours and not relative:
             found.append(f"{path} names {name} with the package's name: ComfyUI loads it under another")
-        if ours and name != "__version__" and layer(name) not in MAY_IMPORT[layer(module)]:
-            found.append(f"{path} ({layer(module)}) uses {name} ({layer(name)})")
-        if not ours and first in ONLY_IN and not {module.split(".")[0]} & ONLY_IN[first]:
+        elif ours and name != "__version__" and here not in DOORS and there not in {here, *MAY_IMPORT[here]}:
+            found.append(f"{path} ({here}) uses {name} ({there or 'a door'})")
+        if not ours and first in ONLY_IN and not within(module, ONLY_IN[first]):
             found.append(f"{path} uses {first}, which belongs to {' or '.join(ONLY_IN[first])}")
+        if name == "machine.progress.show_progress" and here != "commands":
+            found.append(f"{path} draws on the terminal, which is the commands' to do")
     return found
+
+
+def test_the_table_goes_one_way() -> None:
+    """A room uses only rooms that stand above it, so there is no way up and no circle; and every folder is in it."""
+    order = list(MAY_IMPORT)
+    for index, (name, used) in enumerate(MAY_IMPORT.items()):
+        assert used <= set(order[:index]), f"{name} uses {used - set(order[:index])}, below it"
+    assert {path for path in sources() if room(module_of(path)) in DOORS} == {"__init__.py", "errors.py"} | {
+        "engines/__init__.py"
+    }
+
+
+def test_no_two_modules_import_each_other() -> None:
+    """Not even inside a room, and not inside functions."""
+    modules = {module_of(path): path for path in sources()}
+    uses: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        source = (ROOT / path).read_text(encoding="utf-8")
+        names = [name for name, ours, _ in imports(source, module, is_package=path.endswith("__init__.py")) if ours]
+        uses[module] = {name if name in modules else name.rpartition(".")[0] for name in names} - {module, ""}
+    TopologicalSorter(uses).prepare()  # raises at a circle
+
+
+def test_a_backend_knows_neither_the_others_nor_what_runs_it() -> None:
+    backends = {name for name in MAY_IMPORT if (ROOT / name.replace(".", "/") / "backend.py").is_file()} & {
+        f"engines.{name}" for name in BACKENDS
+    }
+    assert len(backends) == len(BACKENDS)
+    for name in backends:
+        assert MAY_IMPORT[name] & {"runtime", "engines.backends", "look", "export", *backends} == set()
+    assert MAY_IMPORT["runtime"] & backends == set()
 
 
 @pytest.mark.parametrize("path", sources())
@@ -89,18 +172,37 @@ def test_imports_go_one_way(path: str) -> None:
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        ("specs.py", "from .engines import manifest"),
-        ("errors.py", "from .cli import main"),
-        ("engines/ort.py", "from ..runtime.pipeline import Pipeline"),
-        ("engines/ort.py", "def late():\n    from ..export import graphs"),
-        ("engines/ort.py", "from .. import verification"),
-        ("engines/ort.py", "import onnx"),
-        ("runtime/lora.py", "if True:\n    from ..export.packs import plan_pack"),
-        ("runtime/lora.py", "import torch.nn as nn"),
-        ("runtime/lora.py", "from tensorrt import Logger"),
-        ("export/build.py", "from ..runtime import lora"),
-        ("export/build.py", "from ..progress import show_progress"),
-        ("export/__init__.py", "from ..runtime import lora"),
+        ("specs.py", "from .engines.directory import manifest"),
+        ("machine/files.py", "from ..specs import Family"),
+        ("machine/files.py", "from ..errors import DiskFull"),
+        ("machine/sizes.py", "from .. import I2LError"),
+        ("engines/directory/manifest.py", "from ..base import Array"),
+        ("engines/base.py", "from .device.slots import Slot"),
+        ("engines/device/slots.py", "from ..cuda.session import OrtDeviceEngine"),
+        ("engines/cpu/backend.py", "from ..cuda.session import OrtDeviceEngine"),
+        ("engines/cuda/backend.py", "def late():\n    from ..cpu.backend import CpuBackend"),
+        ("engines/tensorrt/backend.py", "from ..cuda import graph_files"),
+        ("engines/tensorrt/backend.py", "from ..backends import BACKENDS"),
+        ("engines/tensorrt/backend.py", "from ...lora.lora import Lora"),
+        ("engines/cuda/backend.py", "import tensorrt"),
+        ("engines/device/slots.py", "import cuda.core"),
+        ("runtime/opening.py", "from ..engines.cpu.backend import CpuBackend"),
+        ("runtime/opening.py", "from ..machine.progress import show_progress"),
+        ("export/checkpoints/recognise.py", "from ..packs.packs import plan_pack"),
+        ("export/packs/packs.py", "from ..build import build_engines"),
+        ("export/backends/cpu.py", "from ..parts import plan_parts"),
+        ("comfy_host/folders.py", "from ..commands.run import run"),
+        ("runtime/jobs.py", "import click"),
+        ("engines/cpu/backend.py", "from ...runtime.pipeline import Pipeline"),
+        ("engines/cpu/backend.py", "def late():\n    from ...export.graphs import graphs"),
+        ("engines/cpu/backend.py", "from ...look import verification"),
+        ("engines/cpu/backend.py", "import onnx"),
+        ("lora/lora.py", "if True:\n    from ..export.packs.packs import plan_pack"),
+        ("lora/lora.py", "import torch.nn as nn"),
+        ("lora/lora.py", "from tensorrt import Logger"),
+        ("export/build.py", "from ..lora import lora"),
+        ("export/build.py", "from ..look.checkup import check_engines"),
+        ("export/__init__.py", "from ..lora import lora"),
         ("export/build.py", "import tensorrt_rtx"),
         ("cli.py", "def run():\n    import torch"),
         ("comfy_host/folders.py", "import torch"),
@@ -116,9 +218,8 @@ def test_a_planted_import_is_found(path: str, source: str) -> None:
 
 @pytest.mark.parametrize("path", [path for path in sources() if not path.startswith("export/")])
 def test_what_runs_needs_core_dependencies_only(path: str) -> None:
-    home = Path(path).parts[0].removesuffix(".py")
     allowed = CORE_DEPENDENCIES | set(sys.stdlib_module_names)
-    allowed |= {name for name, homes in ONLY_IN.items() if home in homes}
+    allowed |= {name for name, homes in ONLY_IN.items() if within(module_of(path), homes)}
     source = (ROOT / path).read_text(encoding="utf-8")
     foreign = {name.split(".")[0] for name, ours, _ in imports(source, path, is_package=False) if not ours}
     assert foreign <= allowed
@@ -150,11 +251,27 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 def test_public_names_are_what_they_say() -> None:
     from i2l.errors import I2LError
+    from i2l.lora.lora import Lora
     from i2l.runtime.pipeline import open_engines
 
-    assert (i2l.I2LError, i2l.open_engines) == (I2LError, open_engines)
+    assert (i2l.I2LError, i2l.open_engines, i2l.Lora) == (I2LError, open_engines, Lora)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = i2l.nothing
+
+
+def test_every_error_is_at_the_door() -> None:
+    """What users catch is found in one place, whichever room raises it."""
+    from i2l import errors
+
+    named = {
+        node.name
+        for path in sources()
+        if path.endswith("errors.py")
+        for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    }
+    assert named == set(errors.__all__)
+    assert all(issubclass(getattr(errors, name), errors.I2LError) for name in named)
 
 
 RUN = """

@@ -1,0 +1,45 @@
+"""What is wrong in ComfyUI."""
+
+from pathlib import Path
+
+from ..machine.errors import I2LError
+from ..machine.wording import format_path
+
+
+class NodePackIncomplete(I2LError, ImportError):
+    """A package that the ComfyUI nodes need is not in ComfyUI's Python."""
+
+    def __init__(self, package: str, requirements: Path, python: str) -> None:
+        super().__init__(
+            f"{package} is not installed in ComfyUI's Python: {python} -m pip install -r {format_path(requirements)}"
+        )
+
+
+class OutputOutside(I2LError, ValueError):
+    """A file name leads out of the folder that it belongs in."""
+
+    def __init__(self, filename: str, folder: Path) -> None:
+        super().__init__(
+            f"{filename!r} is no name of a file below {format_path(folder)}: give a name such as style or "
+            "portraits/style, without .. and not beginning with a slash or a drive"
+        )
+
+
+class LoraDataForeign(I2LError, ValueError):
+    """What reached the save node holds no factors."""
+
+    def __init__(self, tensors: int) -> None:
+        super().__init__(
+            f"lora_data holds no LoRA ({tensors} entries, no pair of lora_A and lora_B): connect the lora_data output "
+            "of Z-Image i2L Apply"
+        )
+
+
+class LoraNotApplied(I2LError, RuntimeError):
+    """ComfyUI put only a part of a LoRA on a model, or nothing."""
+
+    def __init__(self, applied: int, modules: int) -> None:
+        super().__init__(
+            f"only {applied} of the LoRA's {modules} modules fit the model: connect a Z-Image model, and update "
+            "ComfyUI if it is older than 0.3.76 (December 2025)"
+        )

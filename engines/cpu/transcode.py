@@ -1,0 +1,193 @@
+"""FP8 packs to int8 packs, without torch: what makes engines built for a GPU run on a CPU at the CPU's speed.
+
+onnxruntime's CPU has no FP8 product, and its DequantizeLinear decodes one value at a time. So a pack is converted once,
+matrix by matrix, into what the int8 build of the same checkpoint would hold but for the rounding that FP8 has done
+already; norms and biases are copied. Decoding is a table: numpy looks two codes up at once in 65536 pairs (512 KiB,
+which stay in the cache), 1.5 times as fast as one by one and twice as fast as shifting the bits into place.
+
+The rows of an FP8 matrix end at 448, so the adapter's form, which is not rotated, needs no decoding at all: 448 becomes
+127, and the table gives the eight-bit step of every code.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from mmap import mmap
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..base import Array
+from ..directory.manifest import Model
+from ..directory.mapping import give_back, open_mapped, read_ahead
+from ..directory.tensorfile import PAD_PREFIX, TENSOR_ALIGN, Layout, LayoutWriter, TensorInfo, plan_layout
+from .rotation import rotate, rotation
+from .sums import LARGEST_PAIR, WEIGHT_LEVELS
+
+Codes: TypeAlias = NDArray[np.uint8]
+Job: TypeAlias = Callable[[], NDArray[Any]]
+"""Makes the next bytes of a tensor."""
+LARGEST = 448.0
+"""The largest value of e4m3, which ends every row of an FP8 matrix."""
+SMALLEST = 1e-30
+"""Keeps the scale of a row of zeros from being zero, as in export/precisions/base.py."""
+PIECE_VALUES = 1 << 19
+"""Values handled at a time where no panel says it: 2 MiB of float32 stay in the cache."""
+PIECES_AHEAD = 4
+"""Converted pieces per thread, of half a MiB to a MiB, that may wait for the disk."""
+
+
+class PairTable:
+    """A function of one byte, applied to many: pairs of bytes are looked up together."""
+
+    def __init__(self, values: NDArray[Any]) -> None:
+        """``values [256]``, of one or four bytes each."""
+        self._values = values
+        pairs = np.empty((256, 256, 2), values.dtype)  # [second code, first code]: the first is the low byte
+        pairs[..., 0], pairs[..., 1] = values[None, :], values[:, None]
+        self._pairs = pairs.reshape(-1).view(f"u{2 * values.itemsize}")
+
+    def look_up(self, codes: Codes) -> NDArray[Any]:
+        """``values[codes]``, of the same shape."""
+        flat = codes.reshape(-1)
+        if flat.size % 2:
+            return np.take(self._values, codes)
+        return np.take(self._pairs, flat.view("<u2")).view(self._values.dtype).reshape(codes.shape)
+
+
+def e4m3_values() -> Array:
+    """The value of every e4m3 code, float32 ``[256]``; NaN for 0x7F and 0xFF.
+
+    Shifted into place, sign, exponent and mantissa are a float16 whose exponent counts from 8 lower.
+    """
+    codes = np.arange(256, dtype=np.uint16)
+    values = ((codes & 0x80) << 8 | (codes & 0x7F) << 7).view(np.float16).astype(np.float32) * 256
+    values[[0x7F, 0xFF]] = np.nan
+    return values
+
+
+VALUES = PairTable(e4m3_values())
+STEPS = PairTable((np.rint(np.nan_to_num(e4m3_values()) * WEIGHT_LEVELS / LARGEST) + 128).astype(np.uint8))
+"""e4m3 code -> uint8 around 128."""
+
+
+def rotated_panel(codes: Codes, matrix: Array) -> tuple[NDArray[np.int8], Array]:
+    """One panel of the encoders' int8 form.
+
+    Args:
+        codes: e4m3 ``[p, in]``.
+        matrix: the rotation ``[b, b]``.
+
+    Returns:
+        int8 ``[in, p]``, and the scales ``[p]`` in units of the FP8 matrix's own.
+    """
+    values = rotate(VALUES.look_up(codes), matrix)
+    peak = np.maximum(values.max(axis=1), -values.min(axis=1))
+    even = values[:, : values.shape[1] // 2 * 2]
+    pair = np.abs(even).reshape(len(values), -1, 2).sum(axis=2).max(axis=1, initial=0)
+    scale = np.maximum(peak / np.float32(WEIGHT_LEVELS), pair / np.float32(LARGEST_PAIR))  # see sums.py
+    scale = np.maximum(scale, np.float32(SMALLEST))
+    values /= scale[:, None]
+    np.rint(values, out=values)
+    return np.ascontiguousarray(values.astype(np.int8).T), scale
+
+
+def transcode_pack(
+    source: Path, model: Model, path: Path, wanted: Model, *, threads: int, advance: Callable[[int], None]
+) -> str:
+    """Convert an FP8 pack and return the new file's SHA-256.
+
+    Args:
+        source: the FP8 pack.
+        model: its facts.
+        path: the new pack.
+        wanted: the facts of the int8 pack.
+        threads: that convert; another one hashes and writes.
+        advance: told the bytes handed to the disk.
+    """
+    mapped = open_mapped(source)  # goes with the last array that looks at it
+    jobs = _jobs(mapped, model.tensors, wanted.tensors)
+    with LayoutWriter(path, layout_of(wanted)) as writer, ThreadPoolExecutor(threads, "i2l-transcode") as pool:
+        for name, data in _in_order(pool, jobs, PIECES_AHEAD * threads):
+            writer.write(name, data.reshape(-1).view(np.uint8).data)
+            advance(data.nbytes)
+    return writer.sha256
+
+
+def layout_of(model: Model) -> Layout:
+    """The layout that a model's pack was planned with, header included."""
+    starts = {chunk.offset for chunk in model.chunks}
+    tensors = {name: info for name, info in model.tensors.items() if not name.startswith(PAD_PREFIX)}
+    layout = plan_layout(
+        ((name, info.dtype, info.shape) for name, info in tensors.items()),
+        {"format": "pt"},
+        align=TENSOR_ALIGN,
+        page_starts=frozenset(name for name, info in tensors.items() if info.offset in starts),
+    )
+    assert layout.tensors == model.tensors
+    return layout
+
+
+def _jobs(
+    mapped: mmap, stored: Mapping[str, TensorInfo], wanted: Mapping[str, TensorInfo]
+) -> Iterator[tuple[str, Job]]:
+    """Every piece of the new pack in file order; pages of the old one come in ahead and go behind.
+
+    A matrix's scales are collected while its panels are made and are whole once these have been taken in order.
+    """
+    scales: dict[str, Array] = {}
+    names = [name for name in wanted if not name.startswith(PAD_PREFIX)]
+    before = 0
+    for name, following in zip(names, [*names[1:], names[-1]], strict=True):
+        old, new = stored[name], wanted[name]
+        give_back(mapped, 0, before)
+        before = old.offset
+        read_ahead(mapped, stored[following].offset, stored[following].nbytes)
+        if name in scales:
+            yield name, partial(np.asarray, scales.pop(name))
+            continue
+        values = np.frombuffer(mapped, np.uint8, old.nbytes, old.offset)
+        if old.dtype != "F8_E4M3":
+            yield name, partial(np.asarray, values)
+            continue
+        codes = values.reshape(old.shape)
+        scale_info = stored[scale_name := f"{name.removesuffix('weight')}scale"]
+        scale = np.frombuffer(mapped, np.float32, scale_info.shape[0], scale_info.offset)
+        if new.dtype == "U8":
+            scales[scale_name] = scale * np.float32(LARGEST / WEIGHT_LEVELS)
+            panels, _, width = new.shape
+            rows = max(1, PIECE_VALUES // width)
+            for left, start in itertools.product(range(0, panels * width, width), range(0, old.shape[0], rows)):
+                yield name, partial(STEPS.look_up, codes[start : start + rows, left : left + width])
+        else:
+            panels, in_features, width = new.shape
+            matrix = rotation(in_features)
+            scales[scale_name] = collected = np.empty((panels, width), np.float32)
+            for index in range(panels):
+                panel = slice(index * width, (index + 1) * width)
+                yield name, partial(_panel, codes[panel], matrix, scale[panel], collected[index])
+
+
+def _panel(codes: Codes, matrix: Array, scale: Array, out: Array) -> NDArray[np.int8]:
+    """:func:`rotated_panel`, its scales written to ``out``."""
+    values, relative = rotated_panel(codes, matrix)
+    np.maximum(relative * scale, np.float32(SMALLEST), out=out)
+    return values
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, jobs: Iterator[tuple[str, Job]], ahead: int
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The results of ``jobs`` in their order, at most ``ahead`` of them waiting."""
+    waiting: deque[tuple[str, Future[NDArray[Any]]]] = deque()
+    for name, job in jobs:
+        waiting.append((name, pool.submit(job)))
+        if len(waiting) > ahead:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    for first, future in waiting:
+        yield first, future.result()

@@ -1,0 +1,1 @@
+"""The cuda backend: onnxruntime on a CUDA card."""

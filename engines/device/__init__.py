@@ -1,0 +1,1 @@
+"""What backends on a device share: memory, slots, budgets, and the CUDA card."""

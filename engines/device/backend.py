@@ -1,0 +1,101 @@
+"""A backend on a device: engines of that device, weights that stream to it within a budget.
+
+Only the device and its engines differ between CUDA and TensorRT, and between those and the fake of the tests.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from ...specs import Family
+from ..base import Array, Engine, Value
+from ..directory.manifest import Manifest
+from ..directory.mapping import open_mapped
+from ..errors import OutOfDeviceMemory, ShapeMismatch
+from .device import Device, Workspace
+from .residency import GraphMemory, Residency, plan_residency
+from .slots import DeviceStore, DeviceWeights
+
+
+class DeviceBackend:
+    """An engines directory on a device.
+
+    Args:
+        name: such as ``tensorrt``.
+        device: where to compute.
+        make_engine: a graph's name to its engine.
+        directory: the engines directory.
+        manifest: its manifest.
+        graphs: memory of every graph.
+        budget_bytes: for weights, activations and all.
+        workspace: of engines that compute in the memory that the plan counts for them.
+
+    Raises:
+        BudgetTooSmall: these engines need more.
+        OutOfDeviceMemory: the device has less free than the smallest plan needs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        device: Device,
+        make_engine: Callable[[str], Engine],
+        directory: Path,
+        manifest: Manifest,
+        graphs: Mapping[str, GraphMemory],
+        budget_bytes: int,
+        workspace: Workspace | None = None,
+    ) -> None:
+        self.name = name
+        self.device = device
+        self._make_engine = make_engine
+        self._engines: dict[str, Engine] = {}
+        folder = directory / manifest.build
+        self._maps = {family: open_mapped(folder / model.pack) for family, model in manifest.models.items()}
+        chunks = {family: model.chunks for family, model in manifest.models.items()}
+        packs = {family: memoryview(pack) for family, pack in self._maps.items()}
+        plan = partial(plan_residency, chunks, graphs)
+        plan(budget_bytes)  # before 8 GB are pinned for nothing
+        for pack in packs.values():
+            device.pin(pack)
+        self._weights = DeviceWeights(device, manifest.models, packs, plan, budget_bytes, workspace)
+
+    @property
+    def residency(self) -> Residency:
+        """The plan in force."""
+        return self._weights.residency
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that the device saw in use."""
+        return self.device.peak_bytes
+
+    def engine(self, graph: str) -> Engine:
+        if graph not in self._engines:
+            self._engines[graph] = self._make_engine(graph)
+        return self._engines[graph]
+
+    def store(self, family: Family) -> DeviceStore:
+        return self._weights.stores[family]
+
+    def value(self, array: Array) -> Value:
+        """An array at the beginning of the workspace's values; it stays there until the next."""
+        if array.nbytes > self._weights.workspace.values_bytes:
+            raise ShapeMismatch(self.name, "value", str(list(array.shape)), "fewer images at once")
+        return self.device.upload(array, self._weights.workspace.values_address)
+
+    def array(self, value: Value) -> Array:
+        return self.device.download(value)
+
+    def shrink(self, cause: OutOfDeviceMemory) -> None:
+        self._weights.shrink(cause)
+
+    def close(self) -> None:
+        self.device.finish()  # an engine must not go while it computes
+        self._engines.clear()
+        self._weights.close()
+        self.device.close()
+        with contextlib.suppress(BufferError):  # an error's traceback still holds weights: the maps go when they go
+            for pack in self._maps.values():
+                pack.close()

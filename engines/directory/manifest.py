@@ -1,0 +1,174 @@
+"""The manifest: what an engines directory holds, written last, so a directory with a manifest is complete.
+
+    engines/
+      manifest.json
+      build-<id>/                      everything below is named by the manifest and belongs to one build
+        graphs/dinov3.block.onnx       one per kind of step, weights as inputs
+        dinov3/weights.safetensors     the pack
+        dinov3/dinov3.block.07.onnx    the same graph with external weights in the pack, for other tools
+
+For GPUs of several generations there may be another one inside (generations.py).
+
+A new build makes its own folder, replaces the manifest in one move and only then removes the old folder: a build that
+dies leaves the previous engines usable.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ...specs import FAMILIES, Family, Spec, spec_from_dict, spec_to_dict
+from ..errors import EnginesMissing, ManifestInvalid
+from .tensorfile import TensorInfo
+
+FORMAT = 1
+"""Raised whenever an older i2l could misread a newer manifest, or the other way round."""
+MANIFEST = "manifest.json"
+IMAGES_MEET = "i2l.images_meet"
+"""Metadata of a graph: ``no`` where what a picture gives does not depend on its batch, to the bit. Such graphs take a
+batch at once; others, of floats or made by an older i2l, take one picture at a time: a LoRA is that of its picture."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One run of a graph with one set of weights."""
+
+    name: str
+    """Such as ``dinov3.block.07``; the pack's tensors are named ``<name>.<graph input>``."""
+    graph: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A contiguous region of a pack that moves as one copy."""
+
+    offset: int
+    nbytes: int
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """One of the three models."""
+
+    spec: Spec
+    pack: str
+    """Path of the pack in the build folder."""
+    chunks: tuple[Chunk, ...]
+    """In the order of running; together they are the whole data of the pack."""
+    tensors: Mapping[str, TensorInfo]
+    checkpoint: Mapping[str, Any]
+    """What the model was built from: shape hash, dtype, bytes, time of modification."""
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What a file must be."""
+
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The facts of an engines directory."""
+
+    build: str
+    """Name of the build folder."""
+    build_key: str
+    """Hash of everything the build depends on: equal key, nothing to do."""
+    precision: str
+    precision_reason: str
+    blocks_per_chunk: int
+    versions: Mapping[str, str]
+    created: str
+    """UTC, ISO 8601."""
+    models: Mapping[Family, Model]
+    graphs: Mapping[str, str]
+    """``graph name -> path`` in the build folder."""
+    files: Mapping[str, FileFacts]
+    """Every file of the build folder."""
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of an engines directory.
+
+    Raises:
+        EnginesMissing: there is none.
+        ManifestInvalid: it was written by another version, or is not a manifest.
+    """
+    path = directory / MANIFEST
+    try:
+        text = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise EnginesMissing(directory) from error
+    except OSError as error:
+        raise ManifestInvalid(path, str(error.strerror)) from error
+    try:
+        values = json.loads(text)
+        if values.get("format") != FORMAT:
+            raise ManifestInvalid(path, f"its format is {values.get('format')}, this i2l reads {FORMAT}")
+        return _manifest_from_dict(values)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, ManifestInvalid):
+            raise
+        raise ManifestInvalid(path, f"it does not parse: {error}") from error
+
+
+def content_id(manifest: Manifest, families: Sequence[Family]) -> str:
+    """Identifies what the given models compute: a hash of their packs' and graphs' contents and the precision.
+
+    Unlike the build key it does not change when the same checkpoints are built again, or elsewhere.
+    """
+    models = [manifest.models[family] for family in families]
+    graphs = {step.graph for model in models for chunk in model.chunks for step in chunk.steps}
+    paths = [*(model.pack for model in models), *(manifest.graphs[graph] for graph in sorted(graphs))]
+    facts = [manifest.precision, *((path, manifest.files[path].sha256) for path in paths)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def inputs_of(step: Step, model: Model) -> dict[str, TensorInfo]:
+    """``graph input -> tensor`` of a step's weights."""
+    prefix = f"{step.name}."
+    return {name.removeprefix(prefix): info for name, info in model.tensors.items() if name.startswith(prefix)}
+
+
+def graphs_of(model: Model) -> set[str]:
+    """The graphs that a model's steps run."""
+    return {step.graph for chunk in model.chunks for step in chunk.steps}
+
+
+def spec_hash(spec: Spec) -> str:
+    """A hash of an architecture."""
+    return hashlib.sha256(json.dumps(spec_to_dict(spec), sort_keys=True).encode()).hexdigest()
+
+
+def manifest_to_json(manifest: Manifest) -> str:
+    """The text of ``manifest.json``; tensors as ``[dtype, shape, offset]`` rows, as there are thousands."""
+    values = asdict(manifest)
+    for family, model in manifest.models.items():
+        values["models"][family]["spec"] = spec_to_dict(model.spec)
+        tensors = {name: [info.dtype, info.shape, info.offset] for name, info in model.tensors.items()}
+        values["models"][family]["tensors"] = tensors
+    return json.dumps({"format": FORMAT, **values}, indent=None, separators=(",", ":"))
+
+
+def _manifest_from_dict(values: dict[str, Any]) -> Manifest:
+    values = {name: value for name, value in values.items() if name != "format"}
+    if set(values["models"]) != set(FAMILIES):
+        raise ValueError(f"it has the models {sorted(values['models'])}")
+    models = {family: _model_from_dict(values["models"][family]) for family in FAMILIES}
+    files = {name: FileFacts(**facts) for name, facts in values["files"].items()}
+    return Manifest(**{**values, "models": models, "files": files})
+
+
+def _model_from_dict(values: dict[str, Any]) -> Model:
+    chunks = tuple(
+        Chunk(chunk["offset"], chunk["nbytes"], tuple(Step(**step) for step in chunk["steps"]))
+        for chunk in values["chunks"]
+    )
+    tensors = {name: TensorInfo(row[0], tuple(row[1]), row[2]) for name, row in values["tensors"].items()}
+    return Model(**{**values, "spec": spec_from_dict(values["spec"]), "chunks": chunks, "tensors": tensors})

@@ -1,0 +1,1 @@
+"""The tensorrt backend: TensorRT plans on a CUDA card."""

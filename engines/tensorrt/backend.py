@@ -1,0 +1,153 @@
+"""The tensorrt backend: weights stream to a CUDA card, TensorRT's plans compute. Never run on a GPU yet.
+
+Plans are opened before anything is planned, as only the card's own TensorRT knows how much scratch their kernels take
+there; the builder's number is for another machine. All graphs share one workspace, which is counted once, at its
+largest.
+"""
+
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from ...machine.errors import PackageMissing
+from ..base import Array, BackendStatus, Limits, Offer, Opened, Value
+from ..device import driver
+from ..device.backend import DeviceBackend
+from ..device.device import Workspace
+from ..device.residency import CONTEXT_BYTES, GraphMemory
+from ..directory.generations import engines_for
+from ..directory.integrity import check_files
+from ..directory.manifest import Manifest, graphs_of, read_manifest
+from ..errors import BackendUnavailable
+from .engine import PlanRuntime, TensorRTEngine
+from .library import Flavour, current_sm, find_flavour, knows
+from .plans import checked_plan, plans_folder, wanted_key
+from .runtime_cache import RuntimeCache
+
+log = logging.getLogger(__name__)
+
+
+def find_tensorrt() -> BackendStatus:
+    """It wants a driver, a TensorRT that loads and knows the card, and cuda-python."""
+    if status := driver.without_driver("tensorrt") or _without_tensorrt() or driver.without_cuda_python("tensorrt"):
+        return status
+    flavour = find_flavour()
+    try:
+        sm = current_sm()
+    except BackendUnavailable:
+        remedy = "see what nvidia-smi says, or use --backend cpu"
+        return BackendStatus("tensorrt", works=False, reason="the NVIDIA driver finds no GPU", remedy=remedy)
+    if not knows(flavour, sm):
+        reason = f"{flavour} does not know this GPU, sm{sm}"
+        return BackendStatus("tensorrt", works=False, reason=reason, remedy="use --backend cuda")
+    return driver.untried("tensorrt", f"{flavour}, sm{sm}")
+
+
+def _without_tensorrt() -> BackendStatus | None:
+    try:
+        find_flavour()
+    except PackageMissing:
+        reason, remedy = "tensorrt or tensorrt_rtx is not installed", "pip install 'i2l-engines[tensorrt]'"
+        return BackendStatus("tensorrt", works=False, reason=reason, remedy=remedy)
+    except (ImportError, OSError) as error:  # its libraries do not load
+        remedy = "install it again, or use --backend cuda"
+        return BackendStatus("tensorrt", works=False, reason=f"TensorRT does not load ({error})", remedy=remedy)
+    return None
+
+
+def open_tensorrt(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
+    """Open an engines directory on the first card.
+
+    Args:
+        engines: the engines directory, built with ``--backend tensorrt`` for the card's generation.
+        manifest: its manifest. Newer generations get the FP8 engines inside, if there are any.
+        limits: images and VRAM.
+
+    Raises:
+        PackageMissing: no TensorRT is installed.
+        BackendUnavailable: there is no driver or no card.
+        EngineFileDamaged: a file of the FP8 engines inside is not what the build wrote.
+        PlanMissing, PlanStale: there is no plan for this TensorRT and this card; the error says what differs.
+        DeviceFailed: TensorRT refuses a plan; with its own words.
+        BudgetTooSmall, OutOfDeviceMemory: they need more.
+    """
+    from ..device.card import CudaDevice  # noqa: PLC0415 - the leaf that needs CUDA
+
+    directory = engines_for(engines, current_sm())
+    if directory != engines:
+        manifest = read_manifest(directory)
+        check_files(directory, manifest)
+    flavour = find_flavour()
+    with ExitStack() as undo:
+        card = CudaDevice(backend="tensorrt")
+        undo.callback(card.close)
+        plans = checked_plans(directory, manifest, flavour, card.sm)
+        budget = limits.vram.on(card)  # before contexts take of what is free
+        workspace = Workspace()
+        cache = RuntimeCache(plans_folder(directory, card.sm, manifest.precision), flavour, card.name)
+        runtime = PlanRuntime(flavour, card, workspace, limits.images, cache)
+        log.info("tensorrt: opening %d plans on %s", len(plans), runtime.where)
+        opened, memory = open_plans(runtime, plans)
+        backend = TensorRTBackend(directory, manifest, runtime, opened, memory, budget)
+        undo.pop_all()
+        return Opened(backend, manifest, manifest)
+
+
+class TensorRTBackend(DeviceBackend):
+    """Plans on a card; keeps what TensorRT-RTX compiles as soon as it was used."""
+
+    def __init__(
+        self,
+        engines: Path,
+        manifest: Manifest,
+        runtime: PlanRuntime,
+        opened: dict[str, TensorRTEngine],
+        memory: Mapping[str, GraphMemory],
+        budget_bytes: int,
+    ) -> None:
+        self.opened = opened
+        self._runtime = runtime
+        make, workspace = opened.__getitem__, runtime.workspace
+        super().__init__("tensorrt", runtime.card, make, engines, manifest, memory, budget_bytes, workspace)
+
+    def array(self, value: Value) -> Array:
+        array = super().array(value)
+        self._runtime.cache.save()
+        return array
+
+    def close(self) -> None:
+        self.device.finish()
+        self._runtime.cache.save()  # what an interrupted pass compiled
+        self.opened.clear()
+        super().close()
+
+
+def checked_plans(engines: Path, manifest: Manifest, flavour: Flavour, sm: int) -> dict[str, bytes]:
+    """``graph -> plan`` of every graph of a build, each exactly what is wanted."""
+    plans = {}
+    for model in manifest.models.values():
+        for graph in sorted(graphs_of(model)):
+            key = wanted_key(engines, graph, model.spec, manifest.precision, flavour.name, flavour.version, sm)
+            plans[graph] = checked_plan(engines, graph, key)
+    return plans
+
+
+def open_plans(
+    runtime: PlanRuntime, plans: Mapping[str, bytes]
+) -> tuple[dict[str, TensorRTEngine], dict[str, GraphMemory]]:
+    """``graph -> engine`` and ``graph -> memory``, as this card's TensorRT tells it.
+
+    What a context took of the free memory may be less than it will: CUDA loads code when it first runs. So at least
+    the usual assumption counts.
+    """
+    opened, memory = {}, {}
+    for graph, plan in plans.items():
+        free = runtime.card.free_bytes()
+        engine = opened[graph] = runtime.open(graph, plan)
+        scratch, values = engine.scratch_bytes, engine.value_bytes
+        memory[graph] = GraphMemory(scratch, values, max(CONTEXT_BYTES, free - runtime.card.free_bytes()))
+    return opened, memory
+
+
+OFFER = Offer(find_tensorrt, open_tensorrt)

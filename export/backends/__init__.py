@@ -1,0 +1,1 @@
+"""What a build makes for one backend, beside the packs that all share."""

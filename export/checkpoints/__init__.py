@@ -1,0 +1,1 @@
+"""Checkpoints: recognised, read, made up."""

@@ -1,0 +1,110 @@
+"""What is wrong with a checkpoint."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ...machine.errors import I2LError
+from ...machine.wording import format_path, some
+from ...specs import DiffusionModel, Family
+
+
+class CheckpointError(I2LError):
+    """A checkpoint cannot be used."""
+
+    family: Family | None = None
+    """Which model the file looks like, where that can be told."""
+
+
+class CheckpointMissing(CheckpointError, FileNotFoundError):
+    """No file under the models directory is one of the wanted models; files that may have been are named."""
+
+    def __init__(self, families: Sequence[str], models: Path, damaged: Sequence[CheckpointError] = ()) -> None:
+        files = "".join(f"{error}; " for error in damaged)
+        super().__init__(
+            f"{files}no checkpoint for {' and '.join(families)} under {format_path(models)}: download it there "
+            "(README, 'Real checkpoints'), or try synthetic ones with: "
+            f"i2l make-checkpoints {format_path(models)} --preset tiny"
+        )
+
+
+class CheckpointUnreadable(CheckpointError, ValueError):
+    """The file is not a whole safetensors file."""
+
+    def __init__(self, path: Path, reason: str, family: Family | None = None) -> None:
+        self.family = family
+        super().__init__(f"{format_path(path)} is not a whole safetensors file ({reason}): download it again")
+
+
+class CheckpointForeign(CheckpointError, ValueError):
+    """The file's tensors belong to no model that i2l knows."""
+
+    def __init__(self, path: Path, tensors: int) -> None:
+        super().__init__(
+            f"{format_path(path)} holds {tensors} tensors of a model that i2l does not know: it needs SigLIP2-G384, "
+            "DINOv3-7B and Z-Image-i2L (README, 'Real checkpoints')"
+        )
+
+
+class CheckpointMismatch(CheckpointError, ValueError):
+    """The file is nearly a known model, but some tensors are missing, unexpected or misshapen."""
+
+    def __init__(
+        self,
+        path: Path,
+        family: Family,
+        missing: Sequence[str],
+        unexpected: Sequence[str],
+        misshapen: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+        wrong_dtype: Mapping[str, str],
+    ) -> None:
+        self.family = family
+        differences = {
+            "missing": missing,
+            "unexpected": unexpected,
+            "misshapen": [f"{k} is {list(found)}, not {list(wanted)}" for k, (found, wanted) in misshapen.items()],
+            "neither F32, F16 nor BF16": [f"{name} is {dtype}" for name, dtype in wrong_dtype.items()],
+        }
+        parts = (f"{what}: {some(items)}" for what, items in differences.items() if items)
+        super().__init__(f"{format_path(path)} looks like {family}, but {'; '.join(parts)}: download it again")
+
+
+class CheckpointPrefixed(CheckpointError, ValueError):
+    """A known model whose tensors have longer names, as when it was saved from inside another one."""
+
+    def __init__(self, path: Path, family: Family, prefix: str) -> None:
+        self.family = family
+        super().__init__(
+            f"{format_path(path)} looks like {family}, but the names of its tensors begin with {prefix}: give the "
+            "published file (README, 'Real checkpoints')"
+        )
+
+
+class CheckpointAmbiguous(CheckpointError, ValueError):
+    """Two files under the models directory hold the same model with different specs."""
+
+    def __init__(self, family: str, paths: Sequence[Path]) -> None:
+        super().__init__(
+            f"{len(paths)} checkpoints are {family}: {', '.join(format_path(p) for p in paths)}: keep one of them "
+            "under the models directory"
+        )
+
+
+class CheckpointsUnfit(CheckpointError, ValueError):
+    """The adapter was made for other encoders."""
+
+    def __init__(self, adapter: Path, embedding: int, siglip2: int, dinov3: int) -> None:
+        super().__init__(
+            f"{format_path(adapter)} takes embeddings of {embedding} values, but siglip2 and dinov3 give {siglip2} + "
+            f"{dinov3} = {siglip2 + dinov3}: put three checkpoints that belong together under the models directory"
+        )
+
+
+class AdapterAmbiguous(CheckpointError, ValueError):
+    """The adapters of several diffusion models lie under the models directory."""
+
+    def __init__(self, paths: Mapping[DiffusionModel, Path]) -> None:
+        listed = ", ".join(f"{format_path(path)} (for {model})" for model, path in paths.items())
+        super().__init__(
+            f"there are adapters for several diffusion models: {listed}: choose one with --adapter "
+            f"{next(iter(paths))}; each needs an engines directory of its own"
+        )

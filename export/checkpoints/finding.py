@@ -1,0 +1,85 @@
+"""Checkpoints: found under a folder, whatever the files are called; the one of each family, or why there is none."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from ...specs import FAMILIES, AdapterSpec, DiffusionModel, Family
+from .errors import (
+    AdapterAmbiguous,
+    CheckpointAmbiguous,
+    CheckpointError,
+    CheckpointForeign,
+    CheckpointMissing,
+    CheckpointsUnfit,
+)
+from .recognise import Checkpoint, recognise
+
+
+def find_checkpoints(
+    models: Path, families: Sequence[Family] = FAMILIES, *, adapter: DiffusionModel | None = None
+) -> dict[Family, Checkpoint]:
+    """The checkpoint of each family anywhere under ``models``.
+
+    Args:
+        models: a folder, or a file.
+        families: what is wanted.
+        adapter: the diffusion model that the adapter must be for; by default whichever is there.
+
+    Raises:
+        CheckpointMissing: a family has no file; damaged files that may have been one are named.
+        CheckpointMismatch, CheckpointPrefixed, CheckpointUnreadable: one family has no file, but this one that looks
+            like it.
+        CheckpointAmbiguous: a family has several files.
+        AdapterAmbiguous: the adapters of several diffusion models are there, and none was chosen.
+    """
+    found: dict[Family, list[Checkpoint]] = {family: [] for family in families}
+    errors: list[CheckpointError] = []
+    for path in checkpoint_paths(models):
+        try:
+            checkpoint = recognise(path)
+        except CheckpointForeign:
+            continue
+        except CheckpointError as error:
+            errors.append(error)
+        else:
+            if adapter in (None, getattr(checkpoint.spec, "diffusion_model", adapter)):
+                found.setdefault(checkpoint.spec.family, []).append(checkpoint)
+    missing = [family for family in families if not found[family]]
+    if missing:
+        damaged = [error for error in errors if error.family is None or error.family in missing]
+        if [error.family for error in damaged] == missing[:1] == missing:
+            raise damaged[0]
+        raise CheckpointMissing(missing, models, damaged)
+    for family in families:
+        for_models = {c.spec.diffusion_model: c.path for c in found[family] if isinstance(c.spec, AdapterSpec)}
+        if len(for_models) > 1:
+            raise AdapterAmbiguous(for_models)
+        if len(found[family]) > 1:
+            raise CheckpointAmbiguous(family, [checkpoint.path for checkpoint in found[family]])
+    return {family: found[family][0] for family in families}
+
+
+def checkpoint_paths(models: Path) -> Iterator[Path]:
+    """Every safetensors file under ``models`` (or ``models`` itself), in a stable order, each once; follows links."""
+    if models.is_file():
+        yield models
+        return
+    seen: set[Path] = set()  # by their real places: links may go round in circles
+    for name, folders, files in os.walk(models, followlinks=True):
+        folder = Path(name)
+        folders[:] = sorted(f for f in folders if (folder / f).resolve() not in seen)
+        seen.update((folder / f).resolve() for f in folders)
+        for path in (folder / f for f in sorted(files) if f.endswith(".safetensors") and not f.startswith(".")):
+            if path.is_file() and path.resolve() not in seen:
+                seen.add(path.resolve())
+                yield path
+
+
+def require_fitting(checkpoints: Mapping[Family, Checkpoint]) -> None:
+    """Raise :class:`CheckpointsUnfit` if the adapter does not take what the encoders give."""
+    adapter = checkpoints["adapter"].spec
+    assert isinstance(adapter, AdapterSpec)
+    siglip2, dinov3 = checkpoints["siglip2"].spec.hidden, checkpoints["dinov3"].spec.hidden
+    if adapter.embedding != siglip2 + dinov3:
+        raise CheckpointsUnfit(checkpoints["adapter"].path, adapter.embedding, siglip2, dinov3)

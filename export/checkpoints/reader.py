@@ -1,0 +1,120 @@
+"""A checkpoint's tensors, read group by group past the page cache: 21 GB that are needed once.
+
+Reading through the page cache makes the system find a fresh page for every 4 KiB, only to throw it away: on the virtual
+machine of docs/adr/0003 that cost more than quantising. With ``O_DIRECT`` the disk writes into two buffers that are
+used again and again, and no core is busy; the next group is read while the current one is worked on. Such reads must
+start and end on a block of the disk, so tensors that lie side by side are read as one range. Where the system or the
+file system knows no ``O_DIRECT``, the same reads go the usual way.
+"""
+
+import errno
+import io
+import mmap
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...engines.directory.tensorfile import TensorInfo
+from .errors import CheckpointUnreadable
+from .recognise import Checkpoint
+from .torch_dtypes import TORCH_DTYPES
+
+BLOCK = 4096
+"""A multiple of every disk's block."""
+GAP = 64 << 10
+"""Tensors nearer than this are read as one range: shorter than what a disk transfers while it seeks."""
+PIECE = 4 << 20
+"""Bytes of one read; larger ones were not faster."""
+BUFFERS_BYTES = 768 << 20
+"""Two buffers must fit, else there is one and nothing is read ahead: a float32 block of DINOv3-7B takes 0.6 GiB."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bytes ``[offset, offset + nbytes)`` of the file, kept at ``place`` of a buffer; all three whole blocks."""
+
+    offset: int
+    nbytes: int
+    place: int
+
+
+def stream_tensors(checkpoint: Checkpoint, groups: Sequence[Sequence[str]]) -> Iterator[dict[str, Tensor]]:
+    """The tensors of every group in turn, as they lie in the file; valid until the next group is asked for.
+
+    Raises:
+        CheckpointUnreadable: the file ends early; it was whole when its header was read.
+    """
+    plans = [plan_ranges({name: checkpoint.tensors[name] for name in group}) for group in groups]
+    largest = max((_buffer_bytes(ranges) for ranges, _ in plans))
+    buffers = [memoryview(mmap.mmap(-1, largest)) for _ in range(2 if 2 * largest <= BUFFERS_BYTES else 1)]
+    with open_direct(checkpoint.path) as file, ThreadPoolExecutor(1, "i2l-checkpoint-reader") as pool:
+
+        def read(index: int) -> "Future[None]":
+            return pool.submit(read_ranges, file, plans[index][0], buffers[index % len(buffers)])
+
+        coming = [read(index) for index in range(min(len(buffers) - 1, len(plans)))]
+        for index, (group, (_, places)) in enumerate(zip(groups, plans, strict=True)):
+            if index + len(buffers) - 1 < len(plans):
+                coming.append(read(index + len(buffers) - 1))
+            coming.pop(0).result()
+            buffer = buffers[index % len(buffers)]
+            yield {name: _tensor(buffer, places[name], checkpoint.tensors[name]) for name in group}
+
+
+def plan_ranges(tensors: Mapping[str, TensorInfo]) -> tuple[list[Range], dict[str, int]]:
+    """``(ranges to read, tensor -> its place in the buffer)``; no two ranges share a block of the file."""
+    ranges: list[Range] = []
+    places = {}
+    for name, info in sorted(tensors.items(), key=lambda item: item[1].offset):
+        start = info.offset - info.offset % BLOCK
+        end = -(-(info.offset + info.nbytes) // BLOCK) * BLOCK
+        last = ranges[-1] if ranges else None
+        if last and start <= last.offset + last.nbytes + GAP:
+            ranges[-1] = Range(last.offset, max(end - last.offset, last.nbytes), last.place)
+        else:
+            ranges.append(Range(start, end - start, _buffer_bytes(ranges)))
+        places[name] = ranges[-1].place + info.offset - ranges[-1].offset
+    return ranges, places
+
+
+def open_direct(path: Path) -> io.FileIO:
+    """Open a file for reading past the page cache, where that is possible."""
+    direct = getattr(os, "O_DIRECT", 0)
+    try:
+        return io.FileIO(path, opener=lambda name, flags: os.open(name, flags | direct))
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what a file system without O_DIRECT says
+            raise
+        return io.FileIO(path)
+
+
+def read_ranges(file: io.FileIO, ranges: Sequence[Range], buffer: memoryview) -> None:
+    """Read ranges into their places.
+
+    Raises:
+        CheckpointUnreadable: the file ends before the last block of a range begins.
+    """
+    for part in ranges:
+        file.seek(part.offset)
+        done = 0
+        while done < part.nbytes:
+            count = file.readinto(buffer[part.place + done : part.place + min(done + PIECE, part.nbytes)]) or 0
+            done += count
+            if count % BLOCK or not count:  # the end of the file
+                break
+        if done <= part.nbytes - BLOCK:
+            raise CheckpointUnreadable(Path(os.fsdecode(file.name)), "it became shorter while it was read")
+
+
+def _buffer_bytes(ranges: Sequence[Range]) -> int:
+    return ranges[-1].place + ranges[-1].nbytes if ranges else 0
+
+
+def _tensor(buffer: memoryview, place: int, info: TensorInfo) -> Tensor:
+    data = buffer[place : place + info.nbytes]
+    return torch.frombuffer(data, dtype=TORCH_DTYPES[info.dtype]).view(info.shape)

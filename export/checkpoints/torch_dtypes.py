@@ -1,0 +1,14 @@
+"""The numbers that checkpoints and packs hold, as torch calls them."""
+
+from collections.abc import Mapping
+
+import torch
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}

@@ -1,0 +1,1 @@
+"""Graphs: the models as torch modules, and as ONNX."""

@@ -1,0 +1,1 @@
+"""Packs: prepared weights, streamed from the checkpoint to the file."""

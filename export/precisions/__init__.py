@@ -1,0 +1,1 @@
+"""Precisions: how a matrix is stored and multiplied."""

@@ -1,0 +1,1 @@
+"""What looks at things and tells: inspection, check-up, diagnosis, verification, pictures."""

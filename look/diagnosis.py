@@ -1,0 +1,68 @@
+"""What works on this machine, and what it would take for the rest."""
+
+import importlib.util
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ..engines.backends import detect_backends
+from ..machine.wording import format_bytes
+
+EXTRAS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
+    "export": (
+        ("build-engines", "verify", "make-checkpoints"),
+        ("torch", "onnx", "onnxscript", "onnx_ir"),
+    ),
+    "plot": (("plot", "plot-trace"), ("matplotlib",)),
+}
+"""``extra -> (commands that need it, what it installs)``."""
+
+
+def diagnose() -> dict[str, Any]:
+    """The machine: backends, what the commands that need more than the core can do here, cores and memory."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "memory_bytes": _memory_bytes(),
+        "backends": [
+            {
+                "name": status.name,
+                "works": status.works and status.proven,
+                "untried": status.works and not status.proven,
+                "reason": status.reason,
+                "remedy": status.remedy,
+            }
+            for status in detect_backends()
+        ],
+        "extras": [_extra_facts(name, commands, modules) for name, (commands, modules) in EXTRAS.items()],
+    }
+
+
+def diagnosis_lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    """:func:`diagnose` for people."""
+    memory = f", {format_bytes(facts['memory_bytes'])} memory" if facts["memory_bytes"] else ""
+    yield f"Python {facts['python']} on {facts['platform']}, {facts['cores']} cores{memory}"
+    for backend in facts["backends"]:
+        if backend["works"]:
+            yield f"backend {backend['name']}: works ({backend['reason']})"
+        elif backend["untried"]:
+            yield f"backend {backend['name']}: untried ({backend['reason']}); {backend['remedy']}"
+        else:
+            yield f"backend {backend['name']}: no ({backend['reason']}); {backend['remedy']}"
+    for extra in facts["extras"]:
+        lacks = f"no ({', '.join(extra['missing'])} missing); {extra['remedy']}"
+        yield f"{', '.join(extra['commands'])}: {lacks if extra['missing'] else 'works'}"
+
+
+def _extra_facts(name: str, commands: Sequence[str], modules: Sequence[str]) -> dict[str, Any]:
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    remedy = f"pip install 'i2l-engines[{name}]'" if missing else ""
+    return {"name": name, "commands": list(commands), "missing": missing, "remedy": remedy}
+
+
+def _memory_bytes() -> int | None:
+    if not hasattr(os, "sysconf"):
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,37 @@
+"""What cannot be looked at."""
+
+from pathlib import Path
+
+from ..engines.errors import EnginesError
+from ..machine.errors import I2LError
+from ..machine.wording import format_path
+
+
+class NothingToInspect(I2LError, ValueError):
+    """The path is neither a checkpoint, nor an engines directory, nor a LoRA."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{format_path(path)} is neither a checkpoint, nor an engines directory, nor a LoRA: give one of those, or "
+            "a folder that holds checkpoints"
+        )
+
+
+class TraceUnreadable(I2LError, ValueError):
+    """A file is not a trace."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(
+            f"{format_path(path)} is not a trace ({reason}): make one with: i2l run ... --trace {format_path(path)}"
+        )
+
+
+class EnginesOfOtherCheckpoints(EnginesError, ValueError):
+    """The engines were built from checkpoints of another architecture."""
+
+    def __init__(self, directory: Path, models: Path, family: str) -> None:
+        super().__init__(
+            f"{format_path(directory)} was built for another {family} than the one under {format_path(models)}: give "
+            f"the checkpoints it was built from, or rebuild with: i2l build-engines --models {format_path(models)} "
+            f"--engines {format_path(directory)}"
+        )

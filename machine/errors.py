@@ -1,0 +1,47 @@
+"""The base of every failure that i2l can explain, and what the machine refuses.
+
+Each room has its errors beside it; :mod:`i2l.errors` shows them all. One rule holds for each: a leaf takes the facts
+and owns its sentence, what is wrong, then a colon, then the next command or change that mends it. The command line
+prints that sentence after ``error:`` and exits with 1; the Python API raises it. A leaf also inherits the built-in
+exception that a Python programmer would catch.
+"""
+
+from pathlib import Path
+
+from .wording import format_bytes, format_path
+
+
+class I2LError(Exception):
+    """Base of every error that i2l raises on purpose."""
+
+
+class PackageMissing(I2LError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, purpose: str, extra: str) -> None:
+        super().__init__(f"{purpose} needs {package}, which is not installed: pip install 'i2l-engines[{extra}]'")
+
+
+class OutputUnwritable(I2LError, OSError):
+    """The output file or directory cannot be written."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"cannot write {format_path(path)} ({reason}): choose another place")
+
+
+class DiskFull(I2LError, OSError):
+    """The disk has no room for what is to be written."""
+
+    def __init__(self, path: Path, needed_bytes: int | None, free_bytes: int) -> None:
+        need = f"{format_bytes(needed_bytes)} needed, " if needed_bytes is not None else ""
+        super().__init__(
+            f"no room on the disk of {format_path(path)} ({need}{format_bytes(free_bytes)} free): free some space or "
+            "choose a directory on another disk"
+        )
+
+
+class StandardOutputUnwritable(I2LError, OSError):
+    """What a command prints cannot be written."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"cannot write to standard output ({reason}): send it to another place")

@@ -1,0 +1,67 @@
+"""Progress: how long work tells it; on the terminal a bar where somebody watches, a line per stage where a log does."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, Protocol
+
+LINE_STEPS = 4
+"""Lines per stage in a log: at each quarter."""
+
+
+class Report(Protocol):
+    """How long work tells its progress: ``done`` of ``total`` units of ``stage`` (units are whatever the stage has)."""
+
+    def __call__(self, stage: str, done: int, total: int) -> None: ...
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """A :class:`Report` that tells nobody."""
+
+
+@contextmanager
+def show_progress(unit: Literal["bytes", "steps"], *, quiet: bool = False) -> Iterator[Report]:
+    """Yield a :class:`Report` that draws on standard error; nothing is drawn if ``quiet``."""
+    if quiet:
+        yield silent
+    elif not sys.stderr.isatty():
+        yield log_lines()
+    else:
+        from rich.console import Console  # noqa: PLC0415 - `i2l --help` must not pay for it
+        from rich.progress import (  # noqa: PLC0415
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        amount = DownloadColumn(binary_units=True) if unit == "bytes" else MofNCompleteColumn()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            amount,
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+            task = bars.add_task("", total=None)
+
+            def report(stage: str, done: int, total: int) -> None:
+                bars.update(task, description=stage, completed=done, total=total)
+
+            yield report
+
+
+def log_lines() -> Report:
+    """A :class:`Report` that prints each stage at every quarter."""
+    last: tuple[str, int] = ("", -1)
+
+    def report(stage: str, done: int, total: int) -> None:
+        nonlocal last
+        now = (stage, LINE_STEPS * done // max(total, 1))
+        if now != last:
+            last = now
+            sys.stderr.write(f"{stage}: {100 * done // max(total, 1)} %\n")
+
+    return report

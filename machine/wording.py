@@ -1,0 +1,30 @@
+"""How things are said to people: bytes, paths, long lists."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+GIB = 1 << 30
+
+
+def format_bytes(count: int) -> str:
+    """Bytes as people read them: ``512 B``, ``3.1 MiB``, ``6.7 GiB``."""
+    if count < 1 << 10:
+        return f"{count} B"
+    for unit, size in (("KiB", 1 << 10), ("MiB", 1 << 20)):
+        if count < size << 10:
+            return f"{count / size:.1f} {unit}"
+    return f"{count / GIB:.2f} GiB"
+
+
+def format_path(path: Path) -> str:
+    """A path with the home directory written as ``~``."""
+    try:
+        return f"~/{path.relative_to(Path.home())}"
+    except (ValueError, RuntimeError):
+        return str(path)
+
+
+def some(items: Sequence[str], shown: int = 8) -> str:
+    """The first few of many things, and how many there are besides."""
+    more = f" and {len(items) - shown} more" if len(items) > shown else ""
+    return f"{', '.join(items[:shown])}{more}"

@@ -1,0 +1,1 @@
+"""Pictures: what the user gives, as what the encoders see."""

@@ -1,0 +1,44 @@
+"""What is wrong with a picture, or a folder of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...machine.errors import I2LError
+from ...machine.wording import format_path
+
+
+class ImageError(I2LError, ValueError):
+    """An image cannot be used."""
+
+
+class NoImages(ImageError):
+    """Nothing to read."""
+
+    def __init__(self) -> None:
+        super().__init__("no image was given: i2l run PHOTO.jpg --engines DIR --output LORA.safetensors")
+
+
+class ImageUnreadable(ImageError):
+    """The file is absent, truncated or not an image."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name} cannot be read as an image ({reason}): give a whole JPEG, PNG or WebP file")
+
+
+class ImageAbsurd(ImageError):
+    """The image's size makes no sense as an example picture."""
+
+    def __init__(self, name: str, width: int, height: int, limits: str) -> None:
+        super().__init__(f"{name} is {width} x {height} pixels; {limits}: resize or crop it first")
+
+
+class FolderEmpty(ImageError):
+    """A folder was given, but it holds no image, or no folder with images."""
+
+    def __init__(self, folder: Path, suffixes: Sequence[str], *, per_folder: bool = False) -> None:
+        lacks = "no folder with images" if per_folder else "no image"
+        deeper = "give --per image for its own images" if per_folder else "folders inside it are not looked into"
+        super().__init__(
+            f"{format_path(folder)} holds {lacks}: put pictures there (files that end in {', '.join(suffixes)}); "
+            f"{deeper}"
+        )

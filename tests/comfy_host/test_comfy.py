@@ -1,0 +1,623 @@
+"""The ComfyUI nodes over stand-ins of what they touch of ComfyUI (tests/real_comfyui.py has the real one)."""
+
+import importlib
+import json
+import logging
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from comfy_standins import Host, InterruptProcessingException, ModelPatcher
+from conftest import MakeEngines, MakeModels, graphs_once, picture
+from i2l.engines.cpu.backend import OrtEngine
+from i2l.engines.cpu.converted import CPU_FOLDER
+from i2l.errors import (
+    BackendUnavailable,
+    CheckpointMissing,
+    ImageAbsurd,
+    LoraDataForeign,
+    LoraNotApplied,
+    NodePackIncomplete,
+    OutputOutside,
+)
+from i2l.export.precisions.base import Precision
+from i2l.lora.lora import describe_lora
+from i2l.runtime.cache import FOLDER_VARIABLE, default_cache_folder
+from i2l.runtime.pipeline import Pipeline
+from i2l.specs import PRESETS, Spec
+from real_comfyui import prompt_from_workflow
+
+ROOT = Path(__file__).parents[2]
+ADAPTER = PRESETS["tiny"].adapter
+MODULES = {
+    f"{component}.{index}.{target}"
+    for component, blocks in ADAPTER.components
+    for index in range(blocks)
+    for target, _, _ in (*ADAPTER.attention_targets, *ADAPTER.feed_forward_targets)
+}
+
+
+@pytest.fixture
+def home(models: MakeModels, engines: MakeEngines, tmp_path: Path) -> Path:
+    """A base folder of ComfyUI: tiny checkpoints under the names that users give them, engines beside them."""
+    i2l_folder = tmp_path / "models" / "I2L"
+    i2l_folder.mkdir(parents=True)
+    for folder in ("CLIPS", "Z-Image"):
+        (i2l_folder / folder).symlink_to(models("tiny") / folder)
+    (i2l_folder / "engines").symlink_to(engines("tiny", "fp32"))
+    return tmp_path
+
+
+@pytest.fixture
+def host(home: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    host = Host(home)
+    stay = {"comfy_standins", "i2l.comfy_host.errors"}  # what is raised must be what the tests imported
+    for name in [*sys.modules]:
+        if name.startswith(("i2l.comfy_", "comfy", "folder_paths")) and name not in stay:
+            monkeypatch.delitem(sys.modules, name)
+    for name, module in host.install().items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return host
+
+
+@pytest.fixture
+def nodes(host: Host) -> ModuleType:
+    """``i2l.comfy_nodes``, imported afresh into this ComfyUI."""
+    assert host.base.is_dir()
+    return importlib.import_module("i2l.comfy_nodes")
+
+
+@pytest.fixture
+def apply(nodes: ModuleType) -> Callable[..., Any]:
+    """``apply(images, strength, **widgets)`` through the loader, as ComfyUI calls nodes: in inference mode."""
+    (path,) = nodes.PipelineLoader().load("Z-Image-i2L.safetensors")
+
+    def call(images: torch.Tensor | None = None, strength: float = 1.0, **widgets: object) -> Any:
+        with torch.inference_mode():
+            return nodes.Apply().apply(path, batch() if images is None else images, strength, **widgets)
+
+    return call
+
+
+def batch(count: int = 1, width: int = 48, height: int = 40) -> torch.Tensor:
+    """An ``IMAGE``: pictures in [0, 1], as Load Image gives them."""
+    arrays = [np.asarray(picture(width, height, seed), np.float32) / 255 for seed in range(count)]
+    return torch.from_numpy(np.stack(arrays))
+
+
+AS_COMFYUI_LOADS_PACKS = """
+import importlib.metadata, importlib.util, sys
+from pathlib import Path
+
+class NotInstalled:  # the package is in ComfyUI's folder and nowhere else
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "i2l":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NotInstalled())
+found = importlib.metadata.distribution
+def distribution(name):
+    if name == "i2l-engines":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return found(name)
+importlib.metadata.distribution = distribution
+
+root, tests, base = sys.argv[1:]
+sys.path.insert(0, tests)
+from comfy_standins import Host
+host = Host(Path(base))
+host.install()
+name = root.replace(".", "_x_")
+spec = importlib.util.spec_from_file_location(name, root + "/__init__.py")
+module = importlib.util.module_from_spec(spec)
+sys.modules[name] = module
+spec.loader.exec_module(module)
+assert hasattr(module, "NODE_CLASS_MAPPINGS") and not hasattr(module, "comfy_entrypoint")
+assert not hasattr(module, "WEB_DIRECTORY")
+assert "onnxruntime" not in sys.modules  # starting ComfyUI must not pay for it
+loader, apply, save = (module.NODE_CLASS_MAPPINGS[f"ZImageI2L_{n}"]() for n in ("PipelineLoader", "Apply", "Save"))
+import torch
+(path,) = loader.load("Z-Image-i2L.safetensors")
+patched, data = apply.apply(path, torch.rand(2, 32, 32, 3), 1.0)
+assert patched is None
+save.save(data, "from a pack")
+"""
+
+
+def test_the_pack_loads_and_runs_as_comfyui_loads_it(home: Path) -> None:
+    arguments = [str(ROOT), str(ROOT / "tests"), str(home)]
+    run = subprocess.run(
+        [sys.executable, "-c", AS_COMFYUI_LOADS_PACKS, *arguments], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    facts = describe_lora(home / "output" / "loras" / "from a pack.safetensors")
+    assert (facts["modules"], facts["rank"], facts["key_format"]) == (len(MODULES), 8, "comfyui")
+
+
+def test_the_contracts_of_saved_workflows_hold(nodes: ModuleType) -> None:
+    assert dict(nodes.NODE_DISPLAY_NAME_MAPPINGS) == {
+        "ZImageI2L_PipelineLoader": "\N{WRENCH} Z-Image i2L Loader",
+        "ZImageI2L_Apply": "\N{ARTIST PALETTE} Z-Image i2L Apply",
+        "ZImageI2L_Save": "\N{FLOPPY DISK} Save LoRA",
+    }
+    loader, apply, save = (nodes.NODE_CLASS_MAPPINGS[name] for name in nodes.NODE_DISPLAY_NAME_MAPPINGS)
+    assert {node.CATEGORY for node in (loader, apply, save)} == {"Z-Image-i2L"}
+    assert loader.INPUT_TYPES() == {
+        "required": {"model_filename": (["Z-Image-i2L.safetensors"], {"default": "Z-Image-i2L.safetensors"})}
+    }
+    assert (loader.RETURN_TYPES, loader.RETURN_NAMES) == (("ZI2L_FILE",), ("z_image_file_path",))
+    inputs = apply.INPUT_TYPES()
+    assert {name: kind for name, (kind, *_) in inputs["required"].items()} == {
+        "z_image_file_path": "ZI2L_FILE",
+        "images": "IMAGE",
+        "strength": "FLOAT",
+    }
+    strength = inputs["required"]["strength"][1]
+    assert (strength["default"], strength["min"], strength["max"], strength["step"]) == (1.0, 0.0, 10.0, 0.1)
+    optional = {name: kind for name, (kind, *_) in inputs["optional"].items()}
+    assert list(optional.items())[:3] == [
+        ("model", "MODEL"),
+        ("use_cpu_for_vision", "BOOLEAN"),
+        ("vram_optimization", "BOOLEAN"),
+    ]
+    assert apply.RETURN_TYPES == ("MODEL", "lora_weights")
+    assert apply.RETURN_NAMES == ("patched_model", "lora_data")
+    assert {n: kind for n, (kind, *_) in save.INPUT_TYPES()["required"].items()} == {
+        "lora_data": "lora_weights",
+        "filename": "STRING",
+    }
+    assert save.INPUT_TYPES()["required"]["filename"][1]["default"] == "z_image_style_lora"
+    assert (save.RETURN_TYPES, save.OUTPUT_NODE) == ((), True)
+
+
+@pytest.mark.parametrize(
+    ("values", "backend"),
+    [([0.5], "auto"), ([0.5, True], "cpu"), ([0.5, False], "auto"), ([0.5, True, False], "cpu")],
+)
+def test_saved_widget_values_keep_their_meaning(nodes: ModuleType, values: list[object], backend: str) -> None:
+    info = {name: {"input": node.INPUT_TYPES()} for name, node in nodes.NODE_CLASS_MAPPINGS.items()}
+    node = {"id": 1, "type": "ZImageI2L_Apply", "inputs": [], "widgets_values": values}
+    widgets = prompt_from_workflow({"nodes": [node], "links": []}, info)["1"]["inputs"]
+    assert widgets.pop("strength") == 0.5
+    adapter = nodes.PipelineLoader().load("Z-Image-i2L.safetensors")[0]
+    nodes.Apply().apply(adapter, batch(), 0.5, **widgets)
+    assert nodes.open_pipelines._key[2] == backend
+
+
+def test_apply_gives_what_the_pipeline_gives(apply: Callable[..., Any], home: Path) -> None:
+    images = batch(2)
+    _, data = apply(images, 1.0)
+    with Pipeline(home / "models" / "I2L" / "engines") as pipeline:
+        lora = pipeline.lora_from_images([np.asarray(picture(48, 40, seed)) for seed in range(2)])
+    assert {key.split(".lora_")[0] for key in data} == MODULES
+    for module, (a, b) in lora.factors.items():
+        for key, factor in ((f"{module}.lora_A.default.weight", a), (f"{module}.lora_B.default.weight", b)):
+            assert data[key].dtype == torch.bfloat16
+            assert torch.equal(data[key], torch.from_numpy(factor).to(torch.bfloat16))
+
+
+def test_strength_is_linear(apply: Callable[..., Any]) -> None:
+    (_, once), (_, twice) = apply(strength=1.0), apply(strength=2.0)
+    for key in once:
+        factor = 2.0 if ".lora_A." in key else 1.0
+        assert torch.equal(twice[key], once[key] * factor)
+
+
+def test_rank_reduces_what_goes_out(apply: Callable[..., Any]) -> None:
+    _, whole = apply(batch(2))
+    patched, data = apply(batch(2), rank=3, model=ModelPatcher(MODULES))
+    for module in MODULES:
+        down, up = (f"{module}.lora_{factor}.default.weight" for factor in "AB")
+        assert data[down].shape[0] == data[up].shape[1] == 3
+        assert torch.equal(patched.patches[module][0][1], data[down])
+        wanted = whole[up].float() @ whole[down].float()
+        error = torch.linalg.matrix_norm(data[up].float() @ data[down].float() - wanted)
+        best = torch.linalg.svdvals(wanted)[3:].norm()  # no product of rank 3 is nearer (Eckart and Young)
+        assert error <= best + 0.01 * torch.linalg.matrix_norm(wanted)  # bfloat16 rounds each factor by up to 0.4 %
+
+
+def test_pixels_are_cut_off_as_in_save_image(nodes: ModuleType) -> None:
+    (array,) = nodes.arrays_from_images(torch.tensor([[[[-0.5, 0.0, 0.999], [1.0, 1.5, 0.5]]]]))
+    assert array.tolist() == [[[0, 0, 254], [255, 255, 127]]]
+
+
+def test_every_eight_bit_value_survives_load_image(nodes: ModuleType) -> None:
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
+    loaded = torch.from_numpy(np.array(levels).astype(np.float32) / 255.0)
+    assert np.array_equal(nodes.arrays_from_images(loaded)[0], levels[0])
+
+
+@pytest.mark.parametrize(("images", "passes"), [(1, 1), (4, 1), (5, 2)])
+def test_progress_counts_every_step_once(
+    apply: Callable[..., Any], host: Host, home: Path, images: int, passes: int
+) -> None:
+    apply(batch(images))
+    manifest = json.loads((home / "models" / "I2L" / "engines" / "manifest.json").read_text())
+    count = {name: sum(len(chunk["steps"]) for chunk in m["chunks"]) for name, m in manifest["models"].items()}
+    steps = passes * (count["siglip2"] + count["dinov3"]) + count["adapter"]
+    values = [value for value, _ in host.progress]
+    assert values == sorted(values)
+    assert {total for _, total in host.progress} == {steps}
+    assert set(values) == set(range(steps + 1))
+
+
+def test_a_second_run_opens_nothing(apply: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    apply()
+    opened: list[object] = []
+    for opening in (Pipeline, OrtEngine):
+        monkeypatch.setattr(opening, "__init__", lambda *arguments, **_: opened.append(arguments))
+    apply(strength=0.5)
+    assert opened == []
+
+
+def test_known_pictures_need_only_the_adapter(
+    apply: Callable[..., Any], host: Host, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    _, before = apply(batch(2))
+    host.unload_all_models()
+    host.progress.clear()
+    monkeypatch.delattr(Pipeline, "embed_pixels")
+    _, after = apply(batch(2), 0.5)
+    for key, value in before.items():
+        assert torch.equal(after[key], value * (0.5 if ".lora_A." in key else 1.0))
+    assert "rank 8 from 2 images (2 known before)" in caplog.text
+    assert host.progress[0][0] > 0
+    assert host.progress[-1][0] == host.progress[-1][1]  # the bar ends where it ends after a whole run
+
+
+def test_embeddings_lie_in_comfyuis_user_folder(
+    apply: Callable[..., Any], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = default_cache_folder()
+    apply()
+    assert len(list(chosen.iterdir())) == 1
+    assert not (home / "user").exists()
+    monkeypatch.delenv(FOLDER_VARIABLE)
+    monkeypatch.setenv("HOME", str(home / "nobody"))
+    importlib.import_module("i2l.comfy_nodes").open_pipelines.close()
+    apply()
+    assert len(list((home / "user" / "__i2l" / "embeddings").iterdir())) == 1
+    assert not (home / "nobody").exists()
+
+
+def test_a_vram_budget_without_a_gpu_is_said_once(apply: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        apply(vram_budget_gib=8.0)
+    assert caplog.text.count("a VRAM budget of 8.00 GiB has no effect: the backend is cpu") == 1
+
+
+@pytest.fixture
+def fp8(home: Path, engines: MakeEngines) -> Path:
+    """The home's engines are fp8, and no CPU has run them yet."""
+    folder = home / "models" / "I2L" / "engines"
+    folder.unlink()
+    shutil.copytree(engines("tiny", "fp8"), folder, ignore=shutil.ignore_patterns(CPU_FOLDER))
+    return folder
+
+
+def test_converting_fp8_moves_the_bar(apply: Callable[..., Any], host: Host, fp8: Path) -> None:
+    apply()
+    assert (fp8 / CPU_FOLDER / "manifest.json").is_file()
+    steps = host.progress[-1][1]
+    opening = [value for value, total in host.progress if total != steps]
+    assert len(opening) > 10
+    assert opening == sorted(opening)
+    assert host.progress[: len(opening)] == [(value, host.progress[0][1]) for value in opening]
+
+
+def test_an_interrupt_stops_the_conversion_of_fp8(
+    apply: Callable[..., Any], nodes: ModuleType, host: Host, fp8: Path
+) -> None:
+    host.interrupt_at = 3
+    with pytest.raises(InterruptProcessingException):
+        apply()
+    assert len(host.progress) == 3
+    assert not (fp8 / CPU_FOLDER / "manifest.json").exists()
+    assert nodes.open_pipelines._pipeline is None
+    assert len(apply()[1]) == 2 * len(MODULES)
+
+
+def test_an_interrupt_acts_between_two_graphs(
+    apply: Callable[..., Any], host: Host, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported = []
+
+    def export(spec: Spec, precision: Precision) -> Iterator[tuple[str, onnx.ModelProto]]:
+        for named in graphs_once(spec, precision):  # type: ignore[arg-type]  # frozen, so it has a hash
+            exported.append(named)
+            yield named
+
+    monkeypatch.setattr("i2l.export.build.export_graphs", export)
+    host.interrupt_at = 2
+    try:
+        with pytest.raises(InterruptProcessingException):
+            apply(precision="int8")
+        assert len(exported) == 2
+    finally:
+        shutil.rmtree(home / "models" / "I2L" / "engines" / "Z-Image-i2L-int8")  # the folder is the session's
+
+
+def test_freeing_memory_closes_the_pipeline(
+    nodes: ModuleType, apply: Callable[..., Any], host: Host, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    _, before = apply()
+    host.unload_all_models()
+    assert nodes.open_pipelines._pipeline is None
+    _, after = apply()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert len([r for r in caplog.records if r.message.startswith("i2l: opened")]) == 2
+
+
+@pytest.mark.parametrize("moves", [1, 4, 9])
+def test_an_interrupt_acts_within_one_step(
+    apply: Callable[..., Any], host: Host, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    _, whole = apply()
+    shutil.rmtree(default_cache_folder())  # or only the adapter would be left to do
+    runs: list[int] = []
+    run = OrtEngine.run
+
+    def counted(self: OrtEngine, *arguments: Any) -> Any:
+        runs.append(len(host.progress))
+        return run(self, *arguments)
+
+    monkeypatch.setattr(OrtEngine, "run", counted)
+    host.progress.clear()
+    host.interrupt_at = moves
+    with pytest.raises(InterruptProcessingException):
+        apply()
+    assert sum(progress >= moves for progress in runs) <= 1
+    _, again = apply()
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+def test_an_image_that_cannot_be_used_is_an_error(apply: Callable[..., Any]) -> None:
+    with pytest.raises(ImageAbsurd):
+        apply(torch.rand(1, 8, 8, 3))
+
+
+def test_a_backend_that_cannot_run_is_an_error(
+    apply: Callable[..., Any], nodes: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(name: str) -> tuple[str, str]:
+        raise BackendUnavailable(name, "no such card", "buy one")
+
+    monkeypatch.setattr("i2l.runtime.opening.choose_backend", refuse)
+    with pytest.raises(BackendUnavailable, match="no such card"):
+        apply()
+    assert nodes.open_pipelines._pipeline is None
+
+
+def test_an_adapter_that_is_not_there_is_an_error(nodes: ModuleType) -> None:
+    with pytest.raises(CheckpointMissing, match="Z-Image"):
+        nodes.PipelineLoader().load("mine.safetensors")
+
+
+def test_a_file_that_is_no_adapter_is_an_error(nodes: ModuleType, home: Path) -> None:
+    encoder = home / "models" / "I2L" / "CLIPS" / "DINOv3-7B.safetensors"
+    with pytest.raises(CheckpointMissing, match="adapter"):
+        nodes.Apply().apply(str(encoder), batch(), 1.0)
+
+
+def test_extra_model_paths_are_searched(host: Host, home: Path) -> None:
+    more = home / "big disk"
+    (more / "Z-Image").mkdir(parents=True)
+    shutil.copyfile(home / "models" / "I2L" / "Z-Image" / "Z-Image-i2L.safetensors", more / "Z-Image" / "b.safetensors")
+    (more / "Z-Image" / "notes.txt").touch()
+    host._add_folder("I2L", str(more))  # extra_model_paths.yaml is read before packs are loaded
+    nodes = importlib.import_module("i2l.comfy_nodes")
+    names = nodes.PipelineLoader.INPUT_TYPES()["required"]["model_filename"][0]
+    assert names == ["Z-Image-i2L.safetensors", "b.safetensors"]
+    (path,) = nodes.PipelineLoader().load("b.safetensors")
+    assert Path(path).parent == more / "Z-Image"
+    assert nodes.root_of(Path(path)) == more
+    found = importlib.import_module("i2l.comfy_host.engines").find_encoders([more, home / "models" / "I2L"])
+    assert set(found) == {"siglip2", "dinov3"}
+
+
+def test_an_empty_folder_offers_the_default_name(nodes: ModuleType, home: Path) -> None:
+    (home / "models" / "I2L" / "Z-Image").unlink()
+    assert nodes.PipelineLoader.INPUT_TYPES()["required"]["model_filename"][0] == ["Z-Image-i2L.safetensors"]
+
+
+def test_engines_are_built_on_first_use(
+    apply: Callable[..., Any], host: Host, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    _, data = apply(precision="bf16")
+    engines = home / "models" / "I2L" / "engines" / "Z-Image-i2L-bf16"
+    try:
+        assert json.loads((engines / "manifest.json").read_text())["precision"] == "bf16"
+        total = host.progress[0][1]
+        built = [value for value, of in host.progress if of == total]
+        assert built == sorted(built)
+        assert 0.95 * total < built[-1] <= total  # the total counts headers and padding, which nobody reports
+        assert "building them in" in caplog.text
+        assert set(data) == set(apply(precision="bf16")[1])
+        assert caplog.text.count("building them in") == 1
+    finally:
+        shutil.rmtree(engines)  # the folder is the session's
+
+
+def test_changed_checkpoints_are_built_anew(
+    apply: Callable[..., Any], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = home / "models" / "I2L" / "Z-Image"
+    original = adapters.resolve()
+    adapters.unlink()
+    shutil.copytree(original, adapters, copy_function=shutil.copyfile)  # with a new modification time
+
+    class Built(Exception):
+        pass
+
+    def build(_: object, engines: Path, **options: object) -> None:
+        assert options["precision"] == "auto"
+        raise Built(engines.name)
+
+    monkeypatch.setattr("i2l.export.build.build_engines", build)
+    with pytest.raises(Built, match="Z-Image-i2L-int8"):
+        apply()
+
+
+def test_engines_serve_when_the_encoders_are_gone(
+    apply: Callable[..., Any], home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (home / "models" / "I2L" / "CLIPS").unlink()
+    _, data = apply()
+    assert len(data) == 2 * len(MODULES)
+    assert "unchecked" in caplog.text
+    (home / "models" / "I2L" / "engines").unlink()
+    with pytest.raises(CheckpointMissing):
+        apply()
+
+
+@pytest.mark.usefixtures("host")
+def test_a_missing_package_names_the_command() -> None:
+    host_engines = importlib.import_module("i2l.comfy_host.engines")
+    with pytest.raises(NodePackIncomplete, match=re.escape("-m pip install -r")), host_engines.pack_requirements():
+        raise ModuleNotFoundError("No module named 'onnx'", name="onnx")
+
+
+def test_the_patched_model_carries_the_lora(apply: Callable[..., Any]) -> None:
+    model = ModelPatcher(MODULES)
+    patched, data = apply(strength=3.0, model=model)
+    assert model.patches == {}
+    assert patched.patches.keys() == MODULES
+    for module, ((strength, down, up),) in patched.patches.items():
+        assert strength == 1.0  # it is in the factors already
+        assert torch.equal(down, data[f"{module}.lora_A.default.weight"])
+        assert torch.equal(up, data[f"{module}.lora_B.default.weight"])
+
+
+def test_a_second_lora_on_the_same_model_counts_by_itself(apply: Callable[..., Any]) -> None:
+    patched, _ = apply(model=ModelPatcher(MODULES))
+    twice, _ = apply(model=patched)
+    assert all(len(patches) == 2 for patches in twice.patches.values())
+
+
+def test_a_model_that_takes_a_part_is_an_error(apply: Callable[..., Any]) -> None:
+    with pytest.raises(LoraNotApplied, match=f"only 1 of the LoRA's {len(MODULES)} modules"):
+        apply(model=ModelPatcher({min(MODULES)}))
+
+
+@pytest.fixture
+def save(nodes: ModuleType) -> Callable[..., Path]:
+    """``save(data, name) -> path`` of the file."""
+    return lambda data, name: Path(nodes.Save().save(data, name)["ui"]["text"][0])
+
+
+def test_the_file_has_the_values_and_the_metadata(
+    apply: Callable[..., Any], save: Callable[..., Path], home: Path
+) -> None:
+    _, data = apply()
+    path = save(data, "style")
+    assert path == home / "output" / "loras" / "style.safetensors"
+    tensors = load_file(path)
+    assert len(tensors) == len(data)
+    for key, value in data.items():
+        module, factor = key.split(".lora_")
+        assert torch.equal(tensors[f"diffusion_model.{module}.lora_{factor[0]}.weight"], value)
+    metadata = describe_lora(path)["metadata"]
+    assert isinstance(metadata, dict)
+    assert {"i2l.images", "i2l.engines", "ss_base_model_version"} <= metadata.keys()
+
+
+def test_a_dictionary_of_another_pack_is_saved(save: Callable[..., Path]) -> None:
+    data = {
+        "layers.0.attention.to_q.lora_A.default.weight": torch.ones(4, 8, dtype=torch.float16),
+        "layers.0.attention.to_q.lora_B.default.weight": torch.ones(6, 4, dtype=torch.float16),
+    }
+    assert describe_lora(save(data, "style"))["modules"] == 1
+
+
+def test_no_lora_is_an_error_not_an_empty_file(save: Callable[..., Path], home: Path) -> None:
+    with pytest.raises(LoraDataForeign):
+        save({}, "style")
+    assert not list(home.rglob("style*"))
+
+
+def test_names_that_are_taken_get_numbers(apply: Callable[..., Any], save: Callable[..., Path]) -> None:
+    _, data = apply()
+    paths = [save(data, name) for name in ("style", "style", "style.safetensors", "portraits/style", "in %year%/style")]
+    loras = paths[0].parent
+    assert [str(path.relative_to(loras)) for path in paths] == [
+        "style.safetensors",
+        "style_00002.safetensors",
+        "style_00003.safetensors",
+        "portraits/style.safetensors",
+        "in 2026/style.safetensors",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../style",
+        "../../style",
+        "a/../../style",
+        "/tmp/style",
+        "../loras2/style",
+        "",
+        "  ",
+        ".",
+        "..",
+        ".safetensors",
+        "a\0b",
+    ],
+)
+def test_names_that_lead_out_are_refused(nodes: ModuleType, home: Path, name: str) -> None:
+    data = {"m.lora_A.default.weight": torch.ones(1, 1), "m.lora_B.default.weight": torch.ones(1, 1)}
+    with pytest.raises(OutputOutside, match="below"):
+        nodes.Save().save(data, name)
+    assert not (home / "output").exists()
+
+
+def test_a_link_that_leads_out_is_refused(nodes: ModuleType, home: Path) -> None:
+    (home / "output" / "loras").mkdir(parents=True)
+    (home / "elsewhere").mkdir()
+    (home / "output" / "loras" / "link").symlink_to(home / "elsewhere")
+    data = {"m.lora_A.default.weight": torch.ones(1, 1), "m.lora_B.default.weight": torch.ones(1, 1)}
+    with pytest.raises(OutputOutside):
+        nodes.Save().save(data, "link/style")
+
+
+@pytest.mark.parametrize("name", ["factory", "instant_apply"])
+def test_example_workflows_hang_together(nodes: ModuleType, name: str) -> None:
+    workflow = json.loads((ROOT / "example_workflows" / f"{name}.json").read_text())
+    assert (ROOT / "example_workflows" / f"{name}.jpg").is_file()
+    by_id = {node["id"]: node for node in workflow["nodes"]}
+    for number, source, out, target, into, kind in workflow["links"]:
+        assert number in by_id[source]["outputs"][out]["links"]
+        assert by_id[target]["inputs"][into]["link"] == number
+        assert by_id[source]["outputs"][out]["type"] == by_id[target]["inputs"][into]["type"] == kind
+    for node in workflow["nodes"]:
+        if node["type"] in nodes.NODE_CLASS_MAPPINGS:
+            groups = nodes.NODE_CLASS_MAPPINGS[node["type"]].INPUT_TYPES()
+            inputs = {name: value for group in groups.values() for name, value in group.items()}
+            defaults = [rest[0]["default"] for _, *rest in inputs.values() if rest and "default" in rest[0]]
+            assert node["widgets_values"] == defaults
+
+
+def test_requirements_are_the_project_s_without_torch() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    blocks = [
+        re.search(rf"^{name} = \[(.*?)\]", project, re.MULTILINE | re.DOTALL) for name in ("dependencies", "export")
+    ]
+    wanted = [name for block in blocks if block for name in re.findall(r'"(.+?)"', block[1])]
+    assert "torch>=2.9" in wanted
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    found = [line for line in lines if line and not line.startswith("#")]
+    assert found == [line for line in wanted if not line.startswith("torch")]

@@ -1,0 +1,437 @@
+"""The cuda backend without a GPU: its engines over host pointers, its graphs in float32, what stands in its way.
+
+Nothing here shows that CUDA works. tests/engines/tensorrt/test_gpu.py does, where there is a GPU.
+"""
+
+import ctypes
+import itertools
+import json
+import logging
+import shutil
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from click.testing import CliRunner
+
+from conftest import MakeEngines, MakeModels, picture
+from fake_device import HostDevice
+from i2l.cli import main
+from i2l.engines import backends
+from i2l.engines.base import Limits, VramBudget
+from i2l.engines.cuda.backend import arena_memory, open_cuda
+from i2l.engines.cuda.graph_files import FACTS, checked_graphs, graphs_folder
+from i2l.engines.cuda.session import CpuTarget, CudaTarget, OrtDeviceEngine
+from i2l.engines.device import card as cuda_device
+from i2l.engines.device.backend import DeviceBackend
+from i2l.engines.device.tensor import DeviceTensor
+from i2l.engines.directory.manifest import read_manifest
+from i2l.engines.directory.tensorfile import TensorInfo
+from i2l.errors import (
+    BackendUnavailable,
+    BudgetTooSmall,
+    CudaGraphsUnusable,
+    OutOfDeviceMemory,
+    ProviderMissing,
+    ShapeMismatch,
+)
+from i2l.export.backends.cuda import build_cuda_graphs
+from i2l.export.graphs.graphs import export_graphs
+from i2l.export.precisions.choosing import cuda_precision
+from i2l.lora.lora import Lora
+from i2l.runtime.pipeline import Pipeline
+from i2l.specs import PRESETS
+
+PICTURES = [picture(90, 70, seed=1), picture(64, 64, seed=2)]
+
+
+class LateEngine:
+    """Runs when the compute lane comes to it."""
+
+    def __init__(self, device: HostDevice, engine: OrtDeviceEngine) -> None:
+        self._device, self._engine = device, engine
+        self.activation = engine.activation
+
+    def run(self, activation: Any, weights: Mapping[str, DeviceTensor]) -> dict[str, Any]:
+        outputs: dict[str, Any] = {}
+        self._device.enqueue("compute", lambda: outputs.update(self._engine.run(activation, weights)))
+        self._device.drain("compute")
+        return outputs
+
+
+def lora_at(directory: Path, graphs: Mapping[str, Path], spare_bytes: int) -> Lora:
+    """The LoRA by pointer engines over these graphs, at the smallest budget and so much more."""
+    manifest = read_manifest(directory)
+    memory = arena_memory(manifest.models, 4)
+    device = HostDevice(1 << 30, seed=spare_bytes)
+
+    def make(graph: str) -> LateEngine:
+        return LateEngine(device, OrtDeviceEngine(graph, graphs[graph].read_bytes(), CpuTarget(), 0))
+
+    def backend(budget_bytes: int) -> DeviceBackend:
+        return DeviceBackend("host", device, make, directory, manifest, memory, budget_bytes)
+
+    with pytest.raises(BudgetTooSmall) as caught:
+        backend(0)
+    with Pipeline(directory, backend="cpu", threads=1) as pipeline:
+        pipeline.close()
+        made = pipeline._open._backend = backend(caught.value.needed_bytes + spare_bytes)
+        lora = pipeline.lora_from_images(PICTURES)
+        assert device.pinned_bytes == sum(pack.size() for pack in made._maps.values())
+        assert (made.residency.streamed_bytes == 0) == (spare_bytes == 10_000_000)
+        assert pipeline.vram == {
+            "budget_bytes": made.residency.budget_bytes,
+            "planned_peak_bytes": made.residency.peak_bytes,
+            "measured_peak_bytes": device.peak_bytes,
+        }
+    assert device.used_bytes == device.pinned_bytes == 0
+    return lora
+
+
+def relative_error(found: Lora, wanted: Lora) -> float:
+    """The largest over all modules, of ``B @ A``."""
+    return max(
+        float(np.linalg.norm(found.factors[name][1] @ found.factors[name][0] - b @ a) / np.linalg.norm(b @ a))
+        for name, (a, b) in wanted.factors.items()
+    )
+
+
+@pytest.fixture(scope="module")
+def wanted(engines: MakeEngines) -> Lora:
+    with Pipeline(engines("tiny", "fp32"), backend="cpu", threads=1) as pipeline:
+        return pipeline.lora_from_images(PICTURES)
+
+
+@pytest.mark.parametrize("spare_bytes", [0, 60_000, 400_000, 10_000_000])
+def test_pointers_give_the_cpus_lora_bit_for_bit(engines: MakeEngines, wanted: Lora, spare_bytes: int) -> None:
+    directory = engines("tiny", "fp32")
+    manifest = read_manifest(directory)
+    graphs = {graph: directory / manifest.build / path for graph, path in manifest.graphs.items()}
+    found = lora_at(directory, graphs, spare_bytes)
+    for module, factors in wanted.factors.items():
+        for x, y in zip(found.factors[module], factors, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def with_graphs(engines: MakeEngines, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Engines with the cuda backend's graphs, in float32 for the CPU provider; int8 has the most forms."""
+    directory = tmp_path_factory.mktemp("cuda") / "engines"
+    shutil.copytree(engines("tiny", "int8"), directory)
+    build_cuda_graphs(directory, compute=torch.float32)
+    return directory
+
+
+def test_the_graphs_compute_what_the_checkpoint_does(with_graphs: Path, wanted: Lora) -> None:
+    """Activations are exact here: what is left is the weights' rounding."""
+    graphs = checked_graphs(with_graphs, read_manifest(with_graphs))
+    errors = [relative_error(lora_at(with_graphs, graphs, spare), wanted) for spare in (0, 10_000_000)]
+    assert errors[0] == errors[1]
+    assert 1e-3 < errors[0] < 0.05
+
+
+ON_CUDA = {
+    "Add", "Attention", "Cast", "Concat", "Expand", "Gather", "Gelu", "Gemm", "LayerNormalization", "MatMul", "Mul",
+    "Reshape", "RotaryEmbedding", "Shape", "Sigmoid", "Slice", "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze",
+}  # fmt: skip
+"""In onnxruntime's list of CUDA kernels at opset 23, in bfloat16 too (docs/OperatorKernels.md there)."""
+
+
+def test_the_graphs_use_only_what_the_provider_has(with_graphs: Path) -> None:
+    int8 = [onnx.load(path) for path in checked_graphs(with_graphs, read_manifest(with_graphs)).values()]
+    spec = PRESETS["tiny"].dinov3
+    fp8 = [model for _, model in export_graphs(spec, cuda_precision("fp8", spec))]
+    for model in [*int8, *fp8]:
+        assert {node.op_type for node in model.graph.node} <= ON_CUDA, model.graph.name
+        assert {node.domain for node in model.graph.node} <= {""}, model.graph.name
+    block = next(model for model in fp8 if model.graph.name == "dinov3.block")
+    inferred = onnx.shape_inference.infer_shapes(block)
+    types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
+    products = [node for node in block.graph.node if node.op_type == "Gemm"]
+    assert len(products) == 4
+    assert {types[node.output[0]] for node in products} == {onnx.TensorProto.BFLOAT16}
+    assert [{a.name: a.i for a in node.attribute}.get("transB") for node in products] == [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (shutil.rmtree, "none were made for int8 packs"),
+        (lambda folder: (folder / FACTS).write_text("{"), "does not parse"),
+        (lambda folder: (folder / "dinov3.block.onnx").unlink(), "dinov3.block is not there"),
+        (lambda folder: (folder / "dinov3.head.onnx").write_bytes(b"x"), "dinov3.head is not what was written"),
+        (lambda folder: change(folder, form=0), "has form 0"),
+        (lambda folder: change(folder, model="x"), "is for another architecture"),
+    ],
+)
+def test_other_graphs_are_not_used(
+    with_graphs: Path, tmp_path: Path, damage: Callable[[Path], object], words: str
+) -> None:
+    copy = tmp_path / "engines"
+    shutil.copytree(with_graphs, copy)
+    damage(graphs_folder(copy, "int8"))
+    with pytest.raises(CudaGraphsUnusable, match=f"{words}.*--backend cuda"):
+        checked_graphs(copy, read_manifest(copy))
+
+
+def change(folder: Path, **values: object) -> None:
+    rows = json.loads((folder / FACTS).read_text())
+    (folder / FACTS).write_text(json.dumps({graph: row | values for graph, row in rows.items()}))
+
+
+# --- engines ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def head(engines: MakeEngines) -> bytes:
+    directory = engines("tiny", "fp32")
+    manifest = read_manifest(directory)
+    return (directory / manifest.build / manifest.graphs["dinov3.head"]).read_bytes()
+
+
+def test_an_activation_of_another_shape(head: bytes) -> None:
+    engine = OrtDeviceEngine("dinov3.head", head, CpuTarget(), 0)
+    with pytest.raises(ShapeMismatch, match=r"hidden_in is \[1, 3, 4\]"):
+        engine.run(DeviceTensor(0, (1, 3, 4), 1), {})
+
+
+def test_a_cpu_onnxruntime_says_what_to_install(head: bytes) -> None:
+    if "CUDAExecutionProvider" in ort.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    with pytest.raises(ProviderMissing, match=r"without CUDAExecutionProvider.*i2l-engines\[cuda\]"):
+        OrtDeviceEngine("dinov3.head", head, CudaTarget(1), 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "memory"),
+    [
+        ("CUDA failure 2: out of memory ; GPU=0", True),
+        ("Available memory of 12 is smaller than requested bytes of 48", True),
+        ("CUBLAS failure 13", False),
+    ],
+)
+def test_memory_errors_become_ours(head: bytes, words: str, memory: bool) -> None:
+    engine = OrtDeviceEngine("dinov3.head", head, CpuTarget(), 0)
+    failure = sys.modules["onnxruntime.capi.onnxruntime_pybind11_state"].RuntimeException
+
+    def fail(*_: object) -> None:
+        raise failure(words)
+
+    session = engine._session
+    engine._session = types.SimpleNamespace(io_binding=session.io_binding, run_with_iobinding=fail)
+    x = np.zeros((1, *engine._shape), np.float32)
+    with pytest.raises(OutOfDeviceMemory if memory else failure):
+        engine.run(DeviceTensor(x.ctypes.data, x.shape, 1), {})
+
+
+def test_the_arena_stays_within_what_the_plan_counts() -> None:
+    options = CudaTarget(stream=7, index=1).options(1000)
+    assert (options["gpu_mem_limit"], options["user_compute_stream"], options["device_id"]) == ("1000", "7", "1")
+    assert options["arena_extend_strategy"] == "kSameAsRequested"
+
+
+# --- the device, its driver played --------------------------------------------------------------------------------
+
+
+class Driver:
+    """The driver's functions over host memory; copies happen at once."""
+
+    CU_MEMHOSTREGISTER_READ_ONLY = 8
+    CUresult = types.SimpleNamespace(
+        **{
+            name: types.SimpleNamespace(name=name)
+            for name in ("CUDA_SUCCESS", "CUDA_ERROR_OUT_OF_MEMORY", "CUDA_ERROR_NOT_SUPPORTED")
+        }
+    )
+
+    def __init__(self, *, pins: bool, free_bytes: int = 1 << 20) -> None:
+        self.pins, self.free_bytes = pins, free_bytes
+        self.memory: dict[int, np.ndarray] = {}
+        self.calls: list[str] = []
+
+    def _give(self, nbytes: int) -> tuple[object, int]:
+        if nbytes > self.free_bytes:
+            return self.CUresult.CUDA_ERROR_OUT_OF_MEMORY, 0
+        raw = np.zeros(nbytes + 256, np.uint8)
+        address = raw.ctypes.data + -raw.ctypes.data % 256
+        self.memory[address] = raw
+        self.free_bytes -= nbytes
+        return self.CUresult.CUDA_SUCCESS, address
+
+    def __getattr__(self, name: str) -> Callable[..., tuple[object, ...]]:
+        def call(*arguments: Any) -> tuple[object, ...]:
+            self.calls.append(name)
+            if name == "cuMemGetInfo":
+                return self.CUresult.CUDA_SUCCESS, (self.free_bytes, 1 << 20)
+            if name in {"cuMemAlloc", "cuMemAllocHost"}:
+                return self._give(arguments[0])
+            if name in {"cuMemFree", "cuMemFreeHost"}:
+                self.free_bytes += self.memory.pop(arguments[0]).nbytes - 256
+            if name.startswith("cuMemcpy"):
+                ctypes.memmove(*arguments[:3])
+            fails = name == "cuMemHostRegister" and not self.pins
+            return (self.CUresult.CUDA_ERROR_NOT_SUPPORTED if fails else self.CUresult.CUDA_SUCCESS,)
+
+        return call
+
+
+class Mark:
+    """An event of cuda-core: the difference of two is in milliseconds, if both were to be timed."""
+
+    def __init__(self, at_ms: float | None) -> None:
+        self.at_ms = at_ms
+
+    def __sub__(self, other: "Mark") -> float:
+        assert self.at_ms is not None
+        assert other.at_ms is not None
+        return self.at_ms - other.at_ms
+
+    def sync(self) -> None:
+        pass
+
+
+class Stream:
+    handle = 5
+    clock = itertools.count()
+
+    def record(self, options: Mapping[str, bool]) -> Mark:
+        return Mark(0.25 * next(self.clock) if options["timing_enabled"] else None)
+
+    def wait(self, event: object) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+
+@pytest.fixture
+def device_with(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[cuda_device.CudaDevice, Driver]]:
+    def open_(**options: Any) -> tuple[cuda_device.CudaDevice, Driver]:
+        driver = Driver(**options)
+        card = types.SimpleNamespace(
+            name="a played card", compute_capability=(8, 9), create_stream=lambda **_: Stream()
+        )
+        monkeypatch.setattr(cuda_device, "open_card", lambda *_: (driver, card))
+        monkeypatch.setattr(cuda_device, "_core", lambda: types.SimpleNamespace(StreamOptions=dict, EventOptions=dict))
+        return cuda_device.CudaDevice(), driver
+
+    return open_
+
+
+@pytest.mark.parametrize("pins", [True, False])
+def test_chunks_arrive_pinned_or_through_buffers(
+    device_with: Callable[..., Any], pins: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    device, driver = device_with(pins=pins)
+    free = driver.free_bytes
+    pack = bytes(range(256)) * 20
+    view = memoryview(pack)
+    with caplog.at_level(logging.INFO, "i2l"):
+        device.pin(view)
+    assert ("does not pin" in caplog.text) == (not pins)
+    address = device.allocate(2000)
+    for start, nbytes in ((0, 300), (300, 1000), (1500, 2000), (40, 7)):
+        device.copy_async(view[start : start + nbytes], address)
+        tensor = device.value(address, TensorInfo("U8", (nbytes,), 0))
+        raw = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(tensor.data_ptr()))
+        assert bytes(raw) == pack[start : start + nbytes]
+    assert ("cuMemAllocHost" in driver.calls) == (not pins)
+    assert len(driver.memory) == (1 if pins else 3)
+    device.free(address)
+    device.close()
+    assert driver.free_bytes == free
+    assert not driver.memory
+
+
+def test_values_go_up_and_come_down(device_with: Callable[..., Any]) -> None:
+    device, _ = device_with(pins=True)
+    address = device.allocate(80)
+    for shape in ((2, 3), (4, 5), (1, 2)):
+        array = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+        np.testing.assert_array_equal(device.download(device.upload(array, address)), array)
+    assert device.peak_bytes == 80
+
+
+def test_timed_events_tell_microseconds(device_with: Callable[..., Any]) -> None:
+    device, _ = device_with(pins=True)
+    first, _, last = (device.record("copy", timed=timed) for timed in (True, False, True))
+    assert device.elapsed_us(first, last) == 250
+
+
+def test_cudas_out_of_memory_is_ours(device_with: Callable[..., Any]) -> None:
+    device, _ = device_with(pins=True, free_bytes=1000)
+    with pytest.raises(OutOfDeviceMemory, match="a played card has no room"):
+        device.allocate(2000)
+
+
+@pytest.mark.parametrize(
+    ("sm", "budget_bytes", "error", "words"),
+    [
+        (75, None, BackendUnavailable, r"multiply in bfloat16, which fake device \(sm75\) cannot: use --backend cpu"),
+        (89, None, OutOfDeviceMemory, "no room for 2.00 GiB"),
+        (89, 1, BudgetTooSmall, "give --vram-budget"),
+        (89, 64 << 30, OutOfDeviceMemory, "no room for"),
+    ],
+)
+def test_a_card_that_does_not_do_is_given_back(
+    with_graphs: Path, monkeypatch: pytest.MonkeyPatch, sm: int, budget_bytes: int, error: type[Exception], words: str
+) -> None:
+    device = HostDevice(1000)
+    device.sm, device.index = sm, 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(cuda_device, "CudaDevice", lambda: device)
+    with pytest.raises(error, match=words):
+        open_cuda(with_graphs, read_manifest(with_graphs), Limits(4, vram=VramBudget(budget_bytes)))
+    assert device.used_bytes == device.pinned_bytes == 0
+
+
+# --- which backend ------------------------------------------------------------------------------------------------
+
+
+def test_auto_never_takes_what_nobody_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("i2l.engines.device.driver.without_driver", lambda _: None)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name.startswith("tensorrt") else name)
+    name, reason = backends.choose_backend("auto")
+    assert name == "cpu"
+    assert "never run on a GPU" in reason
+    assert backends.choose_backend("cuda") == ("cuda", "asked for")
+    text = CliRunner().invoke(main, ["doctor"]).output
+    assert "backend cuda: untried" in text
+
+
+def test_graphs_that_are_not_finished_change_nothing(with_graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: Any) -> Iterator[tuple[str, onnx.ModelProto]]:
+        yield from islice(export_graphs(*arguments), 1)
+        raise KeyboardInterrupt
+
+    before = {path: path.stat().st_mtime_ns for path in with_graphs.rglob("*")}
+    monkeypatch.setattr("i2l.export.backends.cuda.export_graphs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_cuda_graphs(with_graphs)
+    assert {path: path.stat().st_mtime_ns for path in with_graphs.rglob("*")} == before
+
+
+def test_the_command_makes_the_graphs(
+    models: MakeModels, engines: MakeEngines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One exported graph is enough; the fixture exported all."""
+    one = lambda spec, _: islice(export_graphs(spec, cuda_precision("fp8", spec)), 1)  # noqa: E731
+    monkeypatch.setattr("i2l.export.backends.cuda.export_graphs", one)
+    copy = tmp_path / "engines"
+    shutil.copytree(engines("tiny", "int8"), copy)
+    command = ["build-engines", "--models", str(models("tiny")), "--engines", str(copy), "--precision", "int8"]
+    run = CliRunner().invoke(main, [*command, "--backend", "cuda"], catch_exceptions=False)
+    assert run.exit_code == 0
+    assert "8 graphs for the cuda backend, which was never run on a GPU" in run.output
+    written = json.loads((graphs_folder(copy, "int8") / FACTS).read_text())
+    assert {"siglip2.embed", "dinov3.embed"} < set(written)
+    with pytest.raises(CudaGraphsUnusable, match="is not there"):
+        checked_graphs(copy, read_manifest(copy))

@@ -1,0 +1,76 @@
+"""Traces: every copy and computation once, in lanes, and memory that comes and goes; the picture of it."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from conftest import MakeEngines, picture
+from i2l.cli import main
+from i2l.engines.directory.manifest import read_manifest
+from i2l.runtime.pipeline import Pipeline
+from i2l.runtime.trace import Trace
+
+
+def run(engines: Path, photo: Path, output: Path, trace: Path) -> Any:
+    arguments = ["run", str(photo), "--engines", str(engines), "--output", str(output), "--trace", str(trace)]
+    return CliRunner().invoke(main, arguments)
+
+
+def test_every_step_is_in_the_trace(engines: MakeEngines, photo: Path, tmp_path: Path) -> None:
+    directory, path = engines("tiny", "fp32"), tmp_path / "trace.json"
+    assert run(directory, photo, tmp_path / "lora.safetensors", path).exit_code == 0
+    events = json.loads(path.read_text())["traceEvents"]
+    chunks = [chunk for model in read_manifest(directory).models.values() for chunk in model.chunks]
+    spans = [event for event in events if event["ph"] == "X"]
+    lanes = {event["args"]["name"]: event["tid"] for event in events if event["ph"] == "M"}
+    named = {lane: [event["name"] for event in spans if event["tid"] == number] for lane, number in lanes.items()}
+    assert named["compute"] == [f"run {step.name}" for chunk in chunks for step in chunk.steps]
+    for kind in ("prefetch", "acquire"):
+        assert [name for name in named["copy"] if name.startswith(kind)] == [
+            f"{kind} {c.steps[0].name}" for c in chunks
+        ]
+    runs = [event for event in spans if event["tid"] == lanes["compute"]]
+    assert all(a["ts"] + a["dur"] <= b["ts"] for a, b in pairwise(runs))
+    held = [event["args"]["weights"] for event in events if event["ph"] == "C"]
+    assert held[-1] == 0
+    models = read_manifest(directory).models.values()
+    assert max(held) == max(sum(chunk.nbytes for chunk in model.chunks) for model in models)  # tiny: all is read ahead
+
+
+def test_a_pipeline_without_a_trace_wraps_nothing(engines: MakeEngines) -> None:
+    with (
+        Pipeline(engines("tiny", "fp32")) as plain,
+        Pipeline(engines("tiny", "fp32"), trace=(trace := Trace())) as told,
+    ):
+        assert type(next(plain._passes._stream("dinov3"))[1]).__name__ == "OrtEngine"
+        assert type(next(told._passes._stream("dinov3"))[1]).__name__ == "TracedEngine"
+        told.embed(picture(64, 64))
+    assert len(trace.events) > 2
+
+
+def test_the_picture_shows_lanes_and_memory(engines: MakeEngines, photo: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    direct, file, drawn = (tmp_path / name for name in ("direct.png", "trace.json", "drawn.png"))
+    output = tmp_path / "lora.safetensors"
+    assert run(engines("tiny", "fp32"), photo, output, direct).exit_code == 0
+    assert run(engines("tiny", "fp32"), photo, output, file).exit_code == 0
+    assert CliRunner().invoke(main, ["plot-trace", str(file), str(drawn)]).exit_code == 0
+    for path in (direct, drawn):
+        with Image.open(path) as image:
+            colours = {colour[:3] for _, colour in image.convert("RGB").getcolors(1 << 24) or []}
+        assert {(31, 119, 180), (44, 160, 44)} <= colours  # tab:blue runs, tab:green prefetches
+
+
+def test_what_cannot_be_traced(engines: MakeEngines, photo: Path, tmp_path: Path) -> None:
+    output = tmp_path / "lora.safetensors"
+    wrong = run(engines("tiny", "fp32"), photo, output, tmp_path / "trace.txt")
+    assert (wrong.exit_code, output.exists()) == (2, False)
+    (tmp_path / "no.json").write_text("[]")
+    result = CliRunner().invoke(main, ["plot-trace", str(tmp_path / "no.json"), str(tmp_path / "x.png")])
+    assert result.exit_code == 1
+    assert "is not a trace" in result.output
