@@ -88,7 +88,7 @@ def rotated_panel(codes: Codes, matrix: Array) -> tuple[NDArray[np.int8], Array]
     values = rotate(VALUES.look_up(codes), matrix)
     peak = np.maximum(values.max(axis=1), -values.min(axis=1))
     even = values[:, : values.shape[1] // 2 * 2]
-    pair = np.abs(even).reshape(len(values), -1, 2).sum(axis=2).max(axis=1, initial=0)
+    pair = np.abs(even.reshape(len(values), -1, 2).sum(axis=2)).max(axis=1, initial=0)
     scale = np.maximum(peak / np.float32(WEIGHT_LEVELS), pair / np.float32(LARGEST_PAIR))  # see sums.py
     scale = np.maximum(scale, np.float32(SMALLEST))
     values /= scale[:, None]

@@ -161,6 +161,6 @@ class FloatLinear(Linear):
 
 def row_scales_for_exact_sums(piece: Tensor) -> Tensor:
     """The scale ``[rows]`` of an int8 matrix whose products every CPU adds exactly (engines/cpu/sums.py)."""
-    pairs = piece[:, : piece.shape[1] // 2 * 2].abs().view(len(piece), -1, 2).sum(dim=2)
-    pair = pairs.amax(dim=1) if pairs.numel() else piece.new_zeros(len(piece))
-    return torch.maximum(row_scales(piece, WEIGHT_LEVELS), pair / LARGEST_PAIR)
+    scale = row_scales(piece, WEIGHT_LEVELS)
+    pairs = piece[:, : piece.shape[1] // 2 * 2].view(len(piece), -1, 2).sum(dim=2)
+    return torch.maximum(scale, row_scales(pairs, LARGEST_PAIR)) if pairs.numel() else scale

@@ -44,8 +44,9 @@ TOLERANCES = {
     "bf16": (2.0**-9, 2.0**-8),
     # e4m3 rounds to 4 bits: at most 2^-4 of each weight, 2.6 % in the mean square; 3 and 4.1 % observed.
     "fp8": (0.035, 2.0**-4),
-    # Activations in steps of largest / 108, weights of largest pair / 151: 0.8 to 1 % each; 1.4 and 1.9 % observed.
-    "int8": (0.018, 0.027),
+    # Activations in steps of largest / 108, weights of largest pair / 151: 0.7 to 1 % each, 1.3 % together. Where one
+    # channel is 100 times the others, the rest of its row has fewer levels: 1.84 % observed, 1.9 % in the worst row.
+    "int8": (0.02, 0.027),
     # The same weights, activations 100 times finer; 0.9 and 1.2 % observed.
     "int8-adapter": (0.012, 0.018),
 }

@@ -61,13 +61,14 @@ def test_the_limits_fit_what_old_kernels_add() -> None:
 
 @pytest.mark.parametrize("channels", [16, 96, 128])
 @pytest.mark.parametrize("rows", [1, 5, 201])
-@pytest.mark.parametrize("level", [-ACTIVATION_LEVELS, ACTIVATION_LEVELS])
-@pytest.mark.parametrize("pair", [(75, 76), (-76, -75), (127, 24), (-24, -127), (127, -24)])
-def test_the_worst_sums_are_exact(pair: tuple[int, int], level: int, rows: int, channels: int) -> None:
+@pytest.mark.parametrize("levels", [(-1, -1), (1, 1), (-1, 1), (1, -1)])
+@pytest.mark.parametrize("pair", [(75, 76), (-76, -75), (127, 24), (-24, -127), (127, -127), (-127, 127)])
+def test_the_worst_sums_are_exact(pair: tuple[int, int], levels: tuple[int, int], rows: int, channels: int) -> None:
     width = 256
     weights = np.broadcast_to(np.resize(np.array(pair, np.int8), width)[None, :, None], (2, width, channels)).copy()
-    activations = np.full((rows, width), level + ACTIVATION_LEVELS, np.uint8)
-    assert (levels_product(activations, weights) == level * (width // 2) * sum(pair)).all()
+    activation = np.array(levels) * ACTIVATION_LEVELS
+    activations = np.broadcast_to(np.resize(activation + ACTIVATION_LEVELS, width), (rows, width)).astype(np.uint8)
+    assert (levels_product(activations, weights) == width // 2 * np.dot(activation, pair)).all()
 
 
 def test_a_kernel_that_saturates_would_be_seen() -> None:
@@ -94,8 +95,8 @@ def test_no_pair_exceeds_its_levels(values: Array) -> None:
     rows = torch.from_numpy(values)
     levels = (rows / row_scales_for_exact_sums(rows)[:, None]).round()
     assert (levels.abs() <= WEIGHT_LEVELS).all()
-    pairs = levels[:, : levels.shape[1] // 2 * 2].abs().reshape(len(levels), -1, 2).sum(dim=2)
-    assert (pairs <= PAIR_LEVELS).all()
+    pairs = levels[:, : levels.shape[1] // 2 * 2].reshape(len(levels), -1, 2).sum(dim=2)
+    assert (pairs.abs() <= PAIR_LEVELS).all()
 
 
 @pytest.mark.parametrize("outliers", [False, True], ids=["plain", "outliers"])
@@ -111,7 +112,7 @@ def test_packs_keep_the_limits(engines: MakeEngines, precision: str, outliers: b
                 panels, width, channels = info.shape
                 levels = data[info.offset : info.offset + info.nbytes].reshape(info.shape).astype(np.int32)
                 assert np.abs(levels).max() <= WEIGHT_LEVELS
-                assert np.abs(levels).reshape(panels, width // 2, 2, channels).sum(axis=2).max() <= PAIR_LEVELS
+                assert np.abs(levels.reshape(panels, width // 2, 2, channels).sum(axis=2)).max() <= PAIR_LEVELS
                 matrices += 1
     assert matrices > 10
 
@@ -137,14 +138,14 @@ def test_a_product_is_that_of_exact_integers(out_features: int, in_features: int
 
 
 def test_gaussian_rows_lose_what_the_docstring_says() -> None:
-    """Of full width: 1.46 % here; 127 levels for both would be 1.23 %, one scale for all rows 1.43 %."""
+    """Of full width: 1.44 % here; 127 levels for both would be 1.23 %, one scale for all rows 1.43 %."""
     generator = np.random.default_rng(0)
     x, w = generator.standard_normal((256, 4096)), generator.standard_normal((256, 4096))
-    pair = np.abs(w).reshape(len(w), -1, 2).sum(axis=2).max(axis=1, keepdims=True)
+    pair = np.abs(w.reshape(len(w), -1, 2).sum(axis=2)).max(axis=1, keepdims=True)
     scale = np.maximum(np.abs(w).max(axis=1, keepdims=True) / WEIGHT_LEVELS, pair / (PAIR_LEVELS - 1))
     step = np.abs(x).max(axis=1, keepdims=True) / ACTIVATION_LEVELS
     error = (np.rint(x / step) * step) @ (np.rint(w / scale) * scale).T - x @ w.T
-    assert np.linalg.norm(error) / np.linalg.norm(x @ w.T) == pytest.approx(0.0146, abs=0.0003)
+    assert np.linalg.norm(error) / np.linalg.norm(x @ w.T) == pytest.approx(0.0144, abs=0.0003)
 
 
 def test_the_adapters_levels_fit_too() -> None:

@@ -105,7 +105,7 @@ def exact_steps(codes: torch.Tensor, *, rotated: bool, shape: torch.Size) -> tor
         return (values / scale).reshape(shape[1], shape[0], shape[2]).transpose(0, 1)
     matrix = torch.from_numpy(rotation(codes.shape[1])).double()
     values = (values.reshape(-1, len(matrix)) @ matrix).reshape(codes.shape)
-    pair = values.abs().reshape(len(values), -1, 2).sum(dim=2).amax(dim=1, keepdim=True) / LARGEST_PAIR
+    pair = values.reshape(len(values), -1, 2).sum(dim=2).abs().amax(dim=1, keepdim=True) / LARGEST_PAIR
     scale = torch.maximum(values.abs().amax(dim=1, keepdim=True) / WEIGHT_LEVELS, pair)
     return (values / scale).reshape(shape[0], shape[2], shape[1]).transpose(1, 2)
 
