@@ -2,9 +2,9 @@
 
 An int8 product is a sum of integers, the same number wherever it is added. What differs between CPUs is float32's last
 bits, 1e-7: with or without fused additions, each its own exp. They reach a LoRA as they are, unless an activation lies
-that near to the edge between two int8 steps: then it changes by a step, and the LoRA by up to 4e-3. Neither result is
+that near to the edge between two int8 steps: then it changes by a step, and the LoRA by up to 7e-3. Neither result is
 the better one: the last bits of the pixels do the same on one CPU, as the last test shows. A kernel whose sums saturate
-is ten times farther off.
+is five to ten times farther off.
 """
 
 import subprocess
@@ -43,9 +43,9 @@ PACKS = {"plain": ("int8", False), "outliers": ("int8", True), "fp8": ("fp8", Fa
 """``name -> (precision, whether the checkpoints have outliers)``."""
 PICTURES = ["a", "b", "c", "d"]
 RANK = 4
-ROUNDING = 1e-2
-"""How far, relative to its size, a factor may move: up to 4e-3 was seen between CPUs, and by the pixels' last bits;
-most often 2e-7 or nothing. Saturating sums moved some factor of every LoRA by 4e-2 to 6e-2."""
+ROUNDING = 2e-2
+"""How far, relative to its size, a factor may move: up to 7e-3 was seen between CPUs, and by the pixels' last bits on
+one; most often 2e-7 or nothing. Two steps may tip. Saturating sums moved some factor of every LoRA by 4e-2 to 6e-2."""
 
 Factors: TypeAlias = dict[str, Array]
 Loras: TypeAlias = Callable[[str, str, str], Factors]
