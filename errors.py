@@ -34,7 +34,15 @@ from .look.errors import EnginesOfOtherCheckpoints, NothingToInspect, TraceUnrea
 from .lora.errors import LoraNotFinite, LorasDiffer, LoraUnreadable, StrengthInvalid, WeightsMismatch
 from .machine.errors import DiskFull, I2LError, OutputUnwritable, PackageMissing, StandardOutputUnwritable
 from .runtime.errors import EnginesReplaced, PipelineClosed
-from .runtime.pictures.errors import FolderEmpty, ImageAbsurd, ImageError, ImageUnreadable, NoImages
+from .runtime.pictures.errors import (
+    DecoderMissing,
+    FolderEmpty,
+    ImageAbsurd,
+    ImageError,
+    ImagesUnusable,
+    ImageUnreadable,
+    NoImages,
+)
 
 __all__ = [
     "AdapterAmbiguous",
@@ -50,6 +58,7 @@ __all__ = [
     "CheckpointsUnfit",
     "CpuPacksUnwritable",
     "CudaGraphsUnusable",
+    "DecoderMissing",
     "DeviceFailed",
     "DiskFull",
     "EngineFileDamaged",
@@ -62,6 +71,7 @@ __all__ = [
     "ImageAbsurd",
     "ImageError",
     "ImageUnreadable",
+    "ImagesUnusable",
     "LoraDataForeign",
     "LoraNotApplied",
     "LoraNotFinite",

@@ -153,6 +153,13 @@ def cache_folder(*, no_cache: bool) -> Path | None:
     return None if no_cache else default_cache_folder()
 
 
+ignore_icc_option = click.option(
+    "--ignore-icc",
+    is_flag=True,
+    help="Take pixels for sRGB whatever colour profile a picture carries, as the original does.",
+)
+
+
 strength_option = click.option(
     "--strength", type=float, metavar="NUMBER", callback=require_finite, default=1.0, show_default=True,
     help="Multiplies the LoRA's effect; linear.",

@@ -66,6 +66,8 @@ ONLY_IN = {
     "tensorrt": {"engines.tensorrt"},
     "tensorrt_rtx": {"engines.tensorrt"},
     "cuda": {"engines.device.card"},
+    "pillow_heif": {"runtime.pictures.files.formats"},
+    "pillow_jxl": {"runtime.pictures.files.formats"},
     "rich": {"machine.progress"},
     "filelock": {"machine.locks"},
     "click": {"cli", "commands"},
