@@ -31,13 +31,18 @@ from .comfy_host.folders import (
 )
 from .comfy_host.pipelines import OpenPipelines
 from .comfy_host.progress import comfy_report, total_steps
-from .lora.lora import KEYS, KeyFormat, Lora, converted
+from .lora.errors import LoraNotASum
+from .lora.keys import KEYS, KeyFormat, parse_keys
+from .lora.lora import Lora, converted
 from .lora.lowrank import reduce_lora
+from .lora.reading import factors_of, one_rank
 from .machine.wording import GIB, format_path
 
 log = logging.getLogger(__name__)
 register_folders()
 open_pipelines = OpenPipelines()
+LORA_DATA = Path("lora_data")
+"""How messages call what comes through that socket."""
 
 
 class LoraData(dict[str, torch.Tensor]):
@@ -214,25 +219,19 @@ def tensors_from_lora(lora: Lora, key_format: KeyFormat) -> LoraData:
 
 
 def lora_from_tensors(tensors: Mapping[str, torch.Tensor]) -> Lora:
-    """The LoRA in a ``lora_weights`` dictionary, ours or another pack's, under any keys that i2l writes.
+    """The LoRA in a ``lora_weights`` dictionary, ours or another pack's, of any key form.
 
     Raises:
         LoraDataForeign: there is none in it.
+        LoraUnreadable: some of it is no pair of factors.
     """
-    for down, up in KEYS.values():
-        before, after = down.split("{}")
-        modules = [key[len(before) : -len(after)] for key in tensors if key.startswith(before) and key.endswith(after)]
-        factors = {
-            module: (
-                tensors[down.format(module)].float().cpu().numpy(),
-                tensors[up.format(module)].float().cpu().numpy(),
-            )
-            for module in modules
-            if up.format(module) in tensors
-        }
-        if factors:
-            return Lora(factors, dict(getattr(tensors, "metadata", {})))
-    raise LoraDataForeign(len(tensors))
+    parsed = parse_keys(tensors)
+    if not any(parts.down and parts.up for parts in parsed.modules.values()):
+        raise LoraDataForeign(len(tensors))
+    if parsed.variants:
+        raise LoraNotASum(LORA_DATA, sorted(parsed.variants))
+    factors = factors_of(parsed, lambda name: tensors[name].float().cpu().numpy(), LORA_DATA)
+    return Lora(one_rank(factors), dict(getattr(tensors, "metadata", {})))
 
 
 def patched_model(model: Any, tensors: Mapping[str, torch.Tensor]) -> Any:

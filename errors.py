@@ -31,7 +31,16 @@ from .export.checkpoints.errors import (
     CheckpointUnreadable,
 )
 from .look.errors import EnginesOfOtherCheckpoints, NothingToInspect, TraceUnreadable
-from .lora.errors import LoraNotFinite, LorasDiffer, LoraUnreadable, StrengthInvalid, WeightsMismatch
+from .lora.errors import (
+    LoraNamesUnknown,
+    LoraNotASum,
+    LoraNotFinite,
+    LorasDiffer,
+    LorasForOthers,
+    LoraUnreadable,
+    StrengthInvalid,
+    WeightsMismatch,
+)
 from .machine.errors import DiskFull, I2LError, OutputUnwritable, PackageMissing, StandardOutputUnwritable
 from .runtime.errors import EnginesReplaced, PipelineClosed
 from .runtime.pictures.errors import (
@@ -73,10 +82,13 @@ __all__ = [
     "ImageUnreadable",
     "ImagesUnusable",
     "LoraDataForeign",
+    "LoraNamesUnknown",
+    "LoraNotASum",
     "LoraNotApplied",
     "LoraNotFinite",
     "LoraUnreadable",
     "LorasDiffer",
+    "LorasForOthers",
     "ManifestInvalid",
     "NoImages",
     "NodePackIncomplete",

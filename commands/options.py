@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -15,6 +15,9 @@ from ..lora.errors import WeightsMismatch
 from ..machine.errors import PackageMissing
 from ..machine.sizes import parse_budget
 from ..machine.wording import format_path
+
+if TYPE_CHECKING:
+    from ..lora.reading import LoraFile
 
 
 class UserPath(click.Path):
@@ -195,3 +198,9 @@ def require_weights(weights: Sequence[float], things: int, noun: str) -> None:
     """Refuse another number of weights than of things; none at all means equal ones."""
     if weights and len(weights) != things:
         raise click.UsageError(str(WeightsMismatch(len(weights), things, noun)))
+
+
+def tell_left_out(file: "LoraFile") -> None:
+    """Say that a LoRA's part for a text encoder stays behind."""
+    if file.left_out:
+        click.echo(f"{format_path(file.path)}: {file.left_out} modules of a text encoder are left out", err=True)

@@ -13,7 +13,7 @@ from ..export.checkpoints.errors import CheckpointError, CheckpointForeign
 from ..export.checkpoints.finding import checkpoint_paths
 from ..export.checkpoints.recognise import describe, recognise
 from ..lora.errors import LoraUnreadable
-from ..lora.lora import describe_lora
+from ..lora.reading import describe_lora
 from ..machine.wording import format_bytes
 from ..specs import spec_to_dict
 from .errors import NothingToInspect

@@ -15,7 +15,9 @@ from PIL import Image
 
 from ..engines.base import Array
 from ..lora.errors import LoraNotFinite, LoraUnreadable
-from ..lora.lora import DTYPES, Dtype, KeyFormat, describe_lora
+from ..lora.keys import KeyFormat
+from ..lora.lora import DTYPES, Dtype
+from ..lora.reading import describe_lora
 from ..machine.errors import OutputUnwritable
 from ..machine.progress import Report, silent
 from .passes import ENCODERS, IMAGES_PER_PASS

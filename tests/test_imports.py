@@ -234,7 +234,7 @@ def loaded_after(code: str, *arguments: str) -> set[str]:
     return set(json.loads(run.stdout.splitlines()[-1]))
 
 
-COMMANDS = ("run", "batch", "embed", "merge", "plot", "build-engines", "inspect", "verify", "doctor")
+COMMANDS = ("run", "batch", "embed", "merge", "convert", "plot", "build-engines", "inspect", "verify", "doctor")
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

@@ -32,7 +32,7 @@ from i2l.errors import (
     OutputOutside,
 )
 from i2l.export.precisions.base import Precision
-from i2l.lora.lora import describe_lora
+from i2l.lora.reading import describe_lora
 from i2l.runtime.cache import FOLDER_VARIABLE, default_cache_folder
 from i2l.runtime.pipeline import Pipeline
 from i2l.specs import PRESETS, Spec
@@ -614,7 +614,8 @@ def test_example_workflows_hang_together(nodes: ModuleType, name: str) -> None:
 def test_requirements_are_the_project_s_without_torch() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     blocks = [
-        re.search(rf"^{name} = \[(.*?)\]", project, re.MULTILINE | re.DOTALL) for name in ("dependencies", "export")
+        re.search(rf"^{name} = \[(.*?)\]", project, re.MULTILINE | re.DOTALL)
+        for name in ("dependencies", "pictures", "export")
     ]
     wanted = [name for block in blocks if block for name in re.findall(r'"(.+?)"', block[1])]
     assert "torch>=2.9" in wanted
