@@ -3,7 +3,15 @@
 Each stands beside what it is about, in a file called ``errors.py``; how they are worded says :mod:`.machine.errors`.
 """
 
-from .comfy_host.errors import LoraDataForeign, LoraNotApplied, NodePackIncomplete, OutputOutside
+from .comfy_host.errors import (
+    FilenameRefused,
+    ImagesUnfit,
+    LoraDataForeign,
+    LoraNotApplied,
+    NodePackIncomplete,
+    NoPlaceForEngines,
+    OutputOutside,
+)
 from .engines.cpu.errors import CpuPacksUnwritable
 from .engines.cuda.errors import CudaGraphsUnusable, ProviderMissing
 from .engines.errors import (
@@ -24,9 +32,9 @@ from .export.checkpoints.errors import (
     CheckpointAmbiguous,
     CheckpointError,
     CheckpointForeign,
+    CheckpointIncomplete,
     CheckpointMismatch,
     CheckpointMissing,
-    CheckpointPrefixed,
     CheckpointsUnfit,
     CheckpointUnreadable,
 )
@@ -60,9 +68,9 @@ __all__ = [
     "CheckpointAmbiguous",
     "CheckpointError",
     "CheckpointForeign",
+    "CheckpointIncomplete",
     "CheckpointMismatch",
     "CheckpointMissing",
-    "CheckpointPrefixed",
     "CheckpointUnreadable",
     "CheckpointsUnfit",
     "CpuPacksUnwritable",
@@ -75,11 +83,13 @@ __all__ = [
     "EnginesMissing",
     "EnginesOfOtherCheckpoints",
     "EnginesReplaced",
+    "FilenameRefused",
     "FolderEmpty",
     "I2LError",
     "ImageAbsurd",
     "ImageError",
     "ImageUnreadable",
+    "ImagesUnfit",
     "ImagesUnusable",
     "LoraDataForeign",
     "LoraNamesUnknown",
@@ -91,6 +101,7 @@ __all__ = [
     "LorasForOthers",
     "ManifestInvalid",
     "NoImages",
+    "NoPlaceForEngines",
     "NodePackIncomplete",
     "NothingToInspect",
     "OutOfDeviceMemory",
