@@ -219,8 +219,7 @@ def arrays_from_images(images: torch.Tensor) -> list[NDArray[np.uint8]]:
         )
     arrays = []
     for number, image in enumerate(images, 1):
-        wide = image.detach() if image.dtype in {torch.float32, torch.float64} else image.detach().float()
-        values = wide.cpu().numpy()
+        values = image.detach().float().cpu().numpy()
         if not np.isfinite(values).all():
             raise ImagesUnfit(
                 f"has values that are not finite (NaN or infinite) in picture {number} of {len(images)}",

@@ -89,11 +89,20 @@ def free_lora_path(filename: str) -> Path:
         raise OutputOutside(filename, folder)
     try:
         subfolder, stem, *_ = folder_paths.get_save_image_path(str(wanted.relative_to(folder)), str(folder))
-        path = next(path for path in _numbered(Path(subfolder), stem) if not path.exists())
-        _ = path.with_name(f"{path.name}.{'x' * 16}").exists()  # the file is written under a longer name first
+        path = next(path for path in _numbered(Path(subfolder), stem) if _is_free(path))
+        _is_free(path.with_name(f"{path.name}{'x' * 17}"))  # it is written under a longer name first
     except OSError as error:
         raise FilenameRefused(filename, error.strerror or str(error)) from error
     return path
+
+
+def _is_free(path: Path) -> bool:
+    """Is there no such file? Raises :class:`OSError` where the system does not take the name."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    return False
 
 
 def _loras_folder() -> Path:

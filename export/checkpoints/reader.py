@@ -91,10 +91,12 @@ class _GroupPlan:
 def scaled_values(values: Tensor, scale: Tensor) -> Tensor:
     """FP8 values times their scale, float32: one for all, for each row, or for each block of 128 x 128."""
     factor = scale.float()
-    if factor.ndim == 2 and factor.shape[1] > 1:
+    if factor.numel() == 1:
+        factor = factor.reshape(())
+    elif factor.ndim == 2 and factor.shape != (len(values), 1):
         rows, columns = values.shape
         factor = factor.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
-    elif factor.numel() > 1:
+    else:
         factor = factor.reshape(-1, *([1] * (values.ndim - 1)))
     return values.float() * factor
 

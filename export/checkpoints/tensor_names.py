@@ -5,6 +5,7 @@ tower beside; scaled FP8 files keep a scale beside each weight, and some keep bu
 prefixes: one for all of a model, and ``model.`` behind it.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,15 +80,12 @@ def resolved(shapes: Shapes, wanted: Shapes, prefix: str) -> dict[str, str]:
 
 def scale_fits(scale: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     """Is a scale for the whole weight, for each of its rows, or for blocks of it?"""
-    if scale in {(), (1,)}:
+    if math.prod(scale) == 1:
         return True
-    if not weight or scale[0] > weight[0] or len(scale) > 2:
+    if not weight:
         return False
-    rows = scale[0] == weight[0] and scale in {(weight[0],), (weight[0], 1)}
-    blocks = len(scale) == len(weight) == 2 and all(
-        -(-side // 128) == part for side, part in zip(weight, scale, strict=True)
-    )
-    return rows or blocks
+    rows = scale in {(weight[0],), (weight[0], 1)}
+    return rows or (len(weight) == 2 and scale == tuple(-(-side // 128) for side in weight))
 
 
 def _scale_of(name: str, shapes: Shapes) -> str | None:
