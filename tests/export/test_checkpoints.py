@@ -411,7 +411,10 @@ def test_another_model_is_foreign(names: list[str], tmp_path: Path) -> None:
 
 
 def test_two_of_a_family_are_both_named(tmp_path: Path) -> None:
-    paths = [save_miniature(tmp_path / name / "model.safetensors", "dinov3") for name in ("old", "new")]
+    paths = [
+        save_miniature(tmp_path / name / "model.safetensors", "dinov3", changes={"norm.bias": torch.full((8,), value)})
+        for name, value in (("old", 1.0), ("new", 2.0))
+    ]
     with pytest.raises(CheckpointAmbiguous) as caught:
         find_checkpoints(tmp_path, ["dinov3"])
     assert all(format_path(path) in str(caught.value) for path in paths)

@@ -20,7 +20,8 @@ from i2l.export.checkpoints.tensor_names import scale_fits
 from i2l.specs import PRESETS, Family, spec_to_dict
 
 Tensors = dict[str, Tensor]
-DINO, SIGLIP = "dinov3", "siglip2"
+DINO: Family = "dinov3"
+SIGLIP: Family = "siglip2"
 
 
 @pytest.fixture
