@@ -19,7 +19,7 @@ setup: $(VENV)/.ready  ## Make .venv with everything for building, running and t
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,pictures,dev]'
 	@# The oracles would pull a CUDA torch and a whole application along; their own files are enough.
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt \
 	  torchvision diffsynth diffusers peft accelerate

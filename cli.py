@@ -15,6 +15,7 @@ import click
 from . import __version__
 from .commands.batch import batch
 from .commands.build_engines import build_engines
+from .commands.convert import convert
 from .commands.embed import embed
 from .commands.looking.doctor import doctor
 from .commands.looking.inspect import inspect
@@ -82,6 +83,7 @@ COMMANDS = (
     batch,
     embed,
     merge,
+    convert,
     plan,
     plot,
     plot_trace,

@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 import comfy.sd
 
 from .comfy_host.engines import prepare_engines
-from .comfy_host.errors import LoraDataForeign, LoraNotApplied
+from .comfy_host.errors import ImagesUnfit, LoraDataForeign, LoraNotApplied
 from .comfy_host.folders import (
     DEFAULT_ADAPTER,
     adapter_names,
     adapter_path,
+    engine_folders,
     free_lora_path,
     model_roots,
     register_folders,
@@ -31,13 +32,18 @@ from .comfy_host.folders import (
 )
 from .comfy_host.pipelines import OpenPipelines
 from .comfy_host.progress import comfy_report, total_steps
-from .lora.lora import KEYS, KeyFormat, Lora, converted
+from .lora.errors import LoraNotASum
+from .lora.keys import KEYS, KeyFormat, parse_keys
+from .lora.lora import Lora, converted
 from .lora.lowrank import reduce_lora
+from .lora.reading import factors_of, one_rank
 from .machine.wording import GIB, format_path
 
 log = logging.getLogger(__name__)
 register_folders()
 open_pipelines = OpenPipelines()
+LORA_DATA = Path("lora_data")
+"""How messages call what comes through that socket."""
 
 
 class LoraData(dict[str, torch.Tensor]):
@@ -147,16 +153,18 @@ class Apply:
         precision: str = "auto",
         rank: int = 0,
     ) -> tuple[Any, LoraData]:
+        arrays = arrays_from_images(images)
         adapter = Path(z_image_file_path)
         home = root_of(adapter)
         roots = [home, *(root for root in model_roots() if root != home)]
         with torch.inference_mode(mode=False):  # ComfyUI runs nodes in it, torch.export refuses it
-            engines, manifest = prepare_engines(adapter, roots, precision, comfy_report())
+            engines, manifest = prepare_engines(adapter, roots, precision, comfy_report(), engine_folders(home))
         backend = "cpu" if use_cpu_for_vision else "auto"
         report = comfy_report(total_steps(manifest, len(images)))
         budget_bytes = round(vram_budget_gib * GIB) or None
         with open_pipelines.use(engines, manifest, backend, budget_bytes, report, I2LPipeline()) as pipeline:
-            lora = pipeline.lora_from_images(arrays_from_images(images), strength=strength)
+            # Load Image has dropped the profiles: the metadata says so
+            lora = pipeline.lora_from_images(arrays, strength=strength, ignore_icc=True)
         if rank:
             lora, reduction = reduce_lora(lora, rank)
             log.info("i2l: %s", reduction)
@@ -193,9 +201,33 @@ class Save:
 
 
 def arrays_from_images(images: torch.Tensor) -> list[NDArray[np.uint8]]:
-    """``IMAGE`` float [images, height, width, channels] in [0, 1] to 8 bits, cut off as Save Image does it."""
-    values = 255.0 * images.cpu().numpy()
-    return list(np.clip(values, 0, 255).astype(np.uint8))
+    """``IMAGE`` [images, height, width, channels] in [0, 1] to 8 bits, cut off as Save Image does it.
+
+    Any floating dtype and device; picture by picture, so that no float copy of the whole batch is made.
+
+    Raises:
+        ImagesUnfit: it is no batch of pictures, or values are not finite.
+    """
+    if not images.is_floating_point() or images.ndim != 4 or images.shape[3] not in {1, 3, 4}:
+        form = f"{list(images.shape)}, {str(images.dtype).removeprefix('torch.')}"
+        raise ImagesUnfit(
+            f"is {form}, not [pictures, height, width, channels]", "connect an IMAGE of 1, 3 or 4 channels"
+        )
+    if not len(images):
+        raise ImagesUnfit(
+            "is an empty batch", "connect at least one picture, and see what the node before it leaves out"
+        )
+    arrays = []
+    for number, image in enumerate(images, 1):
+        values = image.detach().float().cpu().numpy()
+        if not np.isfinite(values).all():
+            raise ImagesUnfit(
+                f"has values that are not finite (NaN or infinite) in picture {number} of {len(images)}",
+                "look at what the node before it gives; a VAE in float16 often does this, with --fp32-vae it does not",
+            )
+        eight_bit = np.clip(255.0 * values, 0, 255).astype(np.uint8)
+        arrays.append(eight_bit[..., 0] if eight_bit.shape[2] == 1 else eight_bit)
+    return arrays
 
 
 def tensors_from_lora(lora: Lora, key_format: KeyFormat) -> LoraData:
@@ -214,25 +246,19 @@ def tensors_from_lora(lora: Lora, key_format: KeyFormat) -> LoraData:
 
 
 def lora_from_tensors(tensors: Mapping[str, torch.Tensor]) -> Lora:
-    """The LoRA in a ``lora_weights`` dictionary, ours or another pack's, under any keys that i2l writes.
+    """The LoRA in a ``lora_weights`` dictionary, ours or another pack's, of any key form.
 
     Raises:
         LoraDataForeign: there is none in it.
+        LoraUnreadable: some of it is no pair of factors.
     """
-    for down, up in KEYS.values():
-        before, after = down.split("{}")
-        modules = [key[len(before) : -len(after)] for key in tensors if key.startswith(before) and key.endswith(after)]
-        factors = {
-            module: (
-                tensors[down.format(module)].float().cpu().numpy(),
-                tensors[up.format(module)].float().cpu().numpy(),
-            )
-            for module in modules
-            if up.format(module) in tensors
-        }
-        if factors:
-            return Lora(factors, dict(getattr(tensors, "metadata", {})))
-    raise LoraDataForeign(len(tensors))
+    parsed = parse_keys(tensors)
+    if not any(parts.down and parts.up for parts in parsed.modules.values()):
+        raise LoraDataForeign(len(tensors))
+    if parsed.variants:
+        raise LoraNotASum(LORA_DATA, sorted(parsed.variants))
+    factors = factors_of(parsed, lambda name: tensors[name].float().cpu().numpy(), LORA_DATA)
+    return Lora(one_rank(factors), dict(getattr(tensors, "metadata", {})))
 
 
 def patched_model(model: Any, tensors: Mapping[str, torch.Tensor]) -> Any:

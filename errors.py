@@ -3,7 +3,15 @@
 Each stands beside what it is about, in a file called ``errors.py``; how they are worded says :mod:`.machine.errors`.
 """
 
-from .comfy_host.errors import LoraDataForeign, LoraNotApplied, NodePackIncomplete, OutputOutside
+from .comfy_host.errors import (
+    FilenameRefused,
+    ImagesUnfit,
+    LoraDataForeign,
+    LoraNotApplied,
+    NodePackIncomplete,
+    NoPlaceForEngines,
+    OutputOutside,
+)
 from .engines.cpu.errors import CpuPacksUnwritable
 from .engines.cuda.errors import CudaGraphsUnusable, ProviderMissing
 from .engines.errors import (
@@ -24,17 +32,34 @@ from .export.checkpoints.errors import (
     CheckpointAmbiguous,
     CheckpointError,
     CheckpointForeign,
+    CheckpointIncomplete,
     CheckpointMismatch,
     CheckpointMissing,
-    CheckpointPrefixed,
     CheckpointsUnfit,
     CheckpointUnreadable,
 )
 from .look.errors import EnginesOfOtherCheckpoints, NothingToInspect, TraceUnreadable
-from .lora.errors import LoraNotFinite, LorasDiffer, LoraUnreadable, StrengthInvalid, WeightsMismatch
+from .lora.errors import (
+    LoraNamesUnknown,
+    LoraNotASum,
+    LoraNotFinite,
+    LorasDiffer,
+    LorasForOthers,
+    LoraUnreadable,
+    StrengthInvalid,
+    WeightsMismatch,
+)
 from .machine.errors import DiskFull, I2LError, OutputUnwritable, PackageMissing, StandardOutputUnwritable
 from .runtime.errors import EnginesReplaced, PipelineClosed
-from .runtime.pictures.errors import FolderEmpty, ImageAbsurd, ImageError, ImageUnreadable, NoImages
+from .runtime.pictures.errors import (
+    DecoderMissing,
+    FolderEmpty,
+    ImageAbsurd,
+    ImageError,
+    ImagesUnusable,
+    ImageUnreadable,
+    NoImages,
+)
 
 __all__ = [
     "AdapterAmbiguous",
@@ -43,13 +68,14 @@ __all__ = [
     "CheckpointAmbiguous",
     "CheckpointError",
     "CheckpointForeign",
+    "CheckpointIncomplete",
     "CheckpointMismatch",
     "CheckpointMissing",
-    "CheckpointPrefixed",
     "CheckpointUnreadable",
     "CheckpointsUnfit",
     "CpuPacksUnwritable",
     "CudaGraphsUnusable",
+    "DecoderMissing",
     "DeviceFailed",
     "DiskFull",
     "EngineFileDamaged",
@@ -57,18 +83,25 @@ __all__ = [
     "EnginesMissing",
     "EnginesOfOtherCheckpoints",
     "EnginesReplaced",
+    "FilenameRefused",
     "FolderEmpty",
     "I2LError",
     "ImageAbsurd",
     "ImageError",
     "ImageUnreadable",
+    "ImagesUnfit",
+    "ImagesUnusable",
     "LoraDataForeign",
+    "LoraNamesUnknown",
+    "LoraNotASum",
     "LoraNotApplied",
     "LoraNotFinite",
     "LoraUnreadable",
     "LorasDiffer",
+    "LorasForOthers",
     "ManifestInvalid",
     "NoImages",
+    "NoPlaceForEngines",
     "NodePackIncomplete",
     "NothingToInspect",
     "OutOfDeviceMemory",

@@ -18,7 +18,8 @@ from ..export.checkpoints.errors import CheckpointMissing
 from ..machine.progress import Report
 from ..machine.wording import format_path
 from ..specs import Family
-from .errors import NodePackIncomplete
+from .errors import NodePackIncomplete, NoPlaceForEngines
+from .folders import can_write
 
 if TYPE_CHECKING:
     from ..export.checkpoints.recognise import Checkpoint
@@ -28,25 +29,29 @@ FOLDER = "engines"
 ENCODERS: tuple[Family, ...] = ("siglip2", "dinov3")
 
 
-def prepare_engines(adapter: Path, roots: Sequence[Path], precision: str, report: Report) -> tuple[Path, Manifest]:
+def prepare_engines(
+    adapter: Path, roots: Sequence[Path], precision: str, report: Report, places: Sequence[Path] = ()
+) -> tuple[Path, Manifest]:
     """The engines directory of an adapter and its manifest, built if there is none or it is out of date.
 
     Args:
         adapter: the adapter's checkpoint.
-        roots: folders to look for the encoders in and, in the first one, for engines.
+        roots: folders to look for the encoders in.
         precision: ``auto``, or what ``i2l build-engines --precision`` takes.
         report: told the bytes of packs written, if any are.
+        places: where engines may be and go, best first; by default in the first root.
 
     Raises:
         CheckpointError: the adapter is no adapter, or no root has the encoders and there are no engines yet.
-        OutputUnwritable, DiskFull: the engines cannot be written.
+        NoPlaceForEngines, OutputUnwritable, DiskFull: the engines cannot be written.
         NodePackIncomplete: a package that building needs is not installed.
     """
     with pack_requirements():
         from ..export.build import build_engines, build_key, choose_precision, current_manifest  # noqa: PLC0415
         from ..export.checkpoints.finding import find_checkpoints  # noqa: PLC0415
-    own = roots[0] / FOLDER / f"{adapter.stem}-{choose_precision(precision)[0]}"
-    manifests = {folder: current_manifest(folder) for folder in (roots[0] / FOLDER, own)}
+    places = places or [roots[0] / FOLDER]
+    name = f"{adapter.stem}-{choose_precision(precision)[0]}"
+    manifests = {folder: current_manifest(folder) for place in places for folder in (place, place / name)}
     existing = {folder: m for folder, m in manifests.items() if m and precision in {"auto", m.precision}}
     checkpoints = find_checkpoints(adapter, ("adapter",))
     try:
@@ -60,6 +65,12 @@ def prepare_engines(adapter: Path, roots: Sequence[Path], precision: str, report
     for engines, manifest in existing.items():
         if manifest.build_key == build_key(checkpoints, manifest.precision, manifest.blocks_per_chunk):
             return engines, manifest
+    place = next((place for place in places if can_write(place)), None)
+    if place is None:
+        raise NoPlaceForEngines(places)
+    own = place / name
+    if place != places[0]:
+        log.info("i2l: %s cannot be written, so engines go to %s", format_path(places[0]), format_path(place))
     log.info("i2l: no engines for %s yet: building them in %s, once", adapter.name, format_path(own))
     start = time.perf_counter()
     with quiet_exporters():

@@ -1,5 +1,6 @@
 """What is wrong in ComfyUI."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..machine.errors import I2LError
@@ -32,6 +33,34 @@ class LoraDataForeign(I2LError, ValueError):
         super().__init__(
             f"lora_data holds no LoRA ({tensors} entries, no pair of lora_A and lora_B): connect the lora_data output "
             "of Z-Image i2L Apply"
+        )
+
+
+class ImagesUnfit(I2LError, ValueError):
+    """What reached the images input is no batch of pictures."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"images {reason}: {remedy}")
+
+
+class FilenameRefused(I2LError, OSError):
+    """The system does not take a file name."""
+
+    def __init__(self, filename: str, reason: str) -> None:
+        super().__init__(
+            f"the filename {filename[:24]}... of {len(filename)} letters cannot be used ({reason}): give a shorter or "
+            "simpler one"
+        )
+
+
+class NoPlaceForEngines(I2LError, OSError):
+    """None of ComfyUI's folders can be written."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        listed = ", ".join(map(format_path, folders))
+        super().__init__(
+            f"engines can be written to none of {listed}: make one of them writable, or name a writable I2L folder in "
+            "extra_model_paths.yaml"
         )
 
 

@@ -7,13 +7,14 @@ safetensors file below ``models/I2L``, does not meet them.
 """
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import folder_paths
 
 from ..export.checkpoints.errors import CheckpointMissing
-from .errors import OutputOutside
+from .errors import FilenameRefused, OutputOutside
 
 KIND = "I2L"
 """The name of the search path, and of the folder under ``models``."""
@@ -78,15 +79,58 @@ def free_lora_path(filename: str) -> Path:
 
     Raises:
         OutputOutside: the name leads out of the folder, or names no file.
+        FilenameRefused: the system does not take it, such as one of 300 letters.
     """
-    folder = Path(folder_paths.get_output_directory()).resolve() / "loras"
+    folder = _loras_folder()
     if "\0" in filename:  # no system takes it, and pathlib's error says nothing
         raise OutputOutside(filename, folder)
     wanted = Path(os.path.normpath(folder / filename.strip().removesuffix(EXTENSION)))
     if not filename.strip() or wanted == folder or not wanted.resolve().is_relative_to(folder.resolve()):
         raise OutputOutside(filename, folder)
-    subfolder, stem, *_ = folder_paths.get_save_image_path(str(wanted.relative_to(folder)), str(folder))
-    return next(path for path in _numbered(Path(subfolder), stem) if not path.exists())
+    try:
+        subfolder, stem, *_ = folder_paths.get_save_image_path(str(wanted.relative_to(folder)), str(folder))
+        path = next(path for path in _numbered(Path(subfolder), stem) if _is_free(path))
+        _is_free(path.with_name(f"{path.name}{'x' * 17}"))  # it is written under a longer name first
+    except OSError as error:
+        raise FilenameRefused(filename, error.strerror or str(error)) from error
+    return path
+
+
+def _is_free(path: Path) -> bool:
+    """Is there no such file? Raises :class:`OSError` where the system does not take the name."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    return False
+
+
+def _loras_folder() -> Path:
+    """``output/loras``, or the first folder of LoRAs in ComfyUI's search path that can be written if that cannot."""
+    own = Path(folder_paths.get_output_directory()).resolve() / "loras"
+    if can_write(own):
+        return own
+    kinds = folder_paths.folder_names_and_paths
+    others = [Path(path).resolve() for path in folder_paths.get_folder_paths("loras")] if "loras" in kinds else []
+    return next((folder for folder in others if can_write(folder)), own)
+
+
+def engine_folders(home: Path) -> list[Path]:
+    """Where engines may be, best first: beside the adapter, in ``models/I2L`` and its like, ``user``, ``output``."""
+    roots = [home, *(root for root in model_roots() if root != home)]
+    user = Path(folder_paths.get_user_directory()).absolute() / OWN_USER
+    output = Path(folder_paths.get_output_directory()).absolute() / "i2l"
+    return [folder / "engines" for folder in (*roots, user, output)]
+
+
+def can_write(folder: Path) -> bool:
+    """Can files be made in a folder, which is made if it is not there? Tried, as modes do not tell it of shares."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _numbered(folder: Path, stem: str) -> Iterator[Path]:

@@ -16,6 +16,7 @@ from .options import (
     debug_option,
     dtype_option,
     engines_option,
+    ignore_icc_option,
     json_option,
     key_format_option,
     no_cache_option,
@@ -43,6 +44,7 @@ from .options import (
 @strength_option
 @dtype_option
 @key_format_option
+@ignore_icc_option
 @no_cache_option
 @json_option
 @debug_option
@@ -60,6 +62,7 @@ def batch(
     dtype: Literal["bf16", "fp16", "fp32"],
     key_format: Literal["comfyui", "diffsynth"],
     *,
+    ignore_icc: bool,
     no_cache: bool,
     as_json: bool,
 ) -> None:
@@ -77,7 +80,7 @@ def batch(
     start = time.perf_counter()
     plan = plan_jobs(folder, output_dir, per)
     if plan.skipped:
-        wanted = "an image by its name" if per == "image" else "a folder with images"
+        wanted = "a picture" if per == "image" else "a folder with images"
         click.echo(skipped_line(plan.skipped, wanted), err=True)
     with explained_os_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -95,7 +98,13 @@ def batch(
             cache=cache,
         ) as pipeline:
             result = run_jobs(
-                pipeline, plan.jobs, strength=strength, dtype=dtype, key_format=key_format, progress=progress
+                pipeline,
+                plan.jobs,
+                strength=strength,
+                dtype=dtype,
+                key_format=key_format,
+                ignore_icc=ignore_icc,
+                progress=progress,
             )
             vram = pipeline.vram
     seconds = time.perf_counter() - start

@@ -14,6 +14,7 @@ from .options import (
     backend_option,
     debug_option,
     engines_option,
+    ignore_icc_option,
     json_option,
     require_gpu_for_budget,
     threads_option,
@@ -29,6 +30,7 @@ from .options import (
 @threads_option
 @vram_budget_option
 @vram_margin_option
+@ignore_icc_option
 @json_option
 @debug_option
 def embed(
@@ -39,6 +41,7 @@ def embed(
     vram_budget_bytes: int | None,
     vram_margin_bytes: int,
     *,
+    ignore_icc: bool,
     as_json: bool,
 ) -> None:
     """Compute embeddings into the cache, for later runs.
@@ -70,7 +73,7 @@ def embed(
             cache=folder,
         ) as pipeline,
     ):
-        squares, _ = load_squares(chosen.images)
+        squares, _ = load_squares(chosen.images, ignore_icc=ignore_icc)
         pipeline.embed(squares)
         assert pipeline.cache is not None
         paths = [pipeline.cache.path(square) for square in squares]

@@ -17,6 +17,7 @@ from .options import (
     lora_output_option,
     reduce_rank_option,
     require_weights,
+    tell_left_out,
     weight_option,
 )
 
@@ -43,17 +44,22 @@ def merge(
 ) -> None:
     """Join LoRAs into one, exactly.
 
-    It takes two LORAs or more, of one diffusion model; the rank of the result is the sum of theirs.
+    It takes two LORAs or more of any key form, for one diffusion model; the rank of the result is the sum of theirs.
+    Where one has nothing it changes nothing.
     """
     if len(loras) < 2:
         raise click.UsageError("merging takes two LoRA files or more")
     require_weights(weights, len(loras), "LoRA")
-    from ..lora.lorafiles import common_dtype, merge_loras, read_lora  # noqa: PLC0415
+    from ..lora.lorafiles import common_dtype, merge_loras, require_names  # noqa: PLC0415
     from ..lora.lowrank import reduce_lora  # noqa: PLC0415
+    from ..lora.reading import read_lora  # noqa: PLC0415
     from ..machine.files import require_writable  # noqa: PLC0415
 
     require_writable(output)
     files = [read_lora(path) for path in loras]
+    for file in files:
+        require_names(file, key_format)
+        tell_left_out(file)
     merged = merge_loras(files, weights or None)
     reduction = None
     if reduce_rank:

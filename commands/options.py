@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -15,6 +15,9 @@ from ..lora.errors import WeightsMismatch
 from ..machine.errors import PackageMissing
 from ..machine.sizes import parse_budget
 from ..machine.wording import format_path
+
+if TYPE_CHECKING:
+    from ..lora.reading import LoraFile
 
 
 class UserPath(click.Path):
@@ -153,6 +156,13 @@ def cache_folder(*, no_cache: bool) -> Path | None:
     return None if no_cache else default_cache_folder()
 
 
+ignore_icc_option = click.option(
+    "--ignore-icc",
+    is_flag=True,
+    help="Take pixels for sRGB whatever colour profile a picture carries, as the original does.",
+)
+
+
 strength_option = click.option(
     "--strength", type=float, metavar="NUMBER", callback=require_finite, default=1.0, show_default=True,
     help="Multiplies the LoRA's effect; linear.",
@@ -188,3 +198,9 @@ def require_weights(weights: Sequence[float], things: int, noun: str) -> None:
     """Refuse another number of weights than of things; none at all means equal ones."""
     if weights and len(weights) != things:
         raise click.UsageError(str(WeightsMismatch(len(weights), things, noun)))
+
+
+def tell_left_out(file: "LoraFile") -> None:
+    """Say that a LoRA's part for a text encoder stays behind."""
+    if file.left_out:
+        click.echo(f"{format_path(file.path)}: {file.left_out} modules of a text encoder are left out", err=True)

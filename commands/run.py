@@ -17,6 +17,7 @@ from .options import (
     debug_option,
     dtype_option,
     engines_option,
+    ignore_icc_option,
     json_option,
     key_format_option,
     lora_output_option,
@@ -48,6 +49,7 @@ from .tracing import trace_option, traced
 @reduce_rank_option
 @dtype_option
 @key_format_option
+@ignore_icc_option
 @no_cache_option
 @trace_option
 @json_option
@@ -67,6 +69,7 @@ def run(
     dtype: Literal["bf16", "fp16", "fp32"],
     key_format: Literal["comfyui", "diffsynth"],
     *,
+    ignore_icc: bool,
     no_cache: bool,
     trace: Path | None,
     as_json: bool,
@@ -107,7 +110,7 @@ def run(
             trace=tracing,
         ) as pipeline,
     ):
-        lora = pipeline.lora_from_images(images, strength=strength, weights=weights or None)
+        lora = pipeline.lora_from_images(images, strength=strength, weights=weights or None, ignore_icc=ignore_icc)
         reduction = None
         if reduce_rank:
             from ..lora.lowrank import reduce_lora  # noqa: PLC0415

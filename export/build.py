@@ -139,7 +139,9 @@ def build_key(checkpoints: Mapping[Family, Checkpoint], precision: str, blocks_p
     for family, checkpoint in sorted(checkpoints.items()):
         stat = checkpoint.path.stat()
         tensors = {name: [info.dtype, info.shape, info.offset] for name, info in checkpoint.tensors.items()}
-        facts.append([family, stat.st_size, stat.st_mtime_ns, tensors])
+        others = [[other.stat().st_size, other.stat().st_mtime_ns] for other in checkpoint.paths[1:]]
+        scales = {name: [info.dtype, info.shape, info.offset] for name, (_, info) in checkpoint.scales.items()}
+        facts.append([family, stat.st_size, stat.st_mtime_ns, tensors, *([others, scales] if others or scales else [])])
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

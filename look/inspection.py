@@ -10,10 +10,11 @@ from ..engines.directory.integrity import check_files
 from ..engines.directory.manifest import MANIFEST, read_manifest
 from ..engines.tensorrt.plans import PlanFacts, planned_generations
 from ..export.checkpoints.errors import CheckpointError, CheckpointForeign
-from ..export.checkpoints.finding import checkpoint_paths
+from ..export.checkpoints.finding import checkpoint_paths, recognise_whole
 from ..export.checkpoints.recognise import describe, recognise
+from ..export.checkpoints.shards import join_shards
 from ..lora.errors import LoraUnreadable
-from ..lora.lora import describe_lora
+from ..lora.reading import describe_lora
 from ..machine.wording import format_bytes
 from ..specs import spec_to_dict
 from .errors import NothingToInspect
@@ -103,9 +104,9 @@ def _plans_facts(plans: Mapping[str, PlanFacts]) -> str:
 def _folder_facts(path: Path) -> dict[str, Any]:
     models = []
     problems = []
-    for file in checkpoint_paths(path):
+    for shards in join_shards(checkpoint_paths(path)):
         try:
-            models.append(describe(recognise(file)))
+            models.append(describe(recognise_whole(shards)))
         except CheckpointError as error:
             problems.append(str(error))
     if not models and not problems:

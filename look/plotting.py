@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ..lora.lora import Lora
-from ..lora.lorafiles import LoraFile, require_alike
+from ..lora.lorafiles import require_one_model
 from ..lora.lowrank import cosine, product_norm
+from ..lora.reading import LoraFile
 from ..machine.files import atomic_path
 
 TITLE_LETTERS = 32
@@ -62,11 +63,11 @@ def plot_loras(files: Sequence[LoraFile], output: Path) -> None:
     """Draw the norms of each LoRA, on one colour scale, and below them how alike the LoRAs are.
 
     Raises:
-        LorasDiffer: they are not for the same diffusion model.
+        LorasForOthers, LorasDiffer: they are not for the same diffusion model.
         OutputUnwritable, DiskFull: nothing is left half written.
     """
     for other in files[1:]:
-        require_alike(files[0], other)
+        require_one_model(files[0], other)
     tables = [norm_table(file.lora) for file in files]
     heights = [0.3 * len(table.targets) + 1.4 for table in tables]
     if len(files) > 1:
@@ -77,7 +78,8 @@ def plot_loras(files: Sequence[LoraFile], output: Path) -> None:
     highest = max(float(np.nanmax(table.norms)) for table in tables) or 1.0
     for axis, file, table in zip(axes, files, tables, strict=False):
         image = _heat_map(axis, table, highest)
-        axis.set_title(f"{shortened(file.path.stem)} (rank {file.lora.rank})", loc="left")
+        without = f", {' and '.join(file.kinds)} without its magnitudes" if file.kinds else ""
+        axis.set_title(f"{shortened(file.path.stem)} (rank {file.lora.rank}{without})", loc="left")
         figure.colorbar(image, ax=axis, label="norm of B @ A", pad=0.01)
     if len(files) > 1:
         _similarity_map(axes[-1], similarities([file.lora for file in files]), names_of(files))

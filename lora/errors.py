@@ -25,27 +25,46 @@ class LoraNotFinite(I2LError, ValueError):
 
 
 class LorasDiffer(I2LError, ValueError):
-    """LoRAs do not change the same modules, or not of the same shape."""
+    """LoRAs change weights of different shapes."""
 
     def __init__(
-        self,
-        first: Path,
-        second: Path,
-        only_first: Sequence[str],
-        only_second: Sequence[str],
-        misshapen: Mapping[str, tuple[tuple[int, int], tuple[int, int]]],
+        self, first: Path, second: Path, misshapen: Mapping[str, tuple[tuple[int, int], tuple[int, int]]]
     ) -> None:
-        parts = [
-            f"{len(modules)} module{'s' * (len(modules) != 1)} only in {path.name}, such as {modules[0]}"
-            for path, modules in ((first, only_first), (second, only_second))
-            if modules
-        ]
-        if misshapen:
-            name, (left, right) = next(iter(misshapen.items()))
-            parts.append(f"{name} changes a weight of {list(left)} in one and of {list(right)} in the other")
+        name, (left, right) = next(iter(misshapen.items()))
         super().__init__(
-            f"{format_path(first)} and {format_path(second)} do not change the same modules ({'; '.join(parts)}): "
-            "give LoRAs of one diffusion model, made with all its modules"
+            f"{format_path(first)} and {format_path(second)} are not for the same model ({name} changes a weight of "
+            f"{list(left)} in one and of {list(right)} in the other): give LoRAs of one diffusion model"
+        )
+
+
+class LorasForOthers(I2LError, ValueError):
+    """LoRAs are for different diffusion models."""
+
+    def __init__(self, first: Path, second: Path, left: str, right: str) -> None:
+        super().__init__(
+            f"{format_path(first)} is for {left}, {format_path(second)} for {right}: give LoRAs of one diffusion model"
+        )
+
+
+class LoraNotASum(I2LError, ValueError):
+    """The adapter is of a kind whose change is no product of two factors."""
+
+    def __init__(self, path: Path, kinds: Sequence[str]) -> None:
+        kind = " and ".join(kinds)
+        super().__init__(
+            f"{format_path(path)} is {kind}: its change is not a plain B @ A, so it has no exact sum with others; load "
+            "it by itself, beside the merged LoRA"
+        )
+
+
+class LoraNamesUnknown(I2LError, ValueError):
+    """Modules are written with underscores, and which of them are dots is not known."""
+
+    def __init__(self, path: Path, modules: Sequence[str], key_format: str) -> None:
+        super().__init__(
+            f"{format_path(path)} names {len(modules)} modules with underscores for a model that i2l does not know, "
+            f"such as {modules[0]}, so they cannot be written as {key_format}: give a LoRA for "
+            "Z-Image, Qwen-Image or FLUX.1"
         )
 
 

@@ -6,7 +6,6 @@ nothing. There is no alpha key, which means scale 1.0 everywhere; DiffSynth warn
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -15,20 +14,16 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 
 from ..engines.base import Array
-from ..engines.directory.tensorfile import LayoutWriter, TensorInfo, plan_layout, read_header
+from ..engines.directory.tensorfile import LayoutWriter, plan_layout
 from ..machine.files import atomic_path
 from ..specs import DiffusionModel
-from .errors import LoraNotFinite, LoraUnreadable, StrengthInvalid, WeightsMismatch
+from .errors import LoraNotFinite, StrengthInvalid, WeightsMismatch
+from .keys import AnyKeyFormat, written_keys
+from .names import diffusion_model
 
-KeyFormat: TypeAlias = Literal["comfyui", "diffsynth"]
 Dtype: TypeAlias = Literal["bf16", "fp16", "fp32"]
-KEYS: Mapping[KeyFormat, tuple[str, str]] = {
-    "comfyui": ("diffusion_model.{}.lora_A.weight", "diffusion_model.{}.lora_B.weight"),
-    "diffsynth": ("{}.lora_A.default.weight", "{}.lora_B.default.weight"),
-}
 MODEL_METADATA: Mapping[DiffusionModel, dict[str, str]] = {
     "z-image": {
         "modelspec.architecture": "Z-Image/lora",
@@ -42,6 +37,7 @@ MODEL_METADATA: Mapping[DiffusionModel, dict[str, str]] = {
     },
 }
 """How LoRA managers tell which diffusion model a LoRA is for."""
+CLAIMS = tuple(MODEL_METADATA["z-image"])
 DTYPES: Mapping[Dtype, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 
@@ -58,8 +54,13 @@ class Lora:
         a, _ = next(iter(self.factors.values()))
         return int(a.shape[0])
 
-    def save(self, path: Path | str, *, dtype: Dtype = "bf16", key_format: KeyFormat = "comfyui") -> Path:
-        """Write the file, whole or not at all.
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """``module -> [out, in]`` of the weight that it changes."""
+        return {module: (b.shape[0], a.shape[1]) for module, (a, b) in self.factors.items()}
+
+    def save(self, path: Path | str, *, dtype: Dtype = "bf16", key_format: AnyKeyFormat = "comfyui") -> Path:
+        """Write the file, whole or not at all. What it is for is read from its modules if the metadata does not say.
 
         Raises:
             OutputUnwritable, DiskFull: nothing is left half written.
@@ -67,13 +68,17 @@ class Lora:
         """
         path = Path(path).expanduser()
         tensors = {
-            key.format(module): factor
+            key: factor
             for module, pair in self.factors.items()
-            for key, factor in zip(KEYS[key_format], pair, strict=True)
+            for key, factor in zip(written_keys(key_format, module), pair, strict=True)
         }
+        if key_format == "kohya":  # its loaders divide by the rank
+            names = (key.removesuffix("lora_down.weight") for key in tensors if key.endswith("lora_down.weight"))
+            tensors |= {f"{name}alpha": np.array(self.rank, np.float32) for name in list(names)}
+        claims = {} if self.metadata.keys() & set(CLAIMS) else model_metadata(diffusion_model(self.shapes))
         layout = plan_layout(
             ((name, DTYPES[dtype], factor.shape) for name, factor in tensors.items()),
-            file_metadata(path.stem, self.rank) | self.metadata,
+            file_metadata(path.stem, self.rank) | claims | self.metadata,
         )
         with atomic_path(path) as temporary, LayoutWriter(temporary, layout) as writer:
             for name, factor in tensors.items():
@@ -134,6 +139,11 @@ def require_finite(name: str, value: float) -> float:
     return float(value)
 
 
+def model_metadata(model: str | None) -> dict[str, str]:
+    """The claims for a diffusion model; none for one that is unknown or that i2l has no words for."""
+    return dict(next((claims for name, claims in MODEL_METADATA.items() if name == model), {}))
+
+
 def file_metadata(title: str, rank: int) -> dict[str, str]:
     """What LoRA managers and loaders look for. Source paths stay out: they say more about a user than they should."""
     title = title.encode("utf-8", "replace").decode()  # a file name may hold bytes that are no text
@@ -147,7 +157,7 @@ def file_metadata(title: str, rank: int) -> dict[str, str]:
         "ss_network_dim": str(rank),
         "ss_network_alpha": str(rank),
         "ss_output_name": title,
-    } | MODEL_METADATA["z-image"]
+    }
 
 
 def converted(name: str, values: Array, dtype: Dtype) -> NDArray[Any]:
@@ -173,42 +183,3 @@ def bfloat16_bits(values: Array) -> NDArray[np.uint16]:
     """The upper half of each float32, rounded to nearest, ties to even."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
-
-
-def describe_lora(path: Path) -> dict[str, object]:
-    """The facts of a LoRA file for ``i2l inspect``.
-
-    Raises:
-        LoraUnreadable: not a safetensors file, or its keys are of no known form.
-    """
-    try:
-        tensors, metadata = read_header(path)
-    except OSError as error:
-        raise LoraUnreadable(path, error.strerror or str(error)) from error
-    except (SafetensorError, ValueError) as error:
-        raise LoraUnreadable(path, str(error)) from error
-    modules = {key_format: _modules(tensors, *keys) for key_format, keys in KEYS.items()}
-    key_format = next((name for name, found in modules.items() if found), None)
-    if key_format is None:
-        raise LoraUnreadable(path, "its keys are of no known form")
-    downs = [tensors[KEYS[key_format][0].format(module)] for module in modules[key_format]]
-    if any(len(info.shape) != 2 for info in downs):
-        raise LoraUnreadable(path, "its factors are not matrices")
-    ranks = sorted({info.shape[0] for info in downs})
-    return {
-        "path": str(path),
-        "tensors": len(tensors),
-        "modules": len(downs),
-        "rank": ranks[0] if len(ranks) == 1 else ranks,
-        "dtype": downs[0].dtype,
-        "key_format": key_format,
-        "nbytes": path.stat().st_size,
-        "metadata": metadata,
-    }
-
-
-def _modules(tensors: Mapping[str, TensorInfo], down: str, up: str) -> list[str]:
-    """The modules whose two factors are there in this key form."""
-    pattern = re.compile(re.escape(down).replace(re.escape("{}"), "(.+)"))
-    found = [match[1] for name in tensors if (match := pattern.fullmatch(name))]
-    return [module for module in found if up.format(module) in tensors]

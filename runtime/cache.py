@@ -28,8 +28,8 @@ from ..machine.wording import format_path
 from .pictures.pixels import content_sha256
 
 log = logging.getLogger(__name__)
-PIXELS_VERSION = 1
-"""Raised whenever the same square gives other pixels."""
+PIXELS_VERSION = 2
+"""Raised whenever the same picture gives other pixels; 2: colour profiles are converted."""
 FOLDER_VARIABLE = "I2L_CACHE_DIR"
 Encode = Callable[[Sequence[Image.Image]], Array]
 """``squares -> embeddings [squares, 5632]``."""

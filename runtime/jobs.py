@@ -15,13 +15,16 @@ from PIL import Image
 
 from ..engines.base import Array
 from ..lora.errors import LoraNotFinite, LoraUnreadable
-from ..lora.lora import DTYPES, Dtype, KeyFormat, describe_lora
+from ..lora.keys import KeyFormat
+from ..lora.lora import DTYPES, Dtype
+from ..lora.reading import describe_lora
 from ..machine.errors import OutputUnwritable
 from ..machine.progress import Report, silent
 from .passes import ENCODERS, IMAGES_PER_PASS
 from .pictures.errors import FolderEmpty, ImageError
-from .pictures.listing import SUFFIXES, images_in
-from .pictures.sources import images_mark, load_squares
+from .pictures.files.formats import SUFFIXES
+from .pictures.listing import images_in
+from .pictures.sources import ICC_KEY, colours_mark, images_mark, load_squares
 from .pipeline import Pipeline
 
 Per: TypeAlias = Literal["image", "folder"]
@@ -137,6 +140,7 @@ def run_jobs(
     strength: float = 1.0,
     dtype: Dtype = "bf16",
     key_format: KeyFormat = "comfyui",
+    ignore_icc: bool = False,
     progress: BatchProgress | None = None,
 ) -> BatchResult:
     """Make the output of every job that is not finished yet.
@@ -153,7 +157,7 @@ def run_jobs(
     group: list[_Loaded] = []
     for job in jobs:
         try:
-            loaded = _load(pipeline, job, strength)
+            loaded = _load(pipeline, job, strength, ignore_icc=ignore_icc)
             finished = _is_finished(job.output, loaded.marks, dtype, key_format)
         except (ImageError, OutputUnwritable) as error:
             result.failed.append((job.output, str(error)))
@@ -176,9 +180,10 @@ def _output(output_dir: Path, name: str) -> Path:
     return output_dir / f"{name}.safetensors"
 
 
-def _load(pipeline: Pipeline, job: Job, strength: float) -> _Loaded:
-    squares, hashes = load_squares(job.images)
-    return _Loaded(job, squares, pipeline.origin(len(squares), strength, None) | images_mark(hashes))
+def _load(pipeline: Pipeline, job: Job, strength: float, *, ignore_icc: bool) -> _Loaded:
+    squares, hashes = load_squares(job.images, ignore_icc=ignore_icc)
+    marks = images_mark(hashes) | colours_mark(ignore_icc=ignore_icc)
+    return _Loaded(job, squares, pipeline.origin(len(squares), strength, None) | marks)
 
 
 def _is_finished(path: Path, marks: Mapping[str, str], dtype: Dtype, key_format: KeyFormat) -> bool:
@@ -191,7 +196,7 @@ def _is_finished(path: Path, marks: Mapping[str, str], dtype: Dtype, key_format:
         raise OutputUnwritable(path, "it is there already, and no LoRA") from error
     metadata = facts["metadata"]
     assert isinstance(metadata, dict)
-    if not marks.keys() <= metadata.keys():
+    if not marks.keys() - {ICC_KEY} <= metadata.keys():  # 0.x files before profiles were read do not have that one
         raise OutputUnwritable(path, "it is there already, and not from `i2l batch` or `i2l run`")
     same_form = (facts["dtype"], facts["key_format"]) == (DTYPES[dtype], key_format)
     return same_form and marks.items() <= metadata.items()

@@ -18,7 +18,7 @@ from .opening import OpenEngines
 from .passes import ENCODERS, IMAGES_PER_PASS, Observer, Passes, Timings
 from .pictures.images import ImageSource, load_image
 from .pictures.pixels import pixels_dinov3, pixels_siglip2, square_image
-from .pictures.sources import as_several, images_mark, load_squares
+from .pictures.sources import as_several, colours_mark, images_mark, load_squares
 from .trace import Trace
 
 
@@ -103,6 +103,7 @@ class Pipeline:
         *,
         strength: float = 1.0,
         weights: Sequence[float] | None = None,
+        ignore_icc: bool = False,
     ) -> Lora:
         """One LoRA from one or more images; its rank is four per image.
 
@@ -111,6 +112,7 @@ class Pipeline:
                 height, width, channels]``.
             strength: multiplies the LoRA's effect; linear, as it scales one factor only.
             weights: how much each image counts, one number each, taken as they are; by default ``1 / images`` each.
+            ignore_icc: take the pixels for sRGB whatever their colour profile says, as the original does.
 
         Raises:
             NoImages, ImageError: nothing to read, or an image that cannot be used.
@@ -120,10 +122,10 @@ class Pipeline:
         self._passes.timings = Timings()
         require_finite("strength", strength)
         with self.timings.stage("images"):
-            squares, hashes = load_squares(images)
+            squares, hashes = load_squares(images, ignore_icc=ignore_icc)
         joining_weights(weights, len(squares), "image")
         lora = self.lora_from_embeddings(self.embed(squares), strength=strength, weights=weights)
-        lora.metadata |= images_mark(hashes)
+        lora.metadata |= images_mark(hashes) | colours_mark(ignore_icc=ignore_icc)
         return lora
 
     def embed(self, images: Sequence[ImageSource] | ImageSource) -> Array:

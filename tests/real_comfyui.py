@@ -23,7 +23,7 @@ from urllib.error import HTTPError, URLError
 from PIL import Image
 
 from i2l.export.checkpoints.synthetic import make_checkpoints
-from i2l.lora.lora import describe_lora
+from i2l.lora.reading import describe_lora
 
 PACK = Path(__file__).absolute().parents[1]
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}

@@ -66,6 +66,8 @@ ONLY_IN = {
     "tensorrt": {"engines.tensorrt"},
     "tensorrt_rtx": {"engines.tensorrt"},
     "cuda": {"engines.device.card"},
+    "pillow_heif": {"runtime.pictures.files.formats"},
+    "pillow_jxl": {"runtime.pictures.files.formats"},
     "rich": {"machine.progress"},
     "filelock": {"machine.locks"},
     "click": {"cli", "commands"},
@@ -232,7 +234,7 @@ def loaded_after(code: str, *arguments: str) -> set[str]:
     return set(json.loads(run.stdout.splitlines()[-1]))
 
 
-COMMANDS = ("run", "batch", "embed", "merge", "plot", "build-engines", "inspect", "verify", "doctor")
+COMMANDS = ("run", "batch", "embed", "merge", "convert", "plot", "build-engines", "inspect", "verify", "doctor")
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

@@ -32,16 +32,31 @@ class CheckpointUnreadable(CheckpointError, ValueError):
 
     def __init__(self, path: Path, reason: str, family: Family | None = None) -> None:
         self.family = family
-        super().__init__(f"{format_path(path)} is not a whole safetensors file ({reason}): download it again")
+        super().__init__(
+            f"{format_path(path)} is not a whole safetensors file ({reason}), such as half of a download: "
+            "download it again"
+        )
 
 
 class CheckpointForeign(CheckpointError, ValueError):
     """The file's tensors belong to no model that i2l knows."""
 
-    def __init__(self, path: Path, tensors: int) -> None:
+    def __init__(self, path: Path, tensors: int, what: str = "", family: Family | None = None) -> None:
+        self.family = family
+        seems = f" ({what})" if what else ""
         super().__init__(
-            f"{format_path(path)} holds {tensors} tensors of a model that i2l does not know: it needs SigLIP2-G384, "
-            "DINOv3-7B and Z-Image-i2L (README, 'Real checkpoints')"
+            f"{format_path(path)} holds {tensors} tensors of a model that i2l does not know{seems}: it needs "
+            "SigLIP2-G384, DINOv3-7B and Z-Image-i2L (README, 'Real checkpoints')"
+        )
+
+
+class CheckpointIncomplete(CheckpointError, FileNotFoundError):
+    """A checkpoint is in several files, and some of them are not there."""
+
+    def __init__(self, folder: Path, missing: Sequence[str], count: int) -> None:
+        super().__init__(
+            f"{format_path(folder)} holds a checkpoint in {count} shards, of which {some(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing: download the rest there"
         )
 
 
@@ -65,18 +80,10 @@ class CheckpointMismatch(CheckpointError, ValueError):
             "neither F32, F16 nor BF16": [f"{name} is {dtype}" for name, dtype in wrong_dtype.items()],
         }
         parts = (f"{what}: {some(items)}" for what, items in differences.items() if items)
-        super().__init__(f"{format_path(path)} looks like {family}, but {'; '.join(parts)}: download it again")
-
-
-class CheckpointPrefixed(CheckpointError, ValueError):
-    """A known model whose tensors have longer names, as when it was saved from inside another one."""
-
-    def __init__(self, path: Path, family: Family, prefix: str) -> None:
-        self.family = family
-        super().__init__(
-            f"{format_path(path)} looks like {family}, but the names of its tensors begin with {prefix}: give the "
-            "published file (README, 'Real checkpoints')"
-        )
+        remedy = "download it again"
+        if not missing and not misshapen:  # a whole file, of something else or in another packing
+            remedy = "give the published file, or a copy in F32, F16, BF16 or FP8 (README, 'Checkpoints')"
+        super().__init__(f"{format_path(path)} looks like {family}, but {'; '.join(parts)}: {remedy}")
 
 
 class CheckpointAmbiguous(CheckpointError, ValueError):

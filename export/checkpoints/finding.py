@@ -1,9 +1,13 @@
 """Checkpoints: found under a folder, whatever the files are called; the one of each family, or why there is none."""
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
+from ...engines.directory.tensorfile import TensorInfo
+from ...machine.wording import format_path
 from ...specs import FAMILIES, AdapterSpec, DiffusionModel, Family
 from .errors import (
     AdapterAmbiguous,
@@ -14,6 +18,11 @@ from .errors import (
     CheckpointsUnfit,
 )
 from .recognise import Checkpoint, recognise
+from .shards import is_shard, join_shards, require_all
+
+log = logging.getLogger(__name__)
+PIECE = 16 << 20
+"""Bytes that are compared at once."""
 
 
 def find_checkpoints(
@@ -28,18 +37,18 @@ def find_checkpoints(
 
     Raises:
         CheckpointMissing: a family has no file; damaged files that may have been one are named.
-        CheckpointMismatch, CheckpointPrefixed, CheckpointUnreadable: one family has no file, but this one that looks
+        CheckpointMismatch, CheckpointForeign, CheckpointUnreadable: one family has no file, but this one that looks
             like it.
-        CheckpointAmbiguous: a family has several files.
+        CheckpointAmbiguous: a family has several files of different content.
         AdapterAmbiguous: the adapters of several diffusion models are there, and none was chosen.
     """
     found: dict[Family, list[Checkpoint]] = {family: [] for family in families}
     errors: list[CheckpointError] = []
-    for path in checkpoint_paths(models):
+    for shards in join_shards(checkpoint_paths(models)):
         try:
-            checkpoint = recognise(path)
-        except CheckpointForeign:
-            continue
+            checkpoint = recognise_whole(shards)
+        except CheckpointForeign as error:
+            errors += [error] if error.family else []
         except CheckpointError as error:
             errors.append(error)
         else:
@@ -55,9 +64,34 @@ def find_checkpoints(
         for_models = {c.spec.diffusion_model: c.path for c in found[family] if isinstance(c.spec, AdapterSpec)}
         if len(for_models) > 1:
             raise AdapterAmbiguous(for_models)
+        found[family] = without_copies(found[family])
         if len(found[family]) > 1:
             raise CheckpointAmbiguous(family, [checkpoint.path for checkpoint in found[family]])
     return {family: found[family][0] for family in families}
+
+
+def recognise_whole(shards: tuple[Path, ...]) -> Checkpoint:
+    """The checkpoint in one file or in several.
+
+    Raises:
+        CheckpointError: some are missing, or it is none.
+    """
+    if is_shard(shards[0]):
+        require_all(shards)
+    return recognise(*shards)
+
+
+def without_copies(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Checkpoints of different content; of equal ones the first, which is said."""
+    kept: list[Checkpoint] = []
+    for checkpoint in checkpoints:
+        twin = next((other for other in kept if same_content(other, checkpoint)), None)
+        if twin is None:
+            kept.append(checkpoint)
+        else:
+            family, taken, copy = checkpoint.spec.family, format_path(twin.path), format_path(checkpoint.path)
+            log.info("%s is there twice with the same content: %s is taken, %s is not needed", family, taken, copy)
+    return kept
 
 
 def checkpoint_paths(models: Path) -> Iterator[Path]:
@@ -83,3 +117,38 @@ def require_fitting(checkpoints: Mapping[Family, Checkpoint]) -> None:
     siglip2, dinov3 = checkpoints["siglip2"].spec.hidden, checkpoints["dinov3"].spec.hidden
     if adapter.embedding != siglip2 + dinov3:
         raise CheckpointsUnfit(checkpoints["adapter"].path, adapter.embedding, siglip2, dinov3)
+
+
+def same_content(first: Checkpoint, second: Checkpoint) -> bool:
+    """Do two checkpoints hold the same values? Small tensors first: other weights differ there already."""
+    if first.spec != second.spec or first.tensors.keys() != second.tensors.keys():
+        return False
+    if first.scales.keys() != second.scales.keys():
+        return False
+    pairs = [
+        ((first.file_of(name), info), (second.file_of(name), second.tensors[name]))
+        for name, info in first.tensors.items()
+    ]
+    pairs += [(scale, second.scales[name]) for name, scale in first.scales.items()]
+    if any((a.dtype, a.shape) != (b.dtype, b.shape) for (_, a), (_, b) in pairs):
+        return False
+    if all(path.samefile(other) and a.offset == b.offset for (path, a), (other, b) in pairs):
+        return True
+    return all(_same_bytes(a, b) for a, b in sorted(pairs, key=lambda pair: pair[0][1].nbytes))
+
+
+def _same_bytes(first: tuple[Path, TensorInfo], second: tuple[Path, TensorInfo]) -> bool:
+    (path, info), (other_path, other) = first, second
+    with path.open("rb") as file, other_path.open("rb") as other_file:
+        file.seek(info.offset)
+        other_file.seek(other.offset)
+        return _same_pieces(file, other_file, info.nbytes)
+
+
+def _same_pieces(file: BinaryIO, other: BinaryIO, nbytes: int) -> bool:
+    while nbytes > 0:
+        count = min(nbytes, PIECE)
+        if file.read(count) != other.read(count):
+            return False
+        nbytes -= count
+    return True

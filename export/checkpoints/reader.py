@@ -13,6 +13,7 @@ import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,24 +47,81 @@ class Range:
 def stream_tensors(checkpoint: Checkpoint, groups: Sequence[Sequence[str]]) -> Iterator[dict[str, Tensor]]:
     """The tensors of every group in turn, as they lie in the file; valid until the next group is asked for.
 
+    FP8 values that have a scale are float32, times it.
+
     Raises:
         CheckpointUnreadable: the file ends early; it was whole when its header was read.
     """
-    plans = [plan_ranges({name: checkpoint.tensors[name] for name in group}) for group in groups]
-    largest = max((_buffer_bytes(ranges) for ranges, _ in plans))
+    plans = [_plan_group(checkpoint, group) for group in groups]
+    largest = max(plan.nbytes for plan in plans)
     buffers = [memoryview(mmap.mmap(-1, largest)) for _ in range(2 if 2 * largest <= BUFFERS_BYTES else 1)]
-    with open_direct(checkpoint.path) as file, ThreadPoolExecutor(1, "i2l-checkpoint-reader") as pool:
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(open_direct(path)) for path in _paths(checkpoint)}
+        pool = stack.enter_context(ThreadPoolExecutor(1, "i2l-checkpoint-reader"))
+
+        def fill(index: int) -> None:
+            for path, ranges in plans[index].ranges:
+                read_ranges(files[path], ranges, buffers[index % len(buffers)])
 
         def read(index: int) -> "Future[None]":
-            return pool.submit(read_ranges, file, plans[index][0], buffers[index % len(buffers)])
+            return pool.submit(fill, index)
 
         coming = [read(index) for index in range(min(len(buffers) - 1, len(plans)))]
-        for index, (group, (_, places)) in enumerate(zip(groups, plans, strict=True)):
+        for index, (group, plan) in enumerate(zip(groups, plans, strict=True)):
             if index + len(buffers) - 1 < len(plans):
                 coming.append(read(index + len(buffers) - 1))
             coming.pop(0).result()
             buffer = buffers[index % len(buffers)]
-            yield {name: _tensor(buffer, places[name], checkpoint.tensors[name]) for name in group}
+            tensors = {name: _tensor(buffer, plan.places[name], checkpoint.tensors[name]) for name in group}
+            for name in tensors.keys() & checkpoint.scales.keys():
+                scale = _tensor(buffer, plan.places[name, "scale"], checkpoint.scales[name][1])
+                tensors[name] = scaled_values(tensors[name], scale)
+            yield tensors
+
+
+@dataclass(frozen=True)
+class _GroupPlan:
+    """What is read of each file for a group, and where its tensors then are in the buffer."""
+
+    ranges: Sequence[tuple[Path, Sequence[Range]]]
+    places: Mapping[str | tuple[str, str], int]
+    nbytes: int
+
+
+def scaled_values(values: Tensor, scale: Tensor) -> Tensor:
+    """FP8 values times their scale, float32: one for all, for each row, or for each block of 128 x 128."""
+    factor = scale.float()
+    if factor.numel() == 1:
+        factor = factor.reshape(())
+    elif factor.ndim == 2 and factor.shape != (len(values), 1):
+        rows, columns = values.shape
+        factor = factor.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+    else:
+        factor = factor.reshape(-1, *([1] * (values.ndim - 1)))
+    return values.float() * factor
+
+
+def _plan_group(checkpoint: Checkpoint, group: Sequence[str]) -> _GroupPlan:
+    by_file: dict[Path, dict[str | tuple[str, str], TensorInfo]] = {}
+    for name in group:
+        by_file.setdefault(checkpoint.file_of(name), {})[name] = checkpoint.tensors[name]
+        if name in checkpoint.scales:
+            path, info = checkpoint.scales[name]
+            by_file.setdefault(path, {})[name, "scale"] = info
+    ranges: list[tuple[Path, Sequence[Range]]] = []
+    places: dict[str | tuple[str, str], int] = {}
+    nbytes = 0
+    for path, tensors in by_file.items():
+        keys = {str(index): key for index, key in enumerate(tensors)}
+        parts, own = plan_ranges({index: tensors[key] for index, key in keys.items()})
+        ranges.append((path, [Range(part.offset, part.nbytes, part.place + nbytes) for part in parts]))
+        places |= {keys[index]: place + nbytes for index, place in own.items()}
+        nbytes += _buffer_bytes(parts)
+    return _GroupPlan(ranges, places, nbytes)
+
+
+def _paths(checkpoint: Checkpoint) -> list[Path]:
+    return list(dict.fromkeys([*checkpoint.paths, *(path for path, _ in checkpoint.scales.values())]))
 
 
 def plan_ranges(tensors: Mapping[str, TensorInfo]) -> tuple[list[Range], dict[str, int]]:

@@ -7,19 +7,29 @@ model but differs is reported tensor by tensor, as that is nearly always a part 
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from ...engines.directory.tensorfile import TensorInfo, parse_header, read_header
 from ...specs import PUBLISHED, AdapterSpec, EncoderSpec, Family, Spec, spec_from_dict, spec_to_dict
-from .errors import CheckpointForeign, CheckpointMismatch, CheckpointPrefixed, CheckpointUnreadable
+from .errors import CheckpointForeign, CheckpointMismatch, CheckpointUnreadable
 from .shapes import Shapes, shape_hash, shapes_of, tensor_shapes
+from .strangers import name_stranger
+from .tensor_names import (
+    BUFFERS,
+    FLOAT8_DTYPES,
+    FLOAT_DTYPES,
+    Found,
+    find_tensors,
+    likeness,
+    prefixes_of,
+    scale_fits,
+)
 
 SPEC_KEY = "i2l_spec"
 """Header entry of a synthetic checkpoint that holds its spec as JSON."""
-FLOAT_DTYPES = frozenset({"F32", "F16", "BF16"})
 LIKENESS = 0.1
 """Share of a model's tensors, by name and shape, that makes a file look like it. Low enough for a file that is one of
 several parts; other models, and other sizes of the same architecture, share next to nothing."""
@@ -32,6 +42,20 @@ class Checkpoint:
     path: Path
     spec: Spec
     tensors: Mapping[str, TensorInfo]
+    """By their published names, whatever the file calls them."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Of tensors that are not in ``path``: the other shards."""
+    scales: Mapping[str, tuple[Path, TensorInfo]] = field(default_factory=dict)
+    """What FP8 values are multiplied by, by the published name of their weight."""
+
+    def file_of(self, name: str) -> Path:
+        """Where a tensor is."""
+        return self.files.get(name, self.path)
+
+    @property
+    def paths(self) -> list[Path]:
+        """All files, the first one first."""
+        return [self.path, *sorted({path for path in self.files.values() if path != self.path})]
 
     @property
     def dtype(self) -> str:
@@ -50,36 +74,62 @@ class Checkpoint:
         return sum(info.nbytes for info in self.tensors.values())
 
 
-def recognise(path: Path) -> Checkpoint:
-    """Open one file and say which model it is.
+def recognise(path: Path, *shards: Path) -> Checkpoint:
+    """Open a file, or the shards of one checkpoint, and say which model it is.
 
     Raises:
         CheckpointUnreadable: not a whole safetensors file.
         CheckpointForeign: another model.
         CheckpointMismatch: nearly one of ours; names the differences.
-        CheckpointPrefixed: one of ours, but for the beginning of its tensors' names.
     """
-    try:
-        tensors, metadata = read_header(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).removeprefix("Error while deserializing header: ")
-        raise CheckpointUnreadable(path, reason, _family_by_header(path)) from error
+    tensors: dict[str, TensorInfo] = {}
+    homes: dict[str, Path] = {}
+    metadata: dict[str, str] = {}
+    for part in (path, *shards):
+        try:
+            own, marks = read_header(part)
+        except (SafetensorError, OSError, ValueError) as error:
+            reason = str(error).removeprefix("Error while deserializing header: ")
+            raise CheckpointUnreadable(part, reason, _family_by_header(part)) from error
+        tensors |= own
+        homes |= dict.fromkeys(own, part)
+        metadata = marks | metadata
     shapes = shapes_of(tensors)
     spec = _carried_spec(path, metadata, len(tensors)) or _published_spec(shapes) or _nearest_spec(shapes)
     if spec is None:
-        if prefixed := _prefixed(shapes):
-            raise CheckpointPrefixed(path, *prefixed)
-        raise CheckpointForeign(path, len(tensors))
+        raise CheckpointForeign(path, len(tensors), *name_stranger(tensors))
     wanted = tensor_shapes(spec)
-    missing = sorted(wanted.keys() - shapes.keys())
-    unexpected = sorted(shapes.keys() - wanted.keys())
-    misshapen = {
-        name: (shapes[name], wanted[name]) for name in shapes if name in wanted and shapes[name] != wanted[name]
-    }
-    wrong_dtype = {name: info.dtype for name, info in tensors.items() if info.dtype not in FLOAT_DTYPES}
-    if missing or unexpected or misshapen or wrong_dtype:
-        raise CheckpointMismatch(path, spec.family, missing, unexpected, misshapen, wrong_dtype)
-    return Checkpoint(path, spec, tensors)
+    found = find_tensors(tensors, wanted)
+    _require_right(path, spec, tensors, found)
+    return Checkpoint(
+        path,
+        spec,
+        {name: tensors[own] for name, own in found.names.items()},
+        {name: homes[own] for name, own in found.names.items() if homes[own] != path},
+        {name: (homes[own], tensors[own]) for name, own in found.scales.items()},
+    )
+
+
+def _require_right(path: Path, spec: Spec, tensors: Mapping[str, TensorInfo], found: Found) -> None:
+    """Raise :class:`CheckpointMismatch` unless all is there, of the right shape and dtype, with all scales."""
+    wanted = tensor_shapes(spec)
+    missing = sorted(wanted.keys() - found.names.keys())
+    own = {name: tensors[key] for name, key in found.names.items()}
+    misshapen = {name: (info.shape, wanted[name]) for name, info in own.items() if info.shape != wanted[name]}
+    wrong = {name: info.dtype for name, info in own.items() if info.dtype not in FLOAT_DTYPES | FLOAT8_DTYPES}
+    unexpected = list(found.unexpected)
+    for name, scale in found.scales.items():
+        info = tensors[scale]
+        fits = own[name].dtype in FLOAT8_DTYPES and info.dtype in FLOAT_DTYPES
+        if not fits or not scale_fits(info.shape, own[name].shape):
+            unexpected.append(scale)
+    scaled = bool(found.scales) or any(name.endswith("scaled_fp8") for name in tensors)
+    unscaled = [name for name, info in own.items() if info.dtype in FLOAT8_DTYPES and name not in found.scales]
+    missing += [f"the scale of {name}" for name in unscaled if scaled]
+    if missing or unexpected or misshapen or wrong:
+        beside = [name for name in found.beside if "." not in name or not BUFFERS.fullmatch(name)]
+        extras = sorted({*unexpected, *(beside if missing or misshapen else ())})
+        raise CheckpointMismatch(path, spec.family, missing, extras, misshapen, wrong)
 
 
 def _family_by_header(path: Path) -> Family | None:
@@ -113,23 +163,12 @@ def _published_spec(shapes: Shapes) -> Spec | None:
 def _nearest_spec(shapes: Shapes) -> Spec | None:
     """The published spec of which the file has the largest share, if that is :data:`LIKENESS` at least."""
 
-    def likeness(spec: Spec) -> float:
+    def share(spec: Spec) -> float:
         wanted = tensor_shapes(spec)
-        return sum(shapes.get(name) == shape for name, shape in wanted.items()) / len(wanted)
+        return max(likeness(shapes, wanted, prefix) for prefix in prefixes_of(shapes, wanted))
 
-    best: Spec = max(PUBLISHED, key=likeness)
-    return best if likeness(best) >= LIKENESS else None
-
-
-def _prefixed(shapes: Shapes) -> tuple[Family, str] | None:
-    """``(family, prefix)`` if names of the file are those of a published one behind a prefix, such as ``model.``."""
-    firsts = [next(iter(tensor_shapes(spec))) for spec in PUBLISHED]
-    prefixes = {name.removesuffix(first) for name in shapes for first in firsts if name.endswith(f".{first}")}
-    for prefix in sorted(prefixes):
-        behind = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
-        if spec := _nearest_spec(behind):
-            return spec.family, prefix
-    return None
+    best: Spec = max(PUBLISHED, key=share)
+    return best if share(best) >= LIKENESS else None
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, object]:
@@ -142,5 +181,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, object]:
         facts[name] = getattr(encoder, name, None)
     if isinstance(spec, AdapterSpec):
         facts |= {name: value for name, value in spec_to_dict(spec).items() if name not in facts}
+    facts |= {"files": len(checkpoint.paths)} if len(checkpoint.paths) > 1 else {}
+    facts |= {"scales": len(checkpoint.scales)} if checkpoint.scales else {}
     facts |= {"dtype": checkpoint.dtype, "tensors": len(checkpoint.tensors), "nbytes": checkpoint.nbytes}
     return facts | {"shape_hash": checkpoint.shape_hash}

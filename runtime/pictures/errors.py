@@ -25,6 +25,27 @@ class ImageUnreadable(ImageError):
         super().__init__(f"{name} cannot be read as an image ({reason}): give a whole JPEG, PNG or WebP file")
 
 
+class DecoderMissing(ImageError, ImportError):
+    """The file is a picture, but the plugin that decodes its format is not installed."""
+
+    def __init__(self, name: str, kind: str, package: str) -> None:
+        super().__init__(
+            f"{name} is a {kind} picture, which needs {package}: pip install 'i2l-engines[pictures]' "
+            f"(in ComfyUI: pip install {package} in its Python)"
+        )
+
+
+class ImagesUnusable(ImageError):
+    """Several of the images that were given cannot be used."""
+
+    def __init__(self, errors: Sequence[ImageError], images: int) -> None:
+        listed = "\n  ".join(map(str, errors))
+        super().__init__(
+            f"{len(errors)} of {images} images cannot be used: mend or remove them; none is left out by itself\n"
+            f"  {listed}"
+        )
+
+
 class ImageAbsurd(ImageError):
     """The image's size makes no sense as an example picture."""
 

@@ -8,9 +8,11 @@ What the reference leaves undefined is decided here:
   colour files, by keeping the high byte. An ``I`` image is always taken as 16-bit; values outside are an error.
 * Float images (mode ``F``) are an error, as their range is a guess; float arrays must be in [0, 1].
 * Animations and multi-page files give their first frame.
-* ICC profiles are ignored, as in the reference.
+* ICC profiles are converted to sRGB (:mod:`.colours`); on request they are ignored, as in the reference.
+* A file is refused for what its pixels lack, not for its texts or its end; a huge one is decoded small where its format
+  can (:mod:`.files`).
 
-Only the formats in :data:`FORMATS` are read. Pillow's others run outside programs (EPS) or are no pictures.
+:mod:`.files.formats` says which files are read.
 """
 
 import os
@@ -27,23 +29,26 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile
 
 from ...machine.wording import format_path
+from .colours import Profile, usable_profile
 from .errors import ImageAbsurd, ImageError, ImageUnreadable
+from .files import jpeg_ends, png_chunks
+from .files.formats import PREFIX, open_picture
+from .files.memory_limit import decode
+from .files.tiff_tags import Greys, read_greys
 
 ImageSource: TypeAlias = str | os.PathLike[str] | Image.Image | NDArray[Any]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "QOI")
-"""Pillow's names of the file formats that are read."""
-
 MIN_SIDE = 16
 """One patch of the encoders: anything smaller is an icon, blown up 64 times."""
-MAX_PIXELS = 178_000_000
-"""Just under the size that Pillow itself refuses; takes about 1.5 GB to decode."""
 MAX_ASPECT = 20
 """Longer side over shorter: beyond it the centre square shows under 5 % of the picture, and the resize that makes the
 shorter side 1024 would need memory in proportion."""
 
 _FLOAT_SLACK = 1e-6
 """How far outside [0, 1] a float array may stray by rounding."""
+
+JPEG_BEGINNING = b"\xff\xd8\xff"
+TIFF_BEGINNINGS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 _DAMAGE = (
     OSError,
@@ -70,12 +75,13 @@ _PILLOW_LOCK = threading.Lock()
 """Held while Pillow's and Python's process-wide switches are changed."""
 
 
-def load_image(source: ImageSource) -> Image.Image:
+def load_image(source: ImageSource, *, ignore_icc: bool = False) -> Image.Image:
     """Reads a picture.
 
     Args:
         source: a file's path; a PIL image (of an animation, its current frame); or an array of shape HxW, HxWx3 or
             HxWx4, uint8 or float in [0, 1].
+        ignore_icc: take the pixels for sRGB whatever their profile says, as the reference does.
 
     Returns:
         A new upright image of mode ``RGB``, 8 bits a channel, without metadata. The module says how other modes get
@@ -83,18 +89,53 @@ def load_image(source: ImageSource) -> Image.Image:
 
     Raises:
         ImageUnreadable: the file is absent, truncated, a directory or no picture, or the pixels have no agreed meaning.
-        ImageAbsurd: the shorter side is under 16 pixels, the longer one is over 20 times the shorter, or there are over
-            178 million pixels. Files are judged by their header, before anything is decoded.
+        DecoderMissing: the extra ``pictures`` would read it.
+        ImageAbsurd: the shorter side is under 16 pixels, the longer one is over 20 times the shorter, or decoding takes
+            more memory than :data:`.files.memory_limit.LIMIT_BYTES`. Files are judged by their header, before
+            anything is decoded.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source, "the given array")
     if isinstance(source, Image.Image):
         with _pillow_errors("the given PIL image"):
-            return _to_rgb(source, "the given PIL image")
+            return _to_rgb(source, "the given PIL image", ignore_icc=ignore_icc)
     path = Path(source)
     name = format_path(path)
     with _pillow_errors(name), path.open("rb") as file:
-        return _to_rgb(_open_lazily(file, name), name)
+        return _from_file(file, name, ignore_icc=ignore_icc)
+
+
+def _from_file(file: IO[bytes], name: str, *, ignore_icc: bool) -> Image.Image:
+    begin = file.read(PREFIX)
+    file.seek(0)
+    if begin.startswith(png_chunks.SIGNATURE):
+        pixels, profile = png_chunks.picture_chunks(file)
+        image = open_picture(pixels, name)
+        image.info.pop("icc_profile", None)
+        if profile is not None:
+            image.info["icc_profile"] = profile
+        return _to_rgb(image, name, ignore_icc=ignore_icc)
+    if begin.startswith(TIFF_BEGINNINGS):
+        pixels, greys = read_greys(file)
+        if greys.preview:
+            raise ImageUnreadable(name, "it is a camera's raw file, or begins with a small preview as they do")
+        return _to_rgb(open_picture(pixels, name), name, ignore_icc=ignore_icc, greys=greys)
+    if begin.startswith(JPEG_BEGINNING):
+        return _from_jpeg(file, name, ignore_icc=ignore_icc)
+    return _to_rgb(open_picture(file, name), name, ignore_icc=ignore_icc)
+
+
+def _from_jpeg(file: IO[bytes], name: str, *, ignore_icc: bool) -> Image.Image:
+    if not jpeg_ends.is_padded(file):
+        try:
+            return _to_rgb(open_picture(file, name), name, ignore_icc=ignore_icc)
+        except OSError as error:
+            if "truncated" not in str(error):
+                raise
+    whole = jpeg_ends.with_an_end(file, lambda pixels: open_picture(pixels, name))
+    if whole is None:
+        raise ImageUnreadable(name, "image file is truncated")
+    return _to_rgb(open_picture(whole, name), name, ignore_icc=ignore_icc)
 
 
 @contextmanager
@@ -120,45 +161,33 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _open_lazily(file: IO[bytes], name: str) -> Image.Image:
-    """The image of an open file, its header read and nothing decoded.
-
-    ``Image.open`` would do, but for a huge picture it raises without telling the size.
-    """
-    Image.init()
-    prefix = file.read(16)
-    for kind in FORMATS:
-        factory, accept = Image.OPEN[kind]
-        if accept is None or accept(prefix) is True:
-            file.seek(0)
-            return factory(file, "")
-    raise ImageUnreadable(name, "it is in no known picture format" if prefix else "it is empty")
-
-
 def _check_size(name: str, width: int, height: int) -> None:
     short, long = sorted((width, height))
     if short < MIN_SIDE:
         raise ImageAbsurd(name, width, height, f"the shorter side needs at least {MIN_SIDE}")
-    if width * height > MAX_PIXELS:
-        raise ImageAbsurd(name, width, height, f"at most {MAX_PIXELS // 10**6} million are read")
     if long > MAX_ASPECT * short:
         raise ImageAbsurd(name, width, height, f"the longer side can be at most {MAX_ASPECT} times the shorter")
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, *, ignore_icc: bool = False, greys: Greys | None = None) -> Image.Image:
     _check_size(name, *image.size)
-    image.load()
-    upright = _upright(image)
+    upright = _upright(decode(image, name))
     if upright.mode == "F":
         raise ImageUnreadable(name, "the range of its float pixels is unknown; an array in [0, 1] is read")
+    data = None if ignore_icc else image.info.get("icc_profile")
+    profile = usable_profile(data, upright.mode, name)
     if upright.mode == "I" or upright.mode.startswith("I;16"):
-        rgb = _from_16_bit(upright, name)
-    elif upright.has_transparency_data:
-        rgb = _on_white(upright)
-    else:
-        rgb = upright if upright.mode == "RGB" else upright.convert("RGB")
+        upright = _from_16_bit(upright, name, greys or Greys())
+    rgb = _on_white(upright, profile) if upright.has_transparency_data else _coloured(upright, profile)
     rgb.info.clear()
     return rgb
+
+
+def _coloured(image: Image.Image, profile: Profile | None) -> Image.Image:
+    """An opaque picture as ``RGB``, by its profile if it has one."""
+    if profile is None:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    return profile.apply(image if image.mode == profile.mode else image.convert(profile.mode))
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -175,24 +204,35 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.copy()
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def _on_white(image: Image.Image, profile: Profile | None) -> Image.Image:
     key = image.info.get("transparency")
     if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 0xFF:
         # A 16-bit file: Pillow kept the high bytes of the pixels, but both bytes of the transparent colour.
         image.info["transparency"] = tuple(value >> 8 for value in key)
     rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
+    if profile is not None:
+        coloured = _coloured(rgba.convert("RGB"), profile)
+        coloured.putalpha(rgba.getchannel("A"))
+        rgba = coloured
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
 
 
-def _from_16_bit(image: Image.Image, name: str) -> Image.Image:
+def _from_16_bit(image: Image.Image, name: str, greys: Greys) -> Image.Image:
+    """Deep greys as ``L``, or as ``LA`` if one of them is transparent."""
     values = np.asarray(image)
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 0xFFFF:
         raise ImageUnreadable(name, f"its integer pixels reach from {low} to {high}, outside 16 bits")
-    grey = (values.astype(np.uint32) + 128) // 257
+    bright = values.astype(np.uint32)
+    if greys.bits < 16:
+        bright = (bright * 0xFFFF + (1 << greys.bits - 1)) // ((1 << greys.bits) - 1)
+    if greys.negative:
+        bright = 0xFFFF - bright
+    grey = Image.fromarray(((bright + 128) // 257).astype(np.uint8))
     if "transparency" in image.info:
-        grey[values == image.info["transparency"]] = 255
-    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        seen = np.where(values == image.info["transparency"], 0, 255)
+        grey.putalpha(Image.fromarray(seen.astype(np.uint8)))
+    return grey
 
 
 def _from_array(array: NDArray[Any], name: str) -> Image.Image:

@@ -1,4 +1,8 @@
-"""Folders as input: the images in them, in the order in which a file manager shows them."""
+"""Folders as input: the images in them, in the order in which a file manager shows them.
+
+Whatever looks like a picture, by its name or by what it holds, is meant: if it cannot be read, that is an error and not
+a file that was passed over.
+"""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -7,11 +11,7 @@ from pathlib import Path
 
 from ...machine.wording import format_path
 from .errors import FolderEmpty, ImageUnreadable
-
-SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".ppm", ".pgm", ".qoi",
-)  # fmt: skip
-"""Names say which files of a folder are meant: a damaged photo must be an error, not a file that was passed over."""
+from .files.formats import SUFFIXES, looks_like_picture
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,9 @@ def images_in(folder: Path) -> tuple[list[Path], list[Path]]:
         entries = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=natural_key)
     except OSError as error:
         raise ImageUnreadable(format_path(folder), error.strerror or str(error)) from error
-    images = [path for path in entries if path.suffix.lower() in SUFFIXES and not path.is_dir()]
-    return images, [path for path in entries if path not in set(images)]
+    images = [path for path in entries if not path.is_dir() and looks_like_picture(path)]
+    taken = set(images)
+    return images, [path for path in entries if path not in taken]
 
 
 def natural_key(path: Path) -> tuple[tuple[tuple[int, str], ...], str]:
@@ -60,8 +61,8 @@ def natural_key(path: Path) -> tuple[tuple[tuple[int, str], ...], str]:
     return tuple((int(part), "") if index % 2 else (0, part) for index, part in enumerate(parts)), path.name
 
 
-def skipped_line(skipped: Sequence[Path], wanted: str = "an image by its name", shown: int = 3) -> str:
+def skipped_line(skipped: Sequence[Path], wanted: str = "a picture", shown: int = 3) -> str:
     """One sentence about what was passed over."""
     names = ", ".join(path.name for path in skipped[:shown])
     more = f" and {len(skipped) - shown} more" if len(skipped) > shown else ""
-    return f"skipped what is not {wanted}: {names}{more}"
+    return f"skipped {len(skipped)} that {'is' if len(skipped) == 1 else 'are'} not {wanted}: {names}{more}"

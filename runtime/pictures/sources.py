@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
-from .errors import NoImages
+from .errors import ImageError, ImagesUnusable, NoImages
 from .images import ImageSource, load_image
 from .pixels import content_sha256, square_image
+
+ICC_KEY = "i2l.icc"
 
 
 def as_several(images: Sequence[ImageSource] | ImageSource) -> list[ImageSource]:
@@ -26,18 +28,36 @@ def as_several(images: Sequence[ImageSource] | ImageSource) -> list[ImageSource]
     return several
 
 
-def load_squares(images: Sequence[ImageSource] | ImageSource) -> tuple[list[Image.Image], list[str]]:
+def load_squares(
+    images: Sequence[ImageSource] | ImageSource, *, ignore_icc: bool = False
+) -> tuple[list[Image.Image], list[str]]:
     """Every image's square and the hash of its whole content; one decoded picture is in memory at a time.
 
     Raises:
         NoImages, ImageError: nothing to read, or an image that cannot be used.
+        ImagesUnusable: there are several of these; all are listed.
     """
-    squares, hashes = [], []
-    for source in as_several(images):
-        picture = load_image(source)
-        squares.append(square_image(picture))
-        hashes.append(content_sha256(picture))
+    squares, hashes, errors = [], [], []
+    several = as_several(images)
+    for source in several:
+        try:
+            picture = load_image(source, ignore_icc=ignore_icc)
+        except ImageError as error:
+            errors.append(error)
+            continue
+        if not errors:
+            squares.append(square_image(picture))
+            hashes.append(content_sha256(picture))
+    if len(errors) > 1:
+        raise ImagesUnusable(errors, len(several))
+    if errors:
+        raise errors[0]
     return squares, hashes
+
+
+def colours_mark(*, ignore_icc: bool) -> dict[str, str]:
+    """The metadata entry that says what became of colour profiles."""
+    return {ICC_KEY: "ignored" if ignore_icc else "converted to sRGB"}
 
 
 def images_mark(hashes: Iterable[str]) -> dict[str, str]:

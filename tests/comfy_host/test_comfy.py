@@ -25,14 +25,17 @@ from i2l.engines.cpu.converted import CPU_FOLDER
 from i2l.errors import (
     BackendUnavailable,
     CheckpointMissing,
+    FilenameRefused,
     ImageAbsurd,
+    ImagesUnfit,
     LoraDataForeign,
     LoraNotApplied,
     NodePackIncomplete,
     OutputOutside,
 )
 from i2l.export.precisions.base import Precision
-from i2l.lora.lora import describe_lora
+from i2l.lora.lora import Lora
+from i2l.lora.reading import describe_lora
 from i2l.runtime.cache import FOLDER_VARIABLE, default_cache_folder
 from i2l.runtime.pipeline import Pipeline
 from i2l.specs import PRESETS, Spec
@@ -614,10 +617,53 @@ def test_example_workflows_hang_together(nodes: ModuleType, name: str) -> None:
 def test_requirements_are_the_project_s_without_torch() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     blocks = [
-        re.search(rf"^{name} = \[(.*?)\]", project, re.MULTILINE | re.DOTALL) for name in ("dependencies", "export")
+        re.search(rf"^{name} = \[(.*?)\]", project, re.MULTILINE | re.DOTALL)
+        for name in ("dependencies", "pictures", "export")
     ]
     wanted = [name for block in blocks if block for name in re.findall(r'"(.+?)"', block[1])]
     assert "torch>=2.9" in wanted
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     found = [line for line in lines if line and not line.startswith("#")]
     assert found == [line for line in wanted if not line.startswith("torch")]
+
+
+# --- what other nodes hand over ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_any_floating_image_is_the_same_in_float32(nodes: ModuleType, dtype: torch.dtype) -> None:
+    values = torch.rand(2, 20, 30, 3).to(dtype)
+    found = nodes.arrays_from_images(values)
+    for array, wanted in zip(found, nodes.arrays_from_images(values.float()), strict=True):
+        assert (array.dtype, array.shape) == (np.dtype(np.uint8), (20, 30, 3))
+        np.testing.assert_array_equal(array, wanted)
+
+
+def test_one_channel_is_grey(nodes: ModuleType) -> None:
+    (array,) = nodes.arrays_from_images(torch.full((1, 20, 30, 1), 0.5))
+    assert (array.shape, array[0, 0]) == ((20, 30), 127)
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (torch.full((2, 20, 30, 3), float("nan")), "not finite .* in picture 1 of 2"),
+        (torch.full((1, 20, 30, 3), float("inf")), "not finite"),
+        (torch.zeros(0, 20, 30, 3), "empty batch"),
+        (torch.zeros(1, 20, 30, 5), r"\[1, 20, 30, 5\]"),
+        (torch.zeros(20, 30, 3), r"\[20, 30, 3\]"),
+        (torch.zeros(1, 20, 30, 3, dtype=torch.int32), "int32"),
+    ],
+)
+def test_what_is_no_batch_of_pictures_is_said(nodes: ModuleType, images: torch.Tensor, words: str) -> None:
+    with pytest.raises(ImagesUnfit, match=words) as caught:
+        nodes.arrays_from_images(images)
+    assert "i2l run" not in str(caught.value)
+
+
+@pytest.mark.parametrize("letters", [250, 300, 5000])
+def test_a_long_name_is_explained(nodes: ModuleType, letters: int) -> None:
+    factors = {"a.0.b": (np.ones((2, 3), np.float32), np.ones((4, 2), np.float32))}
+    data = nodes.tensors_from_lora(Lora(factors), "diffsynth")
+    with pytest.raises(FilenameRefused, match="give a shorter"):
+        nodes.Save().save(data, "x" * letters)

@@ -18,7 +18,6 @@ from i2l.errors import (
     CheckpointForeign,
     CheckpointMismatch,
     CheckpointMissing,
-    CheckpointPrefixed,
     CheckpointUnreadable,
 )
 from i2l.export.checkpoints.finding import find_checkpoints
@@ -228,12 +227,10 @@ def test_a_near_miss_of_a_carried_spec_is_told_tensor_by_tensor(family: Family, 
     )
 
 
-@pytest.mark.parametrize(
-    ("dtype", "name"), [(torch.float64, "F64"), (torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")]
-)
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float64, "F64"), (torch.int8, "I8")])
 def test_a_wrong_dtype_is_named(dtype: torch.dtype, name: str, tmp_path: Path) -> None:
     path = save_miniature(tmp_path / "model.safetensors", "dinov3", changes={"norm.weight": torch.ones(8).to(dtype)})
-    with pytest.raises(CheckpointMismatch, match=f"neither F32, F16 nor BF16: norm.weight is {name}: download it"):
+    with pytest.raises(CheckpointMismatch, match=f"neither F32, F16 nor BF16: norm.weight is {name}: give the"):
         recognise(path)
 
 
@@ -258,11 +255,11 @@ def test_a_part_of_a_published_file_looks_like_it(family: Family, share: float, 
 
 @pytest.mark.parametrize("prefix", ["model.", "vision_model.", "model.vision_model."])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_prefix_on_every_name_is_named(family: Family, prefix: str, tmp_path: Path) -> None:
+def test_a_prefix_on_every_name_does_not_matter(family: Family, prefix: str, tmp_path: Path) -> None:
     shapes = {f"{prefix}{name}": shape for name, shape in full_shapes(family).items()}
     path = save_sparse(tmp_path / "model.safetensors", shapes | {"text_model.embeddings": (4, 4)}, "BF16")
-    with pytest.raises(CheckpointPrefixed, match=rf"looks like {family}, .* begin with {prefix}: give the published"):
-        recognise(path)
+    found = recognise(path)
+    assert (found.spec.family, set(found.tensors)) == (family, set(full_shapes(family)))
 
 
 @pytest.mark.parametrize(
@@ -414,7 +411,10 @@ def test_another_model_is_foreign(names: list[str], tmp_path: Path) -> None:
 
 
 def test_two_of_a_family_are_both_named(tmp_path: Path) -> None:
-    paths = [save_miniature(tmp_path / name / "model.safetensors", "dinov3") for name in ("old", "new")]
+    paths = [
+        save_miniature(tmp_path / name / "model.safetensors", "dinov3", changes={"norm.bias": torch.full((8,), value)})
+        for name, value in (("old", 1.0), ("new", 2.0))
+    ]
     with pytest.raises(CheckpointAmbiguous) as caught:
         find_checkpoints(tmp_path, ["dinov3"])
     assert all(format_path(path) in str(caught.value) for path in paths)

@@ -16,8 +16,8 @@ from i2l.export.checkpoints.finding import find_checkpoints
 from i2l.export.checkpoints.recognise import recognise
 from i2l.export.checkpoints.shapes import shape_hash, tensor_shapes
 from i2l.export.checkpoints.synthetic import QWEN_IMAGE_FILE, make_checkpoints
-from i2l.lora.lora import describe_lora
 from i2l.lora.lowrank import product_error
+from i2l.lora.reading import describe_lora
 from i2l.runtime.pipeline import open_engines
 from i2l.specs import PRESETS, QWEN_IMAGE_ADAPTERS, AdapterSpec, DiffusionModel
 from oracles import adapter_oracle

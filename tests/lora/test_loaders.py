@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import MakeEngines, picture
-from i2l.lora.lora import KeyFormat, Lora, lora_from_factors
+from i2l.lora.keys import KeyFormat
+from i2l.lora.lora import Lora, lora_from_factors
 from i2l.runtime.pipeline import Pipeline, open_engines
 from i2l.specs import PRESETS, QWEN_IMAGE_ADAPTERS, AdapterSpec
 from oracles import diffsynth_module, import_torchvision

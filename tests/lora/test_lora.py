@@ -18,7 +18,9 @@ from safetensors.numpy import save_file
 
 from conftest import MakeEngines, MakeModels, picture
 from i2l.errors import LoraNotFinite, LoraUnreadable, StrengthInvalid, WeightsMismatch
-from i2l.lora.lora import Dtype, KeyFormat, Lora, bfloat16_bits, describe_lora, factors_by_module, lora_from_factors
+from i2l.lora.keys import KeyFormat
+from i2l.lora.lora import Dtype, Lora, bfloat16_bits, factors_by_module, lora_from_factors
+from i2l.lora.reading import describe_lora
 from i2l.runtime.pipeline import open_engines
 
 MODULES = ("layers.0.attention.to_q", "layers.11.attention.to_out.0", "noise_refiner.1.feed_forward.w2")
@@ -255,6 +257,7 @@ def test_describing_a_saved_lora(tmp_path: Path, dtype: Dtype, key_format: KeyFo
         "key_format": key_format,
         "nbytes": path.stat().st_size,
         "metadata": metadata,
+        "model": "z-image",
     }
 
 

@@ -12,9 +12,11 @@ from safetensors.numpy import save_file
 
 from i2l.cli import main
 from i2l.errors import LorasDiffer, LoraUnreadable
-from i2l.lora.lora import KEYS, Dtype, KeyFormat, Lora, describe_lora
-from i2l.lora.lorafiles import LoraFile, merge_loras, read_lora
+from i2l.lora.keys import KEYS, KeyFormat
+from i2l.lora.lora import Dtype, Lora
+from i2l.lora.lorafiles import merge_loras
 from i2l.lora.lowrank import product_error
+from i2l.lora.reading import LoraFile, describe_lora, read_lora
 
 MODULES = ("layers.0.attention.to_q", "layers.1.feed_forward.w2")
 
@@ -89,16 +91,21 @@ def test_dtypes_that_differ_become_float32(tmp_path: Path) -> None:
         assert describe_lora(tmp_path / "x.safetensors")["dtype"] == wanted
 
 
-def test_modules_that_differ_are_explained(tmp_path: Path) -> None:
-    a = lora().save(tmp_path / "a.safetensors")
-    b = lora(modules=MODULES[:1]).save(tmp_path / "b.safetensors")
-    result = i2l_merge(a, b, "--output", tmp_path / "x.safetensors")
-    assert result.exit_code == 1
-    assert f"1 module only in a.safetensors, such as {MODULES[1]}" in result.stderr
+def test_other_modules_are_a_union_and_other_shapes_are_explained(tmp_path: Path) -> None:
+    a = lora().save(tmp_path / "a.safetensors", dtype="fp32")
+    b = lora(7, modules=MODULES[:1], seed=3).save(tmp_path / "b.safetensors", dtype="fp32")
+    assert i2l_merge(a, b, "--weight", "1", "--weight", "2", "--output", tmp_path / "x.safetensors").exit_code == 0
+    merged = read_lora(tmp_path / "x.safetensors").lora
+    first, second = read_lora(a).lora, read_lora(b).lora
+    both = product(first.factors[MODULES[0]]) + 2 * product(second.factors[MODULES[0]])
+    np.testing.assert_allclose(product(merged.factors[MODULES[0]]), both, atol=1e-5)
+    np.testing.assert_allclose(product(merged.factors[MODULES[1]]), product(first.factors[MODULES[1]]), atol=1e-6)
     c = lora(modules=MODULES[::-1]).save(tmp_path / "c.safetensors")
-    with pytest.raises(LorasDiffer, match=r"changes a weight of \[9, 12\] in one and of \[9, 13\] in the other"):
+    result = i2l_merge(a, c, "--output", tmp_path / "y.safetensors")
+    assert result.exit_code == 1
+    with pytest.raises(LorasDiffer, match=r"changes a weight of \[9, 13\] in one and of \[9, 12\] in the other"):
         merge_loras([read_lora(a), read_lora(c)])
-    assert not (tmp_path / "x.safetensors").exists()
+    assert not (tmp_path / "y.safetensors").exists()
 
 
 def test_wrong_usage(tmp_path: Path) -> None:
@@ -107,12 +114,12 @@ def test_wrong_usage(tmp_path: Path) -> None:
     assert i2l_merge(a, a, "--output", tmp_path / "x", "--weight", "1").exit_code == 2
 
 
-@pytest.mark.parametrize("name", ["alpha", "lonely", "dtype"])
+@pytest.mark.parametrize("name", ["alphas", "lonely", "dtype"])
 def test_what_would_be_misread_is_refused(tmp_path: Path, name: str) -> None:
     down, up = (key.format("m") for key in KEYS["comfyui"])
     tensors: dict[str, np.ndarray] = {down: np.ones((2, 3), np.float32), up: np.ones((4, 2), np.float32)}
-    if name == "alpha":
-        tensors["diffusion_model.m.alpha"] = np.ones(1, np.float32)
+    if name == "alphas":
+        tensors["diffusion_model.m.alpha"] = np.ones(2, np.float32)
     if name == "lonely":
         tensors[KEYS["comfyui"][0].format("n")] = tensors[down]
     kind = np.float64 if name == "dtype" else np.float32

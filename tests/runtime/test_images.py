@@ -533,9 +533,9 @@ def png_header(width: int, height: int) -> bytes:
         (15, 100, ImageAbsurd, "15 x 100 .*at least 16"),
         (100, 15, ImageAbsurd, "100 x 15 .*at least 16"),
         (16, 16, ImageUnreadable, ""),
-        (20000, 20000, ImageAbsurd, "20000 x 20000 .*at most 178 million"),
-        (13342, 13342, ImageAbsurd, "at most 178 million"),  # 178,008,964: Pillow itself would only warn
-        (13341, 13342, ImageUnreadable, ""),  # 177,995,622
+        (20000, 20000, ImageAbsurd, "20000 x 20000 .*decoding it takes 3.0 GiB, more than the 1.4"),
+        (13694, 13693, ImageAbsurd, "decoding it takes"),  # 8 bytes for each of 187,511,942 pixels
+        (13693, 13692, ImageUnreadable, ""),  # 187,484,556
         (321, 16, ImageAbsurd, "321 x 16 .*at most 20 times"),
         (16, 321, ImageAbsurd, "at most 20 times"),
         (320, 16, ImageUnreadable, ""),

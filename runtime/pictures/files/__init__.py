@@ -1,0 +1,1 @@
+"""Files of pictures: which format one is, and what of it reaches Pillow."""

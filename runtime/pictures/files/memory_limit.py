@@ -1,0 +1,125 @@
+"""Huge pictures: how much memory decoding one takes, and how to take less where the format has a way.
+
+A photograph of 200 megapixels shows its centre square on 1024 x 1024 pixels, so it need not be decoded whole. JPEG is
+decoded at a half, a quarter or an eighth by its own mathematics, JPEG 2000 by leaving finer levels out. TIFF files of
+strips or tiles are decoded piece by piece and shrunk on the way.
+"""
+
+from dataclasses import dataclass
+
+from PIL import ExifTags, Image, ImageFile, Jpeg2KImagePlugin, JpegImagePlugin, TiffImagePlugin
+
+from ....machine.wording import GIB
+from ..errors import ImageAbsurd
+
+LIMIT_BYTES = 1_500_000_000
+"""For decoding one picture, and for turning it into RGB; 187 million pixels of colour."""
+KEPT_SIDE = 2048
+"""A shrunk picture keeps at least so many pixels on its shorter side: twice what the encoders' square has."""
+PIXEL_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
+"""Bytes of a pixel in Pillow's memory; 4 in all other modes."""
+RAW_BYTES = {"L": 1, "RGB": 3, "RGBX": 4, "RGBA": 4, "CMYK": 4}
+"""Bytes of a pixel in a file, in the modes that are read band by band."""
+BAND_ROWS = 64
+"""Rows of the shrunk picture that are made at once."""
+COEFFICIENTS_BYTES = 6
+"""A progressive JPEG keeps two bytes for each of three values of a pixel until its last scan."""
+
+
+def decode(image: Image.Image, name: str) -> Image.Image:
+    """The picture with its pixels, smaller where the whole would take more than :data:`LIMIT_BYTES`.
+
+    Raises:
+        ImageAbsurd: it would all the same.
+    """
+    if not isinstance(image, ImageFile.ImageFile) or memory_bytes(image) <= LIMIT_BYTES:
+        _require_room(image, name)
+        image.load()
+        return image
+    side = min(image.size)
+    if isinstance(image, JpegImagePlugin.JpegImageFile) and side >= 2 * KEPT_SIDE:
+        shrink = min(8, side // KEPT_SIDE)
+        image.draft(image.mode, (image.width // shrink, image.height // shrink))
+    elif isinstance(image, Jpeg2KImagePlugin.Jpeg2KImageFile) and side >= 2 * KEPT_SIDE:
+        levels = min(
+            (side // KEPT_SIDE).bit_length() - 1, 5
+        )  # files without so many levels are an error of the decoder
+        image.reduce = levels
+        _require_room(image, name, 1 << levels)
+        image.load()
+        return image
+    elif isinstance(image, TiffImagePlugin.TiffImageFile) and (small := _by_pieces(image, side // KEPT_SIDE)):
+        return small
+    _require_room(image, name)
+    image.load()
+    return image
+
+
+def memory_bytes(image: Image.Image, shrunk: int = 1) -> int:
+    """What decoding the picture and making it RGB takes, each side divided by a number."""
+    width, height = (side // shrunk for side in image.size)
+    pixel = PIXEL_BYTES.get(image.mode, 4) + 4
+    if image.info.get("progressive"):
+        pixel += COEFFICIENTS_BYTES
+    return width * height * pixel
+
+
+def _require_room(image: Image.Image, name: str, shrunk: int = 1) -> None:
+    if (nbytes := memory_bytes(image, shrunk)) > LIMIT_BYTES:
+        reason = (
+            f"decoding it takes {nbytes / GIB:.1f} GiB, more than the {LIMIT_BYTES / GIB:.1f} that pictures may take"
+        )
+        raise ImageAbsurd(name, *image.size, reason)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A strip or a tile of a TIFF file that is not compressed, or several strips that follow one another."""
+
+    box: tuple[int, int, int, int]
+    offset: int
+    row_bytes: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.row_bytes * (self.box[3] - self.box[1])
+
+
+def _by_pieces(image: ImageFile.ImageFile, most: int) -> Image.Image | None:
+    """A TIFF file's picture, shrunk by a whole number, read band by band; None where its pieces do not allow it."""
+    blocks = _blocks(image)
+    starts = [start for block in blocks for start in block.box[:2]]
+    factor = max((f for f in range(2, most + 1) if not any(start % f for start in starts)), default=0)
+    if not factor or not blocks:
+        return None
+    small = Image.new(image.mode, (-(-image.width // factor), -(-image.height // factor)))
+    assert image.fp is not None
+    for block in blocks:
+        left, top, right, bottom = block.box
+        for row in range(top, bottom, BAND_ROWS * factor):
+            rows = min(BAND_ROWS * factor, bottom - row)
+            image.fp.seek(block.offset + (row - top) * block.row_bytes)
+            data = image.fp.read(rows * block.row_bytes)
+            band = Image.frombytes(image.mode, (right - left, rows), data, "raw", image.mode, block.row_bytes, 1)
+            small.paste(band.reduce(factor), (left // factor, row // factor))
+    small.info = {key: value for key, value in image.info.items() if key != "exif"}
+    if (turn := image.getexif().get(ExifTags.Base.Orientation)) is not None:
+        small.getexif()[ExifTags.Base.Orientation] = turn
+    return small
+
+
+def _blocks(image: ImageFile.ImageFile) -> list[_Block]:
+    """The pieces of a picture, strips joined where they follow one another; none if they are compressed."""
+    blocks: list[_Block] = []
+    for codec, box, offset, args in image.tile:
+        if codec != "raw" or box is None or not isinstance(args, tuple) or image.mode not in RAW_BYTES:
+            return []
+        if args[0] != image.mode or args[2:] != (1,):
+            return []
+        block = _Block(box, offset, args[1] or (box[2] - box[0]) * RAW_BYTES[image.mode])
+        last = blocks[-1] if blocks else None
+        if last and last.end == offset and (last.box[0], last.box[2], last.box[3]) == (box[0], box[2], box[1]):
+            blocks[-1] = _Block((*last.box[:3], box[3]), last.offset, last.row_bytes)
+        else:
+            blocks.append(block)
+    return blocks

@@ -1,0 +1,421 @@
+"""Pictures as users' programs write them: profiles, odd ends, long texts, negatives, phones' formats, huge ones."""
+
+import builtins
+import io
+import logging
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, PngImagePlugin
+
+from conftest import picture
+from i2l.errors import DecoderMissing, FolderEmpty, ImageAbsurd, ImagesUnusable, ImageUnreadable
+from i2l.runtime.pictures.files import memory_limit
+from i2l.runtime.pictures.images import load_image
+from i2l.runtime.pictures.listing import list_images, skipped_line
+from i2l.runtime.pictures.sources import colours_mark, load_squares
+
+PHOTO = picture(240, 180, seed=5)
+SMOOTH = PHOTO.resize((30, 24)).resize((240, 180), Image.Resampling.BICUBIC)
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def loaded(data: bytes, folder: Path, **options: Any) -> NDArray[np.int16]:
+    path = folder / "picture"
+    path.write_bytes(data)
+    return np.asarray(load_image(path, **options)).astype(np.int16)
+
+
+def s15(value: float) -> bytes:
+    return struct.pack(">i", round(value * 65536))
+
+
+def matrix_profile(kind: bytes, gamma: float, columns: NDArray[np.float64] | None) -> bytes:
+    """An ICC profile made by hand: a gamma curve, and for RGB the colorants under D50."""
+    white = np.array([0.9642, 1.0, 0.8249])
+    tags = {b"desc": b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(78)}
+    tags[b"wtpt"] = b"XYZ " + bytes(4) + b"".join(map(s15, white))
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
+    if columns is None:
+        tags[b"kTRC"] = curve
+    else:
+        for letter, column in zip("rgb", columns.T, strict=True):
+            tags[f"{letter}XYZ".encode()] = b"XYZ " + bytes(4) + b"".join(map(s15, column))
+            tags[f"{letter}TRC".encode()] = curve
+    tags[b"cprt"] = b"text" + bytes(4) + b"none\0\0\0\0"
+    table, body, start = b"", b"", 128 + 4 + 12 * len(tags)
+    for name, data in tags.items():
+        padded = data + bytes(-len(data) % 4)
+        table += name + struct.pack(">II", start + len(body), len(data))
+        body += padded
+    size = start + len(body)
+    head = struct.pack(">I4sI4s4s4s", size, bytes(4), 0x02100000, b"mntr", kind, b"XYZ ") + bytes(12) + b"acsp"
+    head += bytes(28) + b"".join(map(s15, white)) + bytes(48)
+    return head[:128] + struct.pack(">I", len(tags)) + table + body
+
+
+ADOBE = np.array([[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]])
+P3 = np.array([[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]])
+PROPHOTO = np.array([[0.79767, 0.13519, 0.03135], [0.28804, 0.71188, 0.00009], [0.0, 0.0, 0.82491]])
+SRGB_D50 = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])
+PROFILES = {"adobe": (ADOBE, 2.2), "display p3": (P3, 2.2), "prophoto": (PROPHOTO, 1.8)}
+
+
+def seen(pixels: NDArray[Any], columns: NDArray[np.float64], gamma: float) -> NDArray[np.float64]:
+    """What a viewer shows, by the mathematics of matrix profiles: linear, D50, linear sRGB, encoded."""
+    linear = (pixels / 255.0) ** (round(gamma * 256) / 256)
+    out = np.clip(linear @ columns.T @ np.linalg.inv(SRGB_D50).T, 0, 1)
+    return 255 * np.where(out <= 0.0031308, 12.92 * out, 1.055 * out ** (1 / 2.4) - 0.055)
+
+
+# --- colours ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "JPEG", "AVIF"])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_rgb_profiles_are_converted(profile: str, kind: str, tmp_path: Path) -> None:
+    columns, gamma = PROFILES[profile]
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 95}
+    data = saved(PHOTO, kind, icc_profile=matrix_profile(b"RGB ", gamma, columns), **options)
+    plain = loaded(saved(PHOTO, kind, **options), tmp_path)
+    wanted = seen(plain, columns, gamma)
+    found = loaded(data, tmp_path)
+    assert np.abs(found - wanted).mean() < 0.6  # rounding of littleCMS's tables
+    assert np.abs(plain - wanted).mean() > 4
+    np.testing.assert_array_equal(loaded(data, tmp_path, ignore_icc=True), plain)
+
+
+def test_transparency_and_a_profile(tmp_path: Path) -> None:
+    rgba = PHOTO.copy()
+    rgba.putalpha(Image.linear_gradient("L").resize(PHOTO.size))
+    alpha = np.asarray(rgba.getchannel("A"))[..., None] / 255
+    wanted = seen(np.asarray(PHOTO), ADOBE, 2.2) * alpha + 255 * (1 - alpha)
+    found = loaded(saved(rgba, "PNG", icc_profile=matrix_profile(b"RGB ", 2.2, ADOBE)), tmp_path)
+    assert np.abs(found - wanted).max() < 3
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_grey_profiles(bits: int, tmp_path: Path) -> None:
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    image = Image.fromarray(grey if bits == 8 else grey.astype(np.uint16) * 257)
+    found = loaded(saved(image, "PNG", icc_profile=matrix_profile(b"GRAY", 1.8, None)), tmp_path)
+    wanted = seen(np.repeat(grey[..., None], 3, -1), SRGB_D50, 1.8)
+    assert np.abs(found - wanted).max() < 2
+
+
+def test_a_grey_picture_with_a_colour_profile(tmp_path: Path) -> None:
+    grey = PHOTO.convert("L")
+    found = loaded(saved(grey, "JPEG", icc_profile=matrix_profile(b"RGB ", 1.8, ADOBE)), tmp_path)
+    plain = loaded(saved(grey, "JPEG"), tmp_path)
+    assert np.abs(found - seen(plain, ADOBE, 1.8)).mean() < 1
+
+
+def test_srgb_profiles_change_nothing(tmp_path: Path) -> None:
+    for profile in (ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),):
+        found = loaded(saved(PHOTO, "PNG", icc_profile=profile), tmp_path)
+        np.testing.assert_array_equal(found, np.asarray(PHOTO))
+
+
+@pytest.mark.parametrize("profile", [b"no profile", b"\0" * 200, matrix_profile(b"RGB ", 2.2, P3)[:200]])
+def test_a_broken_profile_is_said_and_ignored(profile: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = loaded(saved(PHOTO, "PNG", icc_profile=profile), tmp_path)
+    np.testing.assert_array_equal(found, np.asarray(PHOTO))
+    assert "its colour profile is ignored" in caplog.text
+
+
+def test_a_profile_for_other_pictures_is_said_and_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = loaded(saved(PHOTO, "PNG", icc_profile=matrix_profile(b"GRAY", 1.8, None)), tmp_path)
+    np.testing.assert_array_equal(found, np.asarray(PHOTO))
+    assert "it is for L pictures, this one is RGB" in caplog.text
+
+
+def test_the_metadata_says_which_colours_were_used() -> None:
+    assert colours_mark(ignore_icc=True) != colours_mark(ignore_icc=False)
+
+
+# --- what is no picture in a file ---------------------------------------------------------------------------------
+
+
+def chunk(kind: bytes, data: bytes, *, wrong: bool = False) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) ^ wrong)
+
+
+def with_chunk(extra: bytes) -> bytes:
+    data = saved(PHOTO, "PNG")
+    return data[:33] + extra + data[33:]
+
+
+LONG = bytes(3 << 20)
+ANCILLARY = {
+    "zTXt": chunk(b"zTXt", b"workflow\0\0" + zlib.compress(LONG)),
+    "iTXt": chunk(b"iTXt", b"prompt\0\1\0\0\0" + zlib.compress(LONG)),
+    "tEXt": chunk(b"tEXt", b"parameters\0" + LONG),
+    "orientation in a bomb": chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(LONG)),
+    **{
+        kind.decode(): chunk(kind, b"\x07\xea\1\1\1\1\1", wrong=True)
+        for kind in (b"tIME", b"pHYs", b"gAMA", b"cHRM", b"bKGD", b"eXIf", b"tEXt", b"acTL", b"abCd")
+    },
+    "cut zTXt": chunk(b"zTXt", b"workflow\0\0" + zlib.compress(LONG)[:100]),
+}
+
+
+@pytest.mark.parametrize("case", ANCILLARY)
+def test_ancillary_chunks_do_not_matter(case: str, tmp_path: Path) -> None:
+    np.testing.assert_array_equal(loaded(with_chunk(ANCILLARY[case]), tmp_path), np.asarray(PHOTO))
+
+
+@pytest.mark.parametrize("at_the_end", [b"", b"rest of another file" * 9])
+def test_bytes_behind_a_png_do_not_matter(at_the_end: bytes, tmp_path: Path) -> None:
+    np.testing.assert_array_equal(loaded(saved(PHOTO, "PNG") + at_the_end, tmp_path), np.asarray(PHOTO))
+
+
+def test_a_long_profile_is_used(tmp_path: Path) -> None:
+    profile = matrix_profile(b"RGB ", 2.2, P3)
+    profile = struct.pack(">I", len(profile) + len(LONG)) + profile[4:] + LONG
+    found = loaded(with_chunk(chunk(b"iCCP", b"icc\0\0" + zlib.compress(profile))), tmp_path)
+    assert np.abs(found - seen(np.asarray(PHOTO), P3, 2.2)).mean() < 0.6
+
+
+@pytest.mark.parametrize("data", [zlib.compress(bytes(20 << 20)), b"rubbish"])
+def test_a_profile_that_cannot_be_unpacked_is_said(
+    data: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = loaded(with_chunk(chunk(b"iCCP", b"icc\0\0" + data)), tmp_path)
+    np.testing.assert_array_equal(found, np.asarray(PHOTO))
+    assert "damaged or too long" in caplog.text
+
+
+@pytest.mark.parametrize("kind", [b"IHDR", b"tRNS", b"PLTE"])
+def test_chunks_of_the_picture_stay_strict(kind: bytes, tmp_path: Path) -> None:
+    image = PHOTO.quantize(16)
+    data = saved(image, "PNG", transparency=1)
+    at = data.index(kind) + 4
+    (length,) = struct.unpack(">I", data[at - 8 : at - 4])
+    broken = data[: at + length] + bytes([data[at + length] ^ 1]) + data[at + length + 1 :]
+    with pytest.raises(ImageUnreadable, match="checksum"):
+        loaded(broken, tmp_path)
+
+
+def test_the_orientation_in_a_text_is_kept(tmp_path: Path) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+    np.testing.assert_array_equal(loaded(saved(PHOTO, "PNG", pnginfo=info), tmp_path), np.rot90(np.asarray(PHOTO), -1))
+
+
+# --- ends of JPEG files ---------------------------------------------------------------------------------------------
+
+JPEGS: dict[str, dict[str, Any]] = {
+    "baseline": {},
+    "4:4:4": {"subsampling": 0, "quality": 95},
+    "optimised": {"optimize": True},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_rows": 1},
+}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("kind", JPEGS)
+def test_a_jpeg_without_its_end_marker(kind: str, mode: str, tmp_path: Path) -> None:
+    data = saved(PHOTO.convert(mode), "JPEG", **JPEGS[kind])
+    whole = loaded(data, tmp_path)
+    for end in (b"", b"\xff", b"\0" * 40):
+        np.testing.assert_array_equal(loaded(data[:-2] + end, tmp_path), whole)
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+def test_a_jpeg_without_some_of_its_pixels(kind: str, tmp_path: Path) -> None:
+    data = saved(PHOTO, "JPEG", **JPEGS[kind])
+    for missing in (12, 40, 100, len(data) // 4, len(data) // 2):
+        for end in (b"", b"\0" * missing):
+            with pytest.raises(ImageUnreadable, match="truncated"):
+                loaded(data[:-missing] + end, tmp_path)
+
+
+def test_a_progressive_jpeg_without_its_last_scans(tmp_path: Path) -> None:
+    data = saved(PHOTO, "JPEG", progressive=True)
+    scans = [at for at in range(len(data)) if data[at : at + 2] == b"\xff\xda"]
+    for scan in scans[1:]:
+        before = data.rindex(b"\xff\xc4", 0, scan)
+        with pytest.raises(ImageUnreadable, match="truncated"):
+            loaded(data[:before], tmp_path)
+
+
+# --- greys of TIFF files --------------------------------------------------------------------------------------------
+
+
+def tiff(values: NDArray[np.uint16], order: str, photometric: int, rows: int, *, packed: bool = False) -> bytes:
+    """A grey TIFF file of 16 bits, in strips, as Pillow cannot write it."""
+    height, width = values.shape
+    stored = values if photometric else 65535 - values
+    strips = [stored[at : at + rows].astype(f"{order}u2").tobytes() for at in range(0, height, rows)]
+    strips = [zlib.compress(strip) for strip in strips] if packed else strips
+    count = len(strips)
+    offsets = [8 + sum(map(len, strips[:index])) for index in range(count)]
+    directory = 8 + sum(map(len, strips))
+    directory += directory % 2
+    lists = directory + 2 + 9 * 12 + 4
+
+    def entry(tag: int, kind: int, number: int, value: int) -> bytes:
+        packed_value = struct.pack(f"{order}H2x" if kind == 3 and number == 1 else f"{order}I", value)
+        return struct.pack(f"{order}HHI", tag, kind, number) + packed_value
+
+    entries = [entry(256, 4, 1, width), entry(257, 4, 1, height), entry(258, 3, 1, 16)]
+    entries += [entry(259, 3, 1, 8 if packed else 1), entry(262, 3, 1, photometric)]
+    entries += [entry(273, 4, count, lists if count > 1 else offsets[0]), entry(277, 3, 1, 1), entry(278, 4, 1, rows)]
+    entries += [entry(279, 4, count, lists + 4 * count if count > 1 else len(strips[0]))]
+    head = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, directory)
+    body = head + b"".join(strips)
+    body += bytes(directory - len(body)) + struct.pack(f"{order}H", len(entries)) + b"".join(entries) + bytes(4)
+    if count > 1:
+        body += struct.pack(f"{order}{count}I", *offsets) + struct.pack(f"{order}{count}I", *map(len, strips))
+    return body
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rows", [7, 100])
+@pytest.mark.parametrize("photometric", [0, 1])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_16_bit_tiff_is_no_negative(order: str, photometric: int, rows: int, packed: bool, tmp_path: Path) -> None:
+    values = np.random.default_rng(1).integers(0, 65536, (40, 30)).astype(np.uint16)
+    found = loaded(tiff(values, order, photometric, min(rows, 40), packed=packed), tmp_path)
+    np.testing.assert_array_equal(found[..., 0], (values.astype(np.uint32) + 128) // 257)
+
+
+def test_a_preview_in_a_raw_file_is_not_taken_for_the_picture(tmp_path: Path) -> None:
+    data = bytearray(tiff(np.zeros((40, 30), np.uint16), "<", 1, 40))
+    (directory,) = struct.unpack("<I", data[4:8])
+    data[directory + 2 : directory + 14] = struct.pack("<HHII", 254, 4, 1, 1)
+    data[directory + 14 : directory + 26] = struct.pack("<HHII", 330, 4, 1, 0)
+    with pytest.raises(ImageUnreadable, match="small preview"):
+        loaded(bytes(data), tmp_path)
+
+
+# --- phones and browsers --------------------------------------------------------------------------------------------
+
+
+def heic(image: Image.Image, **options: Any) -> bytes:
+    heif = pytest.importorskip("pillow_heif").from_pillow(image)
+    buffer = io.BytesIO()
+    heif.save(buffer, quality=95, **options)
+    return buffer.getvalue()
+
+
+def jxl(image: Image.Image, **options: Any) -> bytes:
+    pytest.importorskip("pillow_jxl")
+    return saved(image, "JXL", lossless=True, **options)
+
+
+@pytest.mark.parametrize("make", [heic, jxl])
+def test_pictures_of_phones_and_browsers(make: Callable[..., bytes], tmp_path: Path) -> None:
+    assert np.abs(loaded(make(SMOOTH), tmp_path) - np.asarray(SMOOTH)).mean() < 2
+
+
+@pytest.mark.parametrize("make", [heic, jxl])
+def test_a_cut_phone_picture_is_an_error(make: Callable[..., bytes], tmp_path: Path) -> None:
+    data = make(PHOTO)
+    for length in (20, len(data) // 3, len(data) - 200):
+        with pytest.raises(ImageUnreadable):
+            loaded(data[:length], tmp_path)
+
+
+def test_the_profile_of_a_phone_picture_is_applied(tmp_path: Path) -> None:
+    data = jxl(PHOTO)
+    assert data
+    tagged = PHOTO.copy()
+    tagged.info["icc_profile"] = matrix_profile(b"RGB ", 2.2, P3)
+    found = loaded(heic(tagged), tmp_path)
+    assert np.abs(found - seen(loaded(heic(PHOTO), tmp_path), P3, 2.2)).mean() < 1
+
+
+@pytest.mark.parametrize(("make", "words"), [(heic, "HEIC.*pillow-heif"), (jxl, "JPEG XL.*pillow-jxl-plugin")])
+def test_without_the_extra_the_message_names_it(
+    make: Callable[..., bytes], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make(PHOTO)
+    original = builtins.__import__
+
+    def absent(name: str, *args: Any, **options: Any) -> Any:
+        if name.split(".", 1)[0] in {"pillow_heif", "pillow_jxl"}:
+            raise ModuleNotFoundError(name)
+        return original(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(DecoderMissing, match=rf"{words}.*i2l-engines\[pictures\]"):
+        loaded(data, tmp_path)
+
+
+# --- folders --------------------------------------------------------------------------------------------------------
+
+
+def test_suffixes_in_any_case_and_content_without_one(tmp_path: Path) -> None:
+    data = saved(PHOTO, "JPEG")
+    names = ["1.JPG", "2.jfif", "3.JPE", "4.Jpeg", "5", "6.bak", "7.HEIC", "8.jxl", "9.dng", "10.psd"]
+    for name in names:
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "11.mov").write_bytes(b"\0\0\0\x14ftypqt  \0\0\0\0qt  ")
+    (tmp_path / "12.txt").write_text("words")
+    found = list_images([tmp_path])
+    assert [path.name for path in found.images] == names
+    assert skipped_line(found.skipped) == "skipped 2 that are not a picture: 11.mov, 12.txt"
+
+
+def test_a_folder_of_films_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "a.mov").write_bytes(b"\0\0\0\x14ftypqt  \0\0\0\0qt  ")
+    with pytest.raises(FolderEmpty):
+        list_images([tmp_path])
+
+
+def test_all_that_cannot_be_read_is_listed(tmp_path: Path) -> None:
+    PHOTO.save(tmp_path / "good.png")
+    (tmp_path / "a.psd").write_bytes(b"8BPS" + bytes(40))
+    (tmp_path / "b.jpg").write_bytes(saved(PHOTO, "JPEG")[:900])
+    with pytest.raises(ImagesUnusable, match=r"(?s)2 of 3 images.*a\.psd.*b\.jpg"):
+        load_squares(list_images([tmp_path]).images)
+    (tmp_path / "a.psd").unlink()
+    with pytest.raises(ImageUnreadable, match=r"b\.jpg"):
+        load_squares(list_images([tmp_path]).images)
+
+
+# --- huge pictures, with a small limit --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_limit, "LIMIT_BYTES", 8 * 200 * 200)
+    monkeypatch.setattr(memory_limit, "KEPT_SIDE", 64)
+
+
+def strips(image: Image.Image) -> bytes:
+    return saved(image, "TIFF", strip_size=30 * image.width)
+
+
+@pytest.mark.usefixtures("small_limit")
+@pytest.mark.parametrize("kind", ["JPEG", "JPEG2000", "strips", "one strip"])
+def test_a_huge_picture_is_decoded_small(kind: str, tmp_path: Path) -> None:
+    big = SMOOTH.resize((600, 480), Image.Resampling.BICUBIC)
+    data = strips(big) if kind == "strips" else saved(big, kind.replace("one strip", "TIFF"))
+    found = loaded(data, tmp_path)
+    assert 64 <= found.shape[0] < 300
+    wanted = np.asarray(big.resize((found.shape[1], found.shape[0]), Image.Resampling.BOX), np.int16)
+    assert np.abs(found - wanted).mean() < 4
+
+
+@pytest.mark.usefixtures("small_limit")
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_a_huge_picture_that_must_be_decoded_whole(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ImageAbsurd, match="600 x 480 pixels; decoding it takes"):
+        loaded(saved(PHOTO.resize((600, 480)), kind), tmp_path)
