@@ -208,7 +208,8 @@ def arrays_from_images(images: torch.Tensor) -> list[NDArray[np.uint8]]:
     Raises:
         ImagesUnfit: it is no batch of pictures, or values are not finite.
     """
-    if not images.is_floating_point() or images.ndim != 4 or images.shape[3] not in {1, 3, 4}:
+    channels = images.shape[-1] in {1, 3, 4}  # a MASK is [pictures, height, width]
+    if not images.is_floating_point() or (images.ndim, channels) not in {(4, True), (3, False)}:
         form = f"{list(images.shape)}, {str(images.dtype).removeprefix('torch.')}"
         raise ImagesUnfit(
             f"is {form}, not [pictures, height, width, channels]", "connect an IMAGE of 1, 3 or 4 channels"
@@ -226,7 +227,7 @@ def arrays_from_images(images: torch.Tensor) -> list[NDArray[np.uint8]]:
                 "look at what the node before it gives; a VAE in float16 often does this, with --fp32-vae it does not",
             )
         eight_bit = np.clip(255.0 * values, 0, 255).astype(np.uint8)
-        arrays.append(eight_bit[..., 0] if eight_bit.shape[2] == 1 else eight_bit)
+        arrays.append(eight_bit[..., 0] if eight_bit.shape[2:] == (1,) else eight_bit)
     return arrays
 
 

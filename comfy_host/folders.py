@@ -81,14 +81,15 @@ def free_lora_path(filename: str) -> Path:
         OutputOutside: the name leads out of the folder, or names no file.
         FilenameRefused: the system does not take it, such as one of 300 letters.
     """
-    folder = _loras_folder()
+    folder = Path(folder_paths.get_output_directory()).resolve() / "loras"
     if "\0" in filename:  # no system takes it, and pathlib's error says nothing
         raise OutputOutside(filename, folder)
     wanted = Path(os.path.normpath(folder / filename.strip().removesuffix(EXTENSION)))
     if not filename.strip() or wanted == folder or not wanted.resolve().is_relative_to(folder.resolve()):
         raise OutputOutside(filename, folder)
+    name, place = str(wanted.relative_to(folder)), _loras_folder(folder)
     try:
-        subfolder, stem, *_ = folder_paths.get_save_image_path(str(wanted.relative_to(folder)), str(folder))
+        subfolder, stem, *_ = folder_paths.get_save_image_path(name, str(place))
         path = next(path for path in _numbered(Path(subfolder), stem) if _is_free(path))
         _is_free(path.with_name(f"{path.name}{'x' * 17}"))  # it is written under a longer name first
     except OSError as error:
@@ -105,9 +106,8 @@ def _is_free(path: Path) -> bool:
     return False
 
 
-def _loras_folder() -> Path:
+def _loras_folder(own: Path) -> Path:
     """``output/loras``, or the first folder of LoRAs in ComfyUI's search path that can be written if that cannot."""
-    own = Path(folder_paths.get_output_directory()).resolve() / "loras"
     if can_write(own):
         return own
     kinds = folder_paths.folder_names_and_paths

@@ -29,7 +29,7 @@ def convert(
     *,
     as_json: bool,
 ) -> None:
-    """Write a LORA of any key form in the form that a loader needs.
+    """Write a LoRA in the form a loader needs.
 
     Alphas are counted into the factors, all of which then have one rank.
     """

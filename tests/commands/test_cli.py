@@ -230,7 +230,9 @@ def nearly_right_models(place: Place) -> Path:
 
 def ambiguous_models(place: Place) -> Path:
     models = place.own_models()
-    shutil.copy(models / SEED_LAYOUT["adapter"], models / "copy.safetensors")
+    data = bytearray((models / SEED_LAYOUT["adapter"]).read_bytes())
+    data[-1] ^= 1  # the same content twice would be one checkpoint
+    (models / "copy.safetensors").write_bytes(data)
     return models
 
 
