@@ -62,10 +62,7 @@ class RotatedInt8Linear(Linear):
         self.register_buffer("rotation", rotation(in_features))
 
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
-        y = self.panels(x, weights)
-        bias = self.bias(weights)
-        y = y.transpose(0, 1).reshape(-1, y.shape[0] * y.shape[2])
-        return y if bias is None else y + bias
+        return self.joined(self.panels(x, weights), weights)
 
     def heads(self, x: Tensor, weights: Weights, parts: int, heads: int, tokens: int) -> tuple[Tensor, ...]:
         y = self.biased(self.panels(x, weights), weights)
@@ -85,10 +82,7 @@ class RotatedInt8Linear(Linear):
         scale = row_steps(rotated.amax(dim=2).amax(dim=0), rotated.amin(dim=2).amin(dim=0)).unsqueeze(1)
         levels = quantised(rotated / scale, torch.ones(()), torch.tensor(ACTIVATION_LEVELS, dtype=torch.uint8), {})
         levels = levels.transpose(0, 1).reshape(-1, x.shape[0] * x.shape[2])
-        y = (self.multiply(levels, weights) * scale).transpose(0, 1)
-        y = y.reshape(-1, y.shape[1] * y.shape[2])
-        bias = self.bias(weights)
-        return y if bias is None else y + bias
+        return self.joined(self.multiply(levels, weights) * scale, weights)
 
     def panels(self, x: Tensor, weights: Weights) -> Tensor:
         """``[P, R, p]`` of ``x [R, in]``, without the bias."""
@@ -97,7 +91,14 @@ class RotatedInt8Linear(Linear):
         zero_points = torch.full((x.shape[0],), ACTIVATION_LEVELS, dtype=torch.uint8)
         return self.multiply(quantised(rotated, scale.squeeze(1), zero_points, {"axis": 0}), weights) * scale
 
+    def joined(self, y: Tensor, weights: Weights) -> Tensor:
+        """``[R, out]`` of panels, with the bias."""
+        bias = self.bias(weights)
+        y = y.transpose(0, 1).reshape(-1, y.shape[0] * y.shape[2])
+        return y if bias is None else y + bias
+
     def biased(self, y: Tensor, weights: Weights) -> Tensor:
+        """The panels, with the bias."""
         bias = self.bias(weights)
         return y if bias is None else y + bias.view(y.shape[0], 1, y.shape[2])
 
