@@ -6,7 +6,7 @@ to engine without looking inside; only pixels go in and embeddings and factors c
 
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -143,6 +143,10 @@ class Limits:
     """For weights that stay in the CPU's memory."""
     vram: VramBudget = VramBudget()
     """For everything on a GPU."""
+    device: str | None = None
+    """Which card, as its backend names or counts them; None leaves the choice to the backend."""
+    form: str | None = None
+    """Which of the offer's ``forms`` of graphs; None takes the first."""
     report: Report = silent
     """Told of work that the first opening does once."""
 
@@ -159,6 +163,19 @@ class Opened:
 
 
 @dataclass(frozen=True)
+class CardFacts:
+    """What a proof of a backend holds for: another card, driver or library must prove itself anew."""
+
+    name: str
+    driver: str = ""
+    """Its version, as far as the backend can ask for it."""
+    libraries: Mapping[str, str] = field(default_factory=dict)
+    """``package -> version`` of what computes there."""
+    software: bool = False
+    """A renderer on the CPU: ``auto`` never takes it."""
+
+
+@dataclass(frozen=True)
 class BackendStatus:
     """What was found out about a backend."""
 
@@ -169,6 +186,8 @@ class BackendStatus:
     """What to install or change; empty if it works."""
     proven: bool = True
     """False: nobody has run it on such a device yet; ``auto`` passes it over."""
+    cards: tuple[CardFacts, ...] = ()
+    """What it could compute on, the one that it takes by itself first; none for the CPU or where it does not work."""
 
 
 @dataclass(frozen=True)
@@ -179,3 +198,5 @@ class Offer:
     """Does it work on this machine?"""
     open: Callable[[Path, Manifest, Limits], Opened]
     """Open an engines directory, whose manifest this is and whose files were checked."""
+    forms: tuple[str, ...] = ()
+    """Names of the graphs' forms that it can run, the safest first; none where there is only one."""
