@@ -17,6 +17,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 from conftest import picture
 from i2l.errors import DecoderMissing, FolderEmpty, ImageAbsurd, ImagesUnusable, ImageUnreadable
 from i2l.runtime.pictures.files import memory_limit
+from i2l.runtime.pictures.files.jxl_size import jxl_size
 from i2l.runtime.pictures.images import load_image
 from i2l.runtime.pictures.listing import list_images, skipped_line
 from i2l.runtime.pictures.sources import colours_mark, load_squares
@@ -419,3 +420,79 @@ def test_a_huge_picture_is_decoded_small(kind: str, tmp_path: Path) -> None:
 def test_a_huge_picture_that_must_be_decoded_whole(kind: str, tmp_path: Path) -> None:
     with pytest.raises(ImageAbsurd, match="600 x 480 pixels; decoding it takes"):
         loaded(saved(PHOTO.resize((600, 480)), kind), tmp_path)
+
+
+# --- JPEG XL is judged by its header ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("boxes", [False, True])
+@pytest.mark.parametrize("size", [(256, 256), (640, 480), (1200, 1000), (333, 77), (1000, 500), (1920, 1080), (70, 900)])
+def test_the_size_of_a_jpeg_xl_picture(size: tuple[int, int], boxes: bool) -> None:
+    data = jxl(PHOTO.resize(size), effort=1, exif=b"Exif\0\0MM\0*" + bytes(20)) if boxes else jxl(PHOTO.resize(size))
+    assert boxes == data.startswith(b"\0\0\0\x0cJXL ")
+    assert jxl_size(io.BytesIO(data)) == size
+
+
+def test_a_jpeg_xl_bomb_is_not_decoded(tmp_path: Path) -> None:
+    """30,000 x 30,000 pixels of one colour: a hundred bytes or so, and 15 GB for its decoder."""
+    data = bytearray(jxl(Image.new("RGB", (512, 512)), effort=1))
+    header = 0 | 2 << 1 | (29_999 << 3) | 1 << 21  # no eighths; 18 bits of height; the ratio 1 : 1
+    assert jxl_size(io.BytesIO(bytes(data))) == (512, 512)
+    bomb = b"\xff\x0a" + header.to_bytes(3, "little") + bytes(data[5:])
+    with pytest.raises(ImageAbsurd, match="30000 x 30000 pixels; decoding it takes 13.4 GiB"):
+        loaded(bomb, tmp_path)
+
+
+@pytest.mark.parametrize("container", [False, True])
+def test_a_jpeg_xl_header_that_is_not_whole(container: bool, tmp_path: Path) -> None:
+    data = b"\0\0\0\x0cJXL \r\n\x87\n" + b"\0\0\0\x14jxlp" + bytes(4) if container else b"\xff\x0a\0"
+    with pytest.raises(ImageUnreadable, match="header is not whole"):
+        loaded(data, tmp_path)
+
+
+# --- CMYK -------------------------------------------------------------------------------------------------------------
+
+
+def cmyk_profile(inks: NDArray[np.uint8]) -> bytes:
+    """A printer's profile made by hand: a table with the colour of each of the 16 corners of CMYK, as Lab.
+
+    Args:
+        inks: ``[16, 3]``, the sRGB colour of each corner, the last ink changing first.
+    """
+    linear = np.where(inks <= 10, inks / 255 / 12.92, ((inks / 255 + 0.055) / 1.055) ** 2.4)
+    xyz = linear @ SRGB_D50.T / [0.9642, 1.0, 0.8249]
+    f = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
+    lab = np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], -1)
+    table = np.clip(np.rint(lab * [2.55, 1, 1] + [0, 128, 128]), 0, 255).astype(np.uint8).tobytes()
+    unit = struct.pack(">9i", *(65536 if i % 4 == 0 else 0 for i in range(9)))
+    ramp = bytes(range(256))
+    lut = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + unit + ramp * 4 + table + ramp * 3
+    lut += bytes(-len(lut) % 4)
+    profile = bytearray(matrix_profile(b"CMYK", 1.0, None))
+    at = 128 + 4
+    tags = {bytes(profile[i : i + 4]): i for i in range(at, at + 12 * 4, 12)}
+    place = tags[b"kTRC"]  # a grey curve means nothing here: its entry becomes the table's
+    profile[place : place + 12] = b"A2B0" + struct.pack(">II", len(profile), len(lut))
+    profile[12:16], profile[20:24] = b"prtr", b"Lab "
+    profile += lut
+    profile[0:4] = struct.pack(">I", len(profile))
+    return bytes(profile)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
+def test_cmyk_profiles_are_converted(kind: str, tmp_path: Path) -> None:
+    """The inks of this profile are not what their names say, so that a plain conversion is far off."""
+    corners = np.array([[c, m, y, k] for c in (0, 1) for m in (0, 1) for y in (0, 1) for k in (0, 1)], np.uint8)
+    inks = np.clip(np.array([240 - 100 * m - 120 * k for _, m, _, k in corners.astype(int)]), 0, 255)
+    colours = np.stack([inks, np.full(16, 90) + 80 * corners[:, 0], 60 + 120 * corners[:, 2]], -1).astype(np.uint8)
+    colours[0] = 255  # no ink is paper, and paper is white where a conversion is relative
+    pixels = np.repeat(np.repeat(255 * corners.reshape(4, 4, 4), 16, 0), 16, 1)
+    image = Image.fromarray(pixels, "CMYK")
+    options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
+    data = saved(image, kind, icc_profile=cmyk_profile(colours), **options)
+    found = loaded(data, tmp_path)
+    wanted = np.repeat(np.repeat(colours.reshape(4, 4, 3), 16, 0), 16, 1).astype(np.int16)
+    assert np.abs(found - wanted).max() < 6  # eight bits of Lab, JPEG's rounding
+    plain = loaded(data, tmp_path, ignore_icc=True)
+    np.testing.assert_array_equal(plain, loaded(saved(image, kind, **options), tmp_path))
+    assert np.abs(plain - wanted).mean() > 40

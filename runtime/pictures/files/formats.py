@@ -11,6 +11,8 @@ from typing import IO
 from PIL import Image
 
 from ..errors import DecoderMissing, ImageUnreadable
+from .jxl_size import jxl_size
+from .memory_limit import require_jxl_room
 
 PREFIX = 32
 """First bytes that tell a format."""
@@ -105,13 +107,14 @@ def plugin_format(prefix: bytes) -> str | None:
 
 
 def open_picture(file: IO[bytes], name: str) -> Image.Image:
-    """The image of an open file, its header read; only JPEG XL is decoded at once.
+    """The image of an open file, its header read; only JPEG XL is decoded at once, once its size was looked at.
 
     ``Image.open`` would do, but for a huge picture it raises without telling the size.
 
     Raises:
         ImageUnreadable: it is in none of the formats.
         DecoderMissing: the plugin for it is not installed.
+        ImageAbsurd: a JPEG XL picture that would take too much memory.
     """
     file.seek(0)
     prefix = file.read(PREFIX)
@@ -138,6 +141,10 @@ def _opened_by_plugin(file: IO[bytes], name: str, kind: str) -> Image.Image:
             return opened
         from pillow_jxl.JpegXLImagePlugin import JXLImageFile  # noqa: PLC0415 - an extra
 
+        if (size := jxl_size(file)) is None:
+            raise ImageUnreadable(name, "its JPEG XL header is not whole")
+        require_jxl_room(name, size)
+        file.seek(0)
         return JXLImageFile(file, "")
     except ModuleNotFoundError as error:
         raise DecoderMissing(name, kind, PLUGINS[kind]) from error
