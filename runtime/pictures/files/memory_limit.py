@@ -5,12 +5,11 @@ decoded at a half, a quarter or an eighth by its own mathematics, JPEG 2000 by l
 strips or tiles are decoded piece by piece and shrunk on the way.
 """
 
-from dataclasses import dataclass
-
-from PIL import ExifTags, Image, ImageFile, Jpeg2KImagePlugin, JpegImagePlugin, TiffImagePlugin
+from PIL import Image, ImageFile, Jpeg2KImagePlugin, JpegImagePlugin, TiffImagePlugin
 
 from ....machine.wording import GIB
 from ..errors import ImageAbsurd
+from .tiff_bands import shrunk_by_bands
 
 LIMIT_BYTES = 1_500_000_000
 """For decoding one picture, and for turning it into RGB; 187 million pixels of colour."""
@@ -18,10 +17,6 @@ KEPT_SIDE = 2048
 """A shrunk picture keeps at least so many pixels on its shorter side: twice what the encoders' square has."""
 PIXEL_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}
 """Bytes of a pixel in Pillow's memory; 4 in all other modes."""
-RAW_BYTES = {"L": 1, "RGB": 3, "RGBX": 4, "RGBA": 4, "CMYK": 4}
-"""Bytes of a pixel in a file, in the modes that are read band by band."""
-BAND_ROWS = 64
-"""Rows of the shrunk picture that are made at once."""
 JXL_PIXEL_BYTES = 16
 """JPEG XL is decoded by its plugin, whole: 8.0 to 11.0 bytes a pixel measured with pillow-jxl-plugin 1.3, 12 and 24
 megapixels of RGB and RGBA, lossless and not; then 4 for RGB."""
@@ -51,8 +46,11 @@ def decode(image: Image.Image, name: str) -> Image.Image:
         _require_room(image, name, 1 << levels)
         image.load()
         return image
-    elif isinstance(image, TiffImagePlugin.TiffImageFile) and (small := _by_pieces(image, side // KEPT_SIDE)):
-        return small
+    elif isinstance(image, TiffImagePlugin.TiffImageFile) and side >= 2 * KEPT_SIDE:
+        small = shrunk_by_bands(image, side // KEPT_SIDE, LIMIT_BYTES // 4)
+        if small is not None:
+            _require_room(small, name)
+            return small
     _require_room(image, name)
     image.load()
     return image
@@ -82,56 +80,3 @@ def _require_bytes(name: str, size: tuple[int, int], nbytes: int) -> None:
         raise ImageAbsurd(
             name, *size, f"decoding it takes {nbytes / GIB:.1f} GiB, more than the {limit} that pictures may take"
         )
-
-
-@dataclass(frozen=True)
-class _Block:
-    """A strip or a tile of a TIFF file that is not compressed, or several strips that follow one another."""
-
-    box: tuple[int, int, int, int]
-    offset: int
-    row_bytes: int
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.row_bytes * (self.box[3] - self.box[1])
-
-
-def _by_pieces(image: ImageFile.ImageFile, most: int) -> Image.Image | None:
-    """A TIFF file's picture, shrunk by a whole number, read band by band; None where its pieces do not allow it."""
-    blocks = _blocks(image)
-    starts = [start for block in blocks for start in block.box[:2]]
-    factor = max((f for f in range(2, most + 1) if not any(start % f for start in starts)), default=0)
-    if not factor or not blocks:
-        return None
-    small = Image.new(image.mode, (-(-image.width // factor), -(-image.height // factor)))
-    assert image.fp is not None
-    for block in blocks:
-        left, top, right, bottom = block.box
-        for row in range(top, bottom, BAND_ROWS * factor):
-            rows = min(BAND_ROWS * factor, bottom - row)
-            image.fp.seek(block.offset + (row - top) * block.row_bytes)
-            data = image.fp.read(rows * block.row_bytes)
-            band = Image.frombytes(image.mode, (right - left, rows), data, "raw", image.mode, block.row_bytes, 1)
-            small.paste(band.reduce(factor), (left // factor, row // factor))
-    small.info = {key: value for key, value in image.info.items() if key != "exif"}
-    if (turn := image.getexif().get(ExifTags.Base.Orientation)) is not None:
-        small.getexif()[ExifTags.Base.Orientation] = turn
-    return small
-
-
-def _blocks(image: ImageFile.ImageFile) -> list[_Block]:
-    """The pieces of a picture, strips joined where they follow one another; none if they are compressed."""
-    blocks: list[_Block] = []
-    for codec, box, offset, args in image.tile:
-        if codec != "raw" or box is None or not isinstance(args, tuple) or image.mode not in RAW_BYTES:
-            return []
-        if args[0] != image.mode or args[2:] != (1,):
-            return []
-        block = _Block(box, offset, args[1] or (box[2] - box[0]) * RAW_BYTES[image.mode])
-        last = blocks[-1] if blocks else None
-        if last and last.end == offset and (last.box[0], last.box[2], last.box[3]) == (box[0], box[2], box[1]):
-            blocks[-1] = _Block((*last.box[:3], box[3]), last.offset, last.row_bytes)
-        else:
-            blocks.append(block)
-    return blocks
