@@ -116,11 +116,11 @@ def _loras_folder(own: Path) -> Path:
 
 
 def engine_folders(home: Path) -> list[Path]:
-    """Where engines may be, best first: beside the adapter, in ``models/I2L`` and its like, ``user``, ``output``."""
-    roots = [home, *(root for root in model_roots() if root != home)]
-    user = Path(folder_paths.get_user_directory()).absolute() / OWN_USER
+    """Where engines may be, best first: by the adapter, ``models/I2L``, ``output``, ``user``, other search paths."""
+    own = Path(folder_paths.models_dir) / KIND
     output = Path(folder_paths.get_output_directory()).absolute() / "i2l"
-    return [folder / "engines" for folder in (*roots, user, output)]
+    user = Path(folder_paths.get_user_directory()).absolute() / OWN_USER
+    return [folder / "engines" for folder in dict.fromkeys((home, own, output, user, *model_roots()))]
 
 
 def can_write(folder: Path) -> bool:

@@ -5,7 +5,7 @@ the LoRA by ``B @ A`` per module, as that is what changes the diffusion model. A
 a massive one, so the worst token is given too.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,9 @@ class Verification:
 
     precision: str
     backend: str
+    checkpoint_dtypes: Mapping[Family, str]
+    """Of most values, as safetensors names them. The reference computes with these values in float32, so the errors are
+    what the engines' precision costs on top of whatever a cast cost before."""
     steps: tuple[StepError, ...]
     lora_median: float
     """Median over modules of the relative error of ``B @ A``."""
@@ -94,7 +97,15 @@ def verify_engines(
         report("comparing with float32", done, total)
     errors = lora_errors(lora, lora_from_factors(factors))
     worst = max(errors, key=lambda module: errors[module])
-    return Verification(precision, name, tuple(steps), float(np.median(list(errors.values()))), errors[worst], worst)
+    return Verification(
+        precision=precision,
+        backend=name,
+        checkpoint_dtypes={family: checkpoint.dtype for family, checkpoint in checkpoints.items()},
+        steps=tuple(steps),
+        lora_median=float(np.median(list(errors.values()))),
+        lora_worst=errors[worst],
+        lora_worst_module=worst,
+    )
 
 
 def made_up_image(side: int = 640) -> Image.Image:

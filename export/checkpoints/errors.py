@@ -80,9 +80,9 @@ class CheckpointMismatch(CheckpointError, ValueError):
             "neither F32, F16 nor BF16": [f"{name} is {dtype}" for name, dtype in wrong_dtype.items()],
         }
         parts = (f"{what}: {some(items)}" for what, items in differences.items() if items)
-        remedy = "download it again"
-        if not missing and not misshapen:  # a whole file, of something else or in another packing
-            remedy = "give the published file, or a copy in F32, F16, BF16 or FP8 (README, 'Checkpoints')"
+        remedy = "give the published file, or a copy in F32, F16, BF16 or FP8 (README, 'Checkpoints')"
+        if missing:  # what is there is whole: a second download of the same file would change nothing
+            remedy = "this is a part of it: give the whole published file, or all of its shards in one folder"
         super().__init__(f"{format_path(path)} looks like {family}, but {'; '.join(parts)}: {remedy}")
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,7 @@ from i2l.errors import (
     LoraDataForeign,
     LoraNotApplied,
     NodePackIncomplete,
+    NoPlaceForEngines,
     OutputOutside,
 )
 from i2l.export.precisions.base import Precision
@@ -431,6 +433,63 @@ def test_extra_model_paths_are_searched(host: Host, home: Path) -> None:
     assert set(found) == {"siglip2", "dinov3"}
 
 
+PLACES = ["share", "models/I2L", "output/i2l", "user/__i2l", "big disk"]
+"""Where engines may go, best first, for an adapter on a share."""
+
+
+@pytest.fixture
+def share(host: Host, home: Path) -> Path:
+    """A second folder of extra_model_paths.yaml, and a third."""
+    for name in ("share", "big disk"):
+        (home / name / "Z-Image").mkdir(parents=True)
+        host._add_folder("I2L", str(home / name))
+    adapter = home / "models" / "I2L" / "Z-Image" / "Z-Image-i2L.safetensors"
+    shutil.copyfile(adapter, home / "share" / "Z-Image" / "mine.safetensors")
+    (home / "models" / "I2L" / "engines").unlink()
+    return home / "share"
+
+
+def test_the_order_of_places_for_engines(nodes: ModuleType, share: Path, home: Path) -> None:
+    assert nodes.engine_folders(share) == [home / place / "engines" for place in PLACES]
+    at_home = nodes.engine_folders(home / "models" / "I2L")
+    assert at_home == [home / PLACES[index] / "engines" for index in (1, 2, 3, 0, 4)]
+
+
+@pytest.mark.parametrize("first", range(1, len(PLACES)))
+def test_engines_go_to_the_first_place_that_can_be_written(
+    nodes: ModuleType, share: Path, home: Path, first: int, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Said once with its reason; nothing is tried below a place that was refused."""
+
+    class Built(Exception):
+        pass
+
+    def build(_: object, engines: Path, **__: object) -> None:
+        raise Built(engines.relative_to(home).as_posix())
+
+    refused = [home / place / "engines" for place in PLACES[:first]]
+    host_engines = importlib.import_module("i2l.comfy_host.engines")
+    monkeypatch.setattr(host_engines, "can_write", lambda place: place not in refused)
+    monkeypatch.setattr("i2l.export.build.build_engines", build)
+    caplog.set_level(logging.INFO)
+    (path,) = nodes.PipelineLoader().load("mine.safetensors")
+    with pytest.raises(Built, match=f"{PLACES[first]}/engines/mine-int8"):
+        nodes.Apply().apply(path, batch(), 1.0)
+    said = [
+        record.getMessage() for record in caplog.records if "cannot be written, so engines go to" in record.getMessage()
+    ]
+    assert len(said) == 1
+    assert share.name in said[0]
+
+
+def test_no_place_for_engines_is_an_error(nodes: ModuleType, share: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host_engines = importlib.import_module("i2l.comfy_host.engines")
+    monkeypatch.setattr(host_engines, "can_write", lambda _: False)
+    (path,) = nodes.PipelineLoader().load("mine.safetensors")
+    with pytest.raises(NoPlaceForEngines, match=share.name):
+        nodes.Apply().apply(path, batch(), 1.0)
+
+
 def test_an_empty_folder_offers_the_default_name(nodes: ModuleType, home: Path) -> None:
     (home / "models" / "I2L" / "Z-Image").unlink()
     assert nodes.PipelineLoader.INPUT_TYPES()["required"]["model_filename"][0] == ["Z-Image-i2L.safetensors"]
@@ -637,6 +696,20 @@ def test_any_floating_image_is_the_same_in_float32(nodes: ModuleType, dtype: tor
     for array, wanted in zip(found, nodes.arrays_from_images(values.float()), strict=True):
         assert (array.dtype, array.shape) == (np.dtype(np.uint8), (20, 30, 3))
         np.testing.assert_array_equal(array, wanted)
+
+
+def test_a_batch_is_not_copied_as_floats(nodes: ModuleType) -> None:
+    """Eight pictures of 12 megapixels are 1.1 GB in float32: bytes go on, and the floats of one at a time."""
+    images = torch.rand(8, 300, 400, 3)
+    one_bytes = 4 * 300 * 400 * 3
+    tracemalloc.start()
+    try:
+        arrays = nodes.arrays_from_images(images)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(array.nbytes for array in arrays) == 2 * one_bytes
+    assert peak_bytes < 2 * one_bytes + 3.5 * one_bytes  # the scaled, the cut off, the finite ones
 
 
 def test_one_channel_is_grey(nodes: ModuleType) -> None:

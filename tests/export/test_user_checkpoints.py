@@ -4,20 +4,26 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_checkpoints import save_sparse
 from torch import Tensor
 
-from conftest import MakeModels
+from conftest import MakeModels, graphs_once, picture
 from i2l.errors import CheckpointAmbiguous, CheckpointForeign, CheckpointIncomplete, CheckpointMismatch
+from i2l.export import build
+from i2l.export.build import build_engines
 from i2l.export.checkpoints.finding import find_checkpoints
 from i2l.export.checkpoints.reader import scaled_values, stream_tensors
 from i2l.export.checkpoints.recognise import SPEC_KEY, Checkpoint, recognise
+from i2l.export.checkpoints.shapes import tensor_shapes
 from i2l.export.checkpoints.tensor_names import scale_fits
-from i2l.specs import PRESETS, Family, spec_to_dict
+from i2l.look.verification import verify_engines
+from i2l.specs import PRESETS, QWEN_IMAGE_ADAPTERS, Family, spec_to_dict
 
 Tensors = dict[str, Tensor]
 DINO: Family = "dinov3"
@@ -180,3 +186,37 @@ def test_what_it_is_instead_is_named(tmp_path: Path) -> None:
     save_file(vae, tmp_path / "vae.safetensors")
     with pytest.raises(CheckpointForeign, match=r"\(a VAE\)"):
         recognise(tmp_path / "vae.safetensors")
+
+
+@pytest.mark.parametrize(("compress", "kind"), [(128, "Coarse or Fine"), (32, "not Style")])
+def test_the_other_adapters_of_qwen_image_are_named(compress: int, kind: str, tmp_path: Path) -> None:
+    """Whole files, of the right names and other sizes: the published ones but for the width they compress to."""
+    spec = replace(QWEN_IMAGE_ADAPTERS["full"], compress=compress)
+    path = save_sparse(tmp_path / "model.safetensors", tensor_shapes(spec), "BF16")
+    said = rf"Qwen-Image-i2L, {kind} \(compressed to {compress}\); this needs Style \(64\)"
+    with pytest.raises(CheckpointForeign, match=said) as caught:
+        recognise(path)
+    assert "download it again" not in str(caught.value)
+
+
+def test_another_size_of_an_encoder_is_named(tmp_path: Path) -> None:
+    spec = replace(PRESETS["full"].siglip2, hidden=1152, intermediate=4304)
+    path = save_sparse(tmp_path / "model.safetensors", tensor_shapes(spec), "BF16")
+    with pytest.raises(CheckpointForeign, match=r"another size of SigLIP2-G384: its \S+ is \[1152.*, this needs \["):
+        recognise(path)
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.bfloat16, "BF16")])
+def test_verify_says_what_quantisation_costs_on_top(
+    dtype: torch.dtype, name: str, models: MakeModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference is of the upcast values, so what the cast cost is not in the numbers; its dtype stands beside."""
+    folder = tmp_path / "models"
+    for family, checkpoint in find_checkpoints(models("tiny")).items():
+        tensors = {name: value.to(dtype) for name, value in load_file(checkpoint.path).items()}
+        save(folder / f"{family}.safetensors", tensors, family)
+    monkeypatch.setattr(build, "export_graphs", graphs_once)
+    build_engines(folder, tmp_path / "engines", precision="fp32")
+    facts = verify_engines(folder, tmp_path / "engines", picture(320, 240)).to_dict()
+    assert facts["checkpoint_dtypes"] == dict.fromkeys((SIGLIP, DINO, "adapter"), name)
+    assert facts["lora_worst"] < 1e-4  # fp32 packs hold every FP8 and BF16 value exactly

@@ -74,6 +74,22 @@ def test_nothing_to_do_is_an_error(folder: Path, tmp_path: Path) -> None:
         plan_jobs(folder / "cats", tmp_path, "folder")
 
 
+def test_what_cannot_be_read_is_a_failed_item_each(folder: Path, engines: MakeEngines) -> None:
+    """What looks like a picture is never dropped; a film beside them is counted in one line."""
+    (folder / "a.psd").write_bytes(b"8BPS" + bytes(40))
+    (folder / "b.jpg").write_bytes(b"\xff\xd8\xff" + bytes(40))
+    (folder / "c.bak").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))  # a picture by its content
+    (folder / "d.mov").write_bytes(b"\0\0\0\x14ftypqt  \0\0\0\0qt  ")
+    result, facts = i2l_batch(folder, engines("tiny", "fp32"))
+    assert result.exit_code == 1
+    assert len(facts["written"]) == 3
+    assert [Path(failed["output"]).name for failed in facts["failed"]] == [f"{n}.safetensors" for n in "abc"]
+    for name in ("a.psd", "b.jpg", "c.bak"):
+        assert sum(f"{name} cannot be read as an image" in line for line in result.stderr.splitlines()) == 1
+    assert "error: 3 of 6 LoRAs were not made" in result.stderr
+    assert "skipped 3 that are not a picture: cats, d.mov, empty" in result.stderr
+
+
 @given(st.lists(st.tuples(st.integers(1, 6), st.booleans()), min_size=1, max_size=12))
 def test_progress_never_goes_back_and_ends_at_the_total(jobs: list[tuple[int, bool]]) -> None:
     told: list[tuple[int, int]] = []
