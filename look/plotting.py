@@ -1,6 +1,6 @@
 """Pictures of LoRAs: where they act, and how alike they are."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,18 +33,23 @@ class NormTable:
     """``[targets, blocks]``; NaN where a block has no such target."""
 
 
-def norm_table(lora: Lora) -> NormTable:
-    """Sort the norms of a LoRA's modules, called ``<component>.<index>.<target>``, into a table."""
-    places = {module: split_module(module) for module in lora.factors}
+def norm_table(lora: Lora, norms: Mapping[str, float] | None = None) -> NormTable:
+    """Sort the norms of a LoRA's modules, called ``<component>.<index>.<target>``, into a table.
+
+    Args:
+        lora: modules with factors.
+        norms: of modules without.
+    """
+    sizes = {module: product_norm(b, a) for module, (a, b) in lora.factors.items()} | dict(norms or {})
+    places = {module: split_module(module) for module in sizes}
     blocks = sorted(
         {block for block, _ in places.values()}, key=lambda block: (block.rpartition(".")[0], _index(block))
     )
     targets = list(dict.fromkeys(target for _, target in places.values()))
-    norms = np.full((len(targets), len(blocks)), np.nan)
+    table = np.full((len(targets), len(blocks)), np.nan)
     for module, (block, target) in places.items():
-        a, b = lora.factors[module]
-        norms[targets.index(target), blocks.index(block)] = product_norm(b, a)
-    return NormTable(tuple(blocks), tuple(targets), norms)
+        table[targets.index(target), blocks.index(block)] = sizes[module]
+    return NormTable(tuple(blocks), tuple(targets), table)
 
 
 def split_module(module: str) -> tuple[str, str]:
@@ -55,8 +60,15 @@ def split_module(module: str) -> tuple[str, str]:
 
 
 def similarities(loras: Sequence[Lora]) -> NDArray[np.float64]:
-    """``[loras, loras]``: the cosine between the changes that two LoRAs make to all weights together."""
-    return np.array([[cosine(first, second) for second in loras] for first in loras])
+    """``[loras, loras]``: the cosine between the changes that two LoRAs make to all weights together.
+
+    NaN where one of them has no factors.
+    """
+    return np.array([[_likeness(first, second) for second in loras] for first in loras])
+
+
+def _likeness(first: Lora, second: Lora) -> float:
+    return cosine(first, second) if first.factors and second.factors else np.nan
 
 
 def plot_loras(files: Sequence[LoraFile], output: Path) -> None:
@@ -68,23 +80,36 @@ def plot_loras(files: Sequence[LoraFile], output: Path) -> None:
     """
     for other in files[1:]:
         require_one_model(files[0], other)
-    tables = [norm_table(file.lora) for file in files]
+    tables = [norm_table(file.lora, file.norms) for file in files]
     heights = [0.3 * len(table.targets) + 1.4 for table in tables]
     if len(files) > 1:
         heights.append(0.5 * len(files) + 2.0)
     figure = Figure(figsize=(max(8.0, 0.26 * len(tables[0].blocks) + 3.5), sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)  # draws into memory: no window system is asked for
     axes = np.atleast_1d(figure.subplots(len(heights), 1, height_ratios=heights))
-    highest = max(float(np.nanmax(table.norms)) for table in tables) or 1.0
+    highest: dict[str, float] = {}  # one scale of colours for each thing that is measured
+    for file, table in zip(files, tables, strict=True):
+        highest[measure(file)] = max(highest.get(measure(file), 0.0), float(np.nanmax(table.norms)))
     for axis, file, table in zip(axes, files, tables, strict=False):
-        image = _heat_map(axis, table, highest)
-        without = f", {' and '.join(file.kinds)} without its magnitudes" if file.kinds else ""
-        axis.set_title(f"{shortened(file.path.stem)} (rank {file.lora.rank}{without})", loc="left")
-        figure.colorbar(image, ax=axis, label="norm of B @ A", pad=0.01)
+        image = _heat_map(axis, table, highest[measure(file)] or 1.0)
+        axis.set_title(f"{shortened(file.path.stem)} ({description(file)})", loc="left")
+        figure.colorbar(image, ax=axis, label=measure(file), pad=0.01)
     if len(files) > 1:
         _similarity_map(axes[-1], similarities([file.lora for file in files]), names_of(files))
     with atomic_path(output) as temporary:
         figure.savefig(temporary, dpi=130, format=output.suffix[1:].lower())
+
+
+def measure(file: LoraFile) -> str:
+    """What is drawn of a file."""
+    return {"OFT": "norm of R - I", "LoKr": "norm of the change"}.get("".join(file.kinds), "norm of B @ A")
+
+
+def description(file: LoraFile) -> str:
+    """What a file is, for its title."""
+    if file.kinds == ("DoRA",):
+        return f"rank {file.lora.rank}, DoRA without its magnitudes"
+    return " and ".join(file.kinds) or f"rank {file.lora.rank}"
 
 
 def names_of(files: Sequence[LoraFile]) -> list[str]:
@@ -132,6 +157,8 @@ def _similarity_map(axis: Any, values: NDArray[np.float64], names: Sequence[str]
     axis.set_yticks(range(len(names)), [f"{name}  {number}" for number, name in enumerate(names, 1)])
     axis.tick_params(length=0)
     for (row, column), value in np.ndenumerate(values):
+        if np.isnan(value):
+            continue
         colour = "white" if abs(value) > 0.6 else "black"
         axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
     axis.figure.colorbar(image, ax=axis, label="cosine", pad=0.01)

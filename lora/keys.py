@@ -71,6 +71,8 @@ class Parts:
     head: str = ""
     """Prefix and module as the file has them."""
     adapter: str | None = None
+    others: dict[str, str] = field(default_factory=dict)
+    """``part -> name`` of the tensors of other kinds, such as ``lokr_w1``."""
 
 
 @dataclass
@@ -128,6 +130,7 @@ def parse_keys(names: Iterable[str]) -> ParsedKeys:
         if part in {"down", "up"} and parts.down is None and parts.up is None:
             parts.adapter = adapter
         if part == "other" and parts.head == full:
+            parts.others[name.removeprefix(f"{full}.").split(".")[0]] = name
             continue
         same = part == "alpha" or parts.adapter == adapter
         if parts.head != full or not same or getattr(parts, part) is not None:

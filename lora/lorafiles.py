@@ -54,10 +54,13 @@ def require_one_model(first: LoraFile, second: LoraFile) -> None:
     """
     left, right = first.lora.shapes, second.lora.shapes
     models = diffusion_model(left), diffusion_model(right)
-    parts = {component(module) for module in left}, {component(module) for module in right}
+    parts = {component(module) for module in first.modules}, {component(module) for module in second.modules}
     contradict = None not in models and models[0] != models[1]
     if contradict or ((models != (models[0], models[0]) or models[0] is None) and not parts[0] & parts[1]):
-        said = [model or _sample(shapes) for model, shapes in zip(models, (left, right), strict=True)]
+        said = [
+            model or f"an unknown model with {file.modules[0]}"
+            for model, file in zip(models, (first, second), strict=True)
+        ]
         raise LorasForOthers(first.path, second.path, *said)
     places = {place(module): shape for module, shape in left.items()}
     misshapen = {
@@ -97,7 +100,3 @@ def _agreed_claims(files: Sequence[LoraFile], factors: Mapping[str, tuple[Array,
         value in model_metadata(other).values() for value in agreed.values() for other in ("z-image", "qwen-image")
     )
     return {} if foreign else agreed
-
-
-def _sample(shapes: Mapping[str, tuple[int, int]]) -> str:
-    return f"an unknown model with {next(iter(shapes))}"

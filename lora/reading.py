@@ -40,7 +40,14 @@ class LoraFile:
     left_out: int = 0
     """Modules of a text encoder, which are not the diffusion model's."""
     kinds: tuple[str, ...] = ()
-    """What it is besides a plain LoRA and was not read."""
+    """What it is besides a plain LoRA."""
+    norms: Mapping[str, float] = field(default_factory=dict)
+    """How much each module changes, where that is no product of two thin factors (:mod:`.other_kinds`)."""
+
+    @property
+    def modules(self) -> list[str]:
+        """What is changed, with factors or without."""
+        return [*self.lora.factors, *self.norms]
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ def describe_lora(path: Path) -> dict[str, object]:
     Raises:
         LoraUnreadable: not a safetensors file, or its keys are of no known form.
     """
-    tensors, metadata, parsed = _parsed(path)
+    tensors, metadata, parsed = parsed_file(path)
     whole = {module: parts for module, parts in parsed.modules.items() if parts.down and parts.up}
     kinds = sorted(parsed.variants)
     if not whole and not parsed.variants and not parsed.text_encoder:
@@ -110,7 +117,7 @@ def read_lora(path: Path) -> LoraFile:
 
 def read_factors(path: Path, *, allow: frozenset[str]) -> LoraFile:
     """:func:`read_lora`, which leaves the rest of the kinds in ``allow`` out."""
-    tensors, metadata, parsed = _parsed(path)
+    tensors, metadata, parsed = parsed_file(path)
     if not parsed.modules and not parsed.text_encoder:
         raise LoraUnreadable(path, "its keys are of no known form")
     scales = _scales(path, metadata)
@@ -174,7 +181,12 @@ def one_rank(factors: Mapping[str, tuple[Array, Array]]) -> dict[str, tuple[Arra
     return padded
 
 
-def _parsed(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], ParsedKeys]:
+def parsed_file(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], ParsedKeys]:
+    """``(tensors, metadata, keys taken apart)`` of a file's header.
+
+    Raises:
+        LoraUnreadable: it cannot be read, or is no safetensors file.
+    """
     try:
         tensors, metadata = read_header(path)
     except OSError as error:

@@ -26,7 +26,7 @@ def plot(loras: Sequence[Path], output: Path | None) -> None:
         raise click.UsageError(f"{format_path(output)}: the name must end in .png, .svg or .pdf")
     with needs_extra("plot", "i2l plot"):
         from ...look.plotting import plot_loras  # noqa: PLC0415
-    from ...lora.reading import read_factors  # noqa: PLC0415
+    from ...lora.other_kinds import read_changes  # noqa: PLC0415
 
-    plot_loras([read_factors(path, allow=frozenset({"DoRA"})) for path in loras], output)
+    plot_loras([read_changes(path) for path in loras], output)
     click.echo(f"drawn: {format_path(output)}")

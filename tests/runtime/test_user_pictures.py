@@ -450,9 +450,11 @@ def tiled(image: Image.Image, side: int, *, packed: bool) -> bytes:
     if image.mode == "RGBA":
         tags[338] = 2
     if image.mode == "P":
-        palette = np.zeros((256, 3), np.uint16)
-        palette[: len(image.getpalette() or ()) // 3] = np.reshape(image.getpalette(), (-1, 3))
-        tags[320] = tuple(int(value) for value in (palette * 257).T.flatten())
+        colours = np.zeros((256, 3), np.uint16)
+        given = image.getpalette()
+        assert given is not None
+        colours[: len(given) // 3] = np.array(given, np.uint16).reshape(-1, 3)
+        tags[320] = tuple(int(value) for value in (colours * 257).T.flatten())
     tags[322] = tags[323] = side
     tags[324] = tuple(8 + sum(map(len, tiles[:index])) for index in range(len(tiles)))
     tags[325] = tuple(map(len, tiles))

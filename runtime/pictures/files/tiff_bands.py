@@ -90,7 +90,7 @@ def _rows(image: TiffImagePlugin.TiffImageFile) -> Rows | None:
 def _file(image: TiffImagePlugin.TiffImageFile, rows: Rows, first: int, stop: int, height: int) -> bytes:
     """A TIFF file of some of the rows, in the byte order of the picture's."""
     order = image.tag_v2.prefix
-    head = order + struct.pack(f"{'<' if order == b'II' else '>'}H", 42)
+    head: bytes = order + struct.pack(f"{'<' if order == b'II' else '>'}H", 42)
     directory = TiffImagePlugin.ImageFileDirectory_v2(head + bytes(4))
     for tag in COPIED:
         if tag in image.tag_v2:
@@ -109,7 +109,7 @@ def _file(image: TiffImagePlugin.TiffImageFile, rows: Rows, first: int, stop: in
         end = 8 + len(directory.tobytes(8))
         directory[offset_tag] = tuple(end + start for start in starts)
     link = struct.pack(f"{'<' if order == b'II' else '>'}L", 8)
-    return head + link + directory.tobytes(8) + b"".join(_read(image, pieces))
+    return b"".join((head, link, directory.tobytes(8), *_read(image, pieces)))
 
 
 def _read(image: TiffImagePlugin.TiffImageFile, pieces: list[tuple[int, int]]) -> Iterator[bytes]:
