@@ -39,7 +39,7 @@ lint: setup  ## ruff
 	$(BIN)/ruff format --check .
 
 types: setup  ## mypy, strict
-	MYPYPATH=.typecheck:tests:tests/export:benchmarks $(BIN)/mypy -p i2l
+	MYPYPATH=.typecheck:tests:tests/export:tests/engines/standin:benchmarks $(BIN)/mypy -p i2l
 
 unit: setup  ## pytest
 	$(BIN)/python -m pytest

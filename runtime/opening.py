@@ -13,7 +13,7 @@ from ..engines.backends import choose_backend, offer_of
 from ..engines.base import Backend, Limits, Opened
 from ..engines.directory.integrity import check_files
 from ..engines.directory.manifest import Manifest, read_manifest
-from ..engines.errors import OutOfDeviceMemory
+from ..engines.errors import DeviceFailed, OutOfDeviceMemory
 from ..machine.wording import format_bytes
 from .errors import EnginesReplaced, PipelineClosed
 
@@ -66,10 +66,18 @@ class OpenEngines:
         return self._backend
 
     def in_memory(self, work: Callable[[], T]) -> T:
-        """``work``, again with a smaller plan each time memory runs out, at last on the CPU if that is allowed."""
+        """``work``, again with a smaller plan each time memory runs out, at last on the CPU if that is allowed.
+
+        On the CPU at once if the device fails.
+        """
         while True:
             try:
                 return work()
+            except DeviceFailed as error:
+                if not self._may_fall_back:
+                    raise
+                self.backend.close()
+                self._fall_back(error)
             except OutOfDeviceMemory as error:
                 try:
                     self.backend.shrink(error)
@@ -98,7 +106,7 @@ class OpenEngines:
         self.running: Manifest = opened.running
         """Of the packs that are read: the same, except that the cpu backend reads the int8 form of fp8 engines."""
 
-    def _fall_back(self, cause: OutOfDeviceMemory) -> None:
+    def _fall_back(self, cause: OutOfDeviceMemory | DeviceFailed) -> None:
         """Go on with the CPU, on the build that was opened.
 
         Raises:
@@ -110,5 +118,6 @@ class OpenEngines:
         if standby is None and not (self.path / self._for_cpu.build).is_dir():
             raise EnginesReplaced(self.path, self.name) from cause
         self._enter(standby or self._open("cpu"))
-        self.name, self.reason = "cpu", f"{self.name} ran out of memory"
+        why = "ran out of memory" if isinstance(cause, OutOfDeviceMemory) else "failed"
+        self.name, self.reason = "cpu", f"{self.name} {why}"
         self._may_fall_back = False

@@ -62,7 +62,6 @@ class FakeDevice:
     ) -> None:
         self.capacity_bytes = capacity_bytes
         self.peak_bytes = 0
-        self.pinned_bytes = 0
         self.allocations = 0
         self.copied: list[int] = []
         """Bytes of every copy that was asked for."""
@@ -80,12 +79,8 @@ class FakeDevice:
     def free_bytes(self) -> int:
         return max(self.capacity_bytes - self.used_bytes, 0)
 
-    def pin(self, memory: memoryview) -> None:
-        self.pinned_bytes += memory.nbytes
-
     def close(self) -> None:
         assert not self._memory, "closed before its memory was given back"
-        self.pinned_bytes = 0
 
     def allocate(self, nbytes: int) -> int:
         number, self.allocations = self.allocations, self.allocations + 1

@@ -5,12 +5,14 @@ aligned and set, scratch must be large enough. A context overwrites the scratch 
 """
 
 import ctypes
+import hashlib
 import importlib.machinery
 import itertools
 import json
 import math
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +21,48 @@ import onnxruntime as ort
 from fake_device import HostDevice
 from i2l.engines.cuda.session import CpuTarget, OrtDeviceEngine
 from i2l.engines.device.tensor import DeviceTensor
+from i2l.engines.directory.manifest import read_manifest, spec_hash
+from i2l.engines.tensorrt.plans import BATCHES, FACTS, PlanFacts, PlanKey, plans_folder, plans_to_json
 
 ELEMENTS = {"tensor(float)": 1, "tensor(uint8)": 2, "tensor(int8)": 3, "tensor(bfloat16)": 16}
+BYTES = {"tensor(float)": 4, "tensor(bfloat16)": 2}
 LARGEST_BATCH = 8
 Fail = Callable[[str], str]
 """Told ``load``, ``context``, ``size`` or ``run`` before that is done; an error message makes it fail."""
+Launch = Callable[[int, Callable[[], None], Sequence[tuple[int, int, bool]]], None]
+
+
+def in_lane(device: HostDevice | None) -> Launch:
+    """Work goes into the compute lane of a device of the tests."""
+    assert device is not None
+
+    def launch(stream: int, work: Callable[[], None], _: Sequence[tuple[int, int, bool]]) -> None:
+        assert stream == device.compute_stream
+        device.enqueue("compute", work)
+
+    return launch
+
+
+def write_plans(directory: Path, graphs: Mapping[str, bytes], flavour: str = "tensorrt_rtx", sm: int = 89) -> None:
+    """Plans that the played TensorRT reads: the graphs themselves."""
+    manifest = read_manifest(directory)
+    folder = plans_folder(directory, sm, manifest.precision)
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {}
+    for graph, data in graphs.items():
+        digest = hashlib.sha256(data).hexdigest()
+        spec = next(model.spec for model in manifest.models.values() if graph.startswith(model.spec.family))
+        key = PlanKey(digest, spec_hash(spec), flavour, "1.7.1", sm, manifest.precision, BATCHES)
+        facts[graph] = PlanFacts(key, digest, len(data), 0)
+        for suffix in ("onnx", "plan"):
+            (folder / f"{graph}.{suffix}").write_bytes(data)
+    (folder / FACTS).write_text(plans_to_json(facts))
+
+
+def own_graphs(directory: Path) -> dict[str, bytes]:
+    """The CPU's graphs."""
+    manifest = read_manifest(directory)
+    return {graph: (directory / manifest.build / path).read_bytes() for graph, path in manifest.graphs.items()}
 
 
 class Played:
@@ -34,17 +73,20 @@ class Played:
         fail: see :data:`Fail`.
         scratch: bytes of scratch for a number of images.
         rtx: play TensorRT-RTX, or else TensorRT, which has no runtime cache.
+        launch: puts work into a stream: ``(stream, work, [(address, bytes, written)])``; by default the device's lane.
     """
 
     def __init__(
         self,
-        device: HostDevice,
+        device: Any,
         *,
         fail: Fail = lambda _: "",
         scratch: Callable[[int], int] = lambda images: 1000 * images,
         rtx: bool = True,
+        launch: "Launch | None" = None,
     ) -> None:
         self.device, self.fail, self.scratch = device, fail, scratch
+        self.launch = launch or in_lane(device)
         self.name = "tensorrt_rtx" if rtx else "tensorrt"
         self.accepts_cache = True
         self.loaded_cache = b""
@@ -202,15 +244,20 @@ class Context:
         return name in self._engine.tensors
 
     def execute_async_v3(self, stream: int) -> bool:
-        assert stream == self._played.device.compute_stream
         assert self._addresses.keys() == self._engine.tensors.keys()
         assert self._sized
         if self._played.fails("run"):
             return False
         self._played.compiled.add((self._engine.runner.activation, self._images))
         work = self._work(dict(self._addresses), self._scratch)
-        self._played.device.enqueue("compute", work)
+        self._played.launch(stream, work, [*self._ranges(), (*self._scratch, True)])
         return True
+
+    def _ranges(self) -> Iterator[tuple[int, int, bool]]:
+        """``(address, bytes, written)`` of every tensor."""
+        for name, address in self._addresses.items():
+            values = math.prod(self.get_tensor_shape(name))
+            yield address, values * BYTES.get(self._engine.tensors[name].type, 1), name not in self._engine.inputs
 
     def _work(self, addresses: dict[str, int], scratch: tuple[int, int]) -> Callable[[], None]:
         shapes = {name: tuple(self.get_tensor_shape(name)) for name in addresses}

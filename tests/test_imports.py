@@ -65,7 +65,7 @@ ONLY_IN = {
     "folder_paths": {"comfy_host"},
     "tensorrt": {"engines.tensorrt"},
     "tensorrt_rtx": {"engines.tensorrt"},
-    "cuda": {"engines.device.card"},
+    "cuda": {"engines.device.calls"},
     "pillow_heif": {"runtime.pictures.files.formats"},
     "pillow_jxl": {"runtime.pictures.files.formats"},
     "rich": {"machine.progress"},

@@ -9,7 +9,8 @@ memory of an output that is given back early is written again only behind the ke
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, RuntimeException
 
 from ..device.tensor import DeviceTensor
-from ..errors import OutOfDeviceMemory, ShapeMismatch
+from ..errors import DeviceFailed, OutOfDeviceMemory, ShapeMismatch
 from .errors import ProviderMissing
 
 NO_MEMORY = re.compile(r"out of memory|failed to allocate memory|available memory of \d+ is smaller", re.IGNORECASE)
@@ -81,12 +82,11 @@ class OrtDeviceEngine:
         if target.kind == "cuda":
             ort.preload_dlls()  # CUDA's libraries from pip's packages, where the system has none
         providers = [(target.provider, target.options(limit_bytes))]
-        self._session = ort.InferenceSession(model, options, providers=providers)
+        self._graph, self._target, self._limit_bytes = graph, target, limit_bytes
+        with self._our_errors():  # without fallback: it would go on with the CPU, and write to standard output
+            self._session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
         if target.provider not in self._session.get_providers():
             raise ProviderMissing(target.provider, self._session.get_providers())
-        self._graph = graph
-        self._target = target
-        self._limit_bytes = limit_bytes
         first = self._session.get_inputs()[0]
         self.activation: str = first.name
         self._shape = list(first.shape[1:])
@@ -105,10 +105,17 @@ class OrtDeviceEngine:
             binding.bind_input(name, *where)
         for name in self._outputs:
             binding.bind_output(name, self._target.kind, self._target.index)
-        try:
+        with self._our_errors():
             self._session.run_with_iobinding(binding, self._run_options)
-        except (Fail, RuntimeException) as error:
-            if NO_MEMORY.search(str(error)):
-                raise OutOfDeviceMemory(f"{self._target.provider} ({self._graph})", self._limit_bytes, 0) from error
-            raise
         return dict(zip(self._outputs, binding.get_outputs(), strict=True))
+
+    @contextmanager
+    def _our_errors(self) -> Iterator[None]:
+        """Onnxruntime's errors as ours: those of memory call for a smaller plan."""
+        try:
+            yield
+        except (Fail, RuntimeException, RuntimeError) as error:  # run_with_iobinding raises a plain RuntimeError
+            where = f"{self._target.provider} ({self._graph})"
+            if NO_MEMORY.search(str(error)):
+                raise OutOfDeviceMemory(where, self._limit_bytes, 0) from error
+            raise DeviceFailed(where, str(error).splitlines()[0]) from error

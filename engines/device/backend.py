@@ -56,9 +56,6 @@ class DeviceBackend:
         chunks = {family: model.chunks for family, model in manifest.models.items()}
         packs = {family: memoryview(pack) for family, pack in self._maps.items()}
         plan = partial(plan_residency, chunks, graphs)
-        plan(budget_bytes)  # before 8 GB are pinned for nothing
-        for pack in packs.values():
-            device.pin(pack)
         self._weights = DeviceWeights(device, manifest.models, packs, plan, budget_bytes, workspace)
 
     @property

@@ -21,11 +21,10 @@ class Device(Protocol):
     """One accelerator, used by one thread."""
 
     name: str
-    peak_bytes: int
-    """The most that was allocated at a time, as far as the device can tell."""
 
-    def pin(self, memory: memoryview) -> None:
-        """Chunks will be copied from this memory, which stays until :meth:`close`."""
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was allocated at a time, as far as the device can tell."""
         ...
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """What every backend on a CUDA card needs of the machine, as far as that can be told without opening the card."""
 
-import ctypes.util
+import ctypes
 import importlib.util
 
 from ..base import BackendStatus
@@ -8,17 +8,16 @@ from ..base import BackendStatus
 
 def without_driver(name: str) -> BackendStatus | None:
     """Name what the machine lacks first."""
-    if ctypes.util.find_library("cuda") is None and ctypes.util.find_library("nvcuda") is None:
+    if _driver_library() is None:
         return BackendStatus(name, works=False, reason="no NVIDIA driver on this machine", remedy="use --backend cpu")
     return None
 
 
 def without_cuda_python(name: str) -> BackendStatus | None:
-    """Name the first package of cuda-python that is not there."""
-    for package in ("core", "bindings"):
-        if importlib.util.find_spec("cuda") is None or importlib.util.find_spec(f"cuda.{package}") is None:
-            reason, remedy = f"cuda.{package} of cuda-python is not installed", f"pip install 'i2l-engines[{name}]'"
-            return BackendStatus(name, works=False, reason=reason, remedy=remedy)
+    """Name the package of cuda-python that is used, if it is not there."""
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        reason, remedy = "cuda.bindings of cuda-python is not installed", f"pip install 'i2l-engines[{name}]'"
+        return BackendStatus(name, works=False, reason=reason, remedy=remedy)
     return None
 
 
@@ -26,3 +25,13 @@ def untried(name: str, what: str) -> BackendStatus:
     """It could run, but nobody ever ran it."""
     reason = f"{what}; the code is there but was never run on a GPU: ask for it by name"
     return BackendStatus(name, works=True, reason=reason, remedy=f"try --backend {name}", proven=False)
+
+
+def _driver_library() -> ctypes.CDLL | None:
+    """As the loader finds it: in containers only LD_LIBRARY_PATH names it, which ``find_library`` does not look at."""
+    for library in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            return ctypes.CDLL(library)
+        except OSError:
+            continue
+    return None

@@ -1,6 +1,5 @@
 """The opened pipeline: batches, reuse, giving everything back; and the streamer's promises."""
 
-import ctypes.util
 import gc
 import importlib.util
 import mmap
@@ -352,14 +351,14 @@ def test_pixels_that_do_not_fit(pipeline: Pipeline) -> None:
 
 @pytest.fixture
 def no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes.util, "find_library", lambda _: None)
+    monkeypatch.setattr("i2l.engines.device.driver._driver_library", lambda: None)
 
 
 @pytest.fixture
 def driver_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a GPU and without any package for it."""
     real = importlib.util.find_spec
-    monkeypatch.setattr(ctypes.util, "find_library", lambda name: f"lib{name}.so.1")
+    monkeypatch.setattr("i2l.engines.device.driver._driver_library", object)
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name.startswith(("tensorrt", "onnxruntime")) else real(name)
     )

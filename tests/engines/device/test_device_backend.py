@@ -23,7 +23,7 @@ from i2l.engines.device.backend import DeviceBackend
 from i2l.engines.device.residency import RESERVED_BYTES, GraphMemory
 from i2l.engines.directory.dtypes import ELEMENT_TYPES
 from i2l.engines.directory.manifest import Manifest, read_manifest
-from i2l.errors import BudgetTooSmall, EnginesReplaced, OutOfDeviceMemory, PipelineClosed
+from i2l.errors import BudgetTooSmall, DeviceFailed, EnginesReplaced, OutOfDeviceMemory, PipelineClosed
 from i2l.lora.lora import Lora
 from i2l.runtime.cache import EmbeddingCache
 from i2l.runtime.pictures.pixels import square_image
@@ -263,6 +263,25 @@ def test_a_trace_shows_what_the_lanes_did(engines: MakeEngines, monkeypatch: pyt
     counted = [event["args"]["used"] for event in trace.events if event["name"] == "VRAM"]
     assert len(counted) == len(spans)
     assert set(counted) == {used}
+
+
+def test_a_device_that_fails_leaves_auto_the_cpu(
+    opened: Opened, wanted: Lora, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At once: a card that is lost has no smaller plan. Asked for by name, it is an error."""
+
+    def lost(graph: str) -> None:
+        if graph == "dinov3.block":
+            raise DeviceFailed("a card", "CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    pipeline, _, _ = opened(0, fail=lost)
+    with pytest.raises(DeviceFailed, match=r"CUDA_ERROR_ILLEGAL_ADDRESS.*--backend cpu"):
+        pipeline.lora_from_images(PICTURES)
+    pipeline, _, _ = opened(0, auto=True, fail=lost)
+    with caplog.at_level(logging.WARNING, "i2l"):
+        assert_same(pipeline.lora_from_images(PICTURES), wanted)
+    assert (pipeline.backend_name, pipeline.backend_reason) == ("cpu", "fake failed")
+    assert "going on with the CPU" in caplog.text
 
 
 def test_too_little_vram_at_the_opening_leaves_auto_the_cpu(

@@ -3,15 +3,13 @@
 Nothing here shows that TensorRT computes what it should. tests/engines/tensorrt/test_gpu.py does, where there is a GPU.
 """
 
-import hashlib
 import importlib
 import importlib.util
 import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from ctypes.util import find_library
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +23,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from played_tensorrt import Played, failing
+from played_tensorrt import Played, failing, own_graphs, write_plans
 
 from conftest import MakeEngines, graphs_once, lora_of_one_batch, picture
 from fake_device import HostDevice
@@ -37,13 +35,13 @@ from i2l.engines.device.device import Workspace
 from i2l.engines.device.residency import CONTEXT_BYTES
 from i2l.engines.device.tensor import DeviceTensor
 from i2l.engines.directory.generations import FP8_FOLDER
-from i2l.engines.directory.manifest import read_manifest, spec_hash
+from i2l.engines.directory.manifest import read_manifest
 from i2l.engines.tensorrt import backend as tensorrt_backend
 from i2l.engines.tensorrt.backend import TensorRTBackend
 from i2l.engines.tensorrt.engine import PlanRuntime
 from i2l.engines.tensorrt.layers import Products, products
 from i2l.engines.tensorrt.library import build_plan, find_flavour
-from i2l.engines.tensorrt.plans import BATCHES, FACTS, PlanFacts, PlanKey, plans_folder, plans_to_json
+from i2l.engines.tensorrt.plans import FACTS, plans_folder
 from i2l.engines.tensorrt.runtime_cache import RuntimeCache
 from i2l.errors import (
     BackendUnavailable,
@@ -63,28 +61,6 @@ PICTURES = [picture(90, 70, seed=1), picture(64, 64, seed=2)]
 OOM = "[defaultAllocator.cpp::allocate::31] Error Code 1: Cuda Runtime (out of memory): 123456789 bytes"
 ROOMY = 10_000_000
 """Bytes above the smallest budget with which all weights stay."""
-
-
-def write_plans(directory: Path, graphs: Mapping[str, bytes], flavour: str = "tensorrt_rtx", sm: int = 89) -> None:
-    """Plans that the played TensorRT reads: the graphs themselves."""
-    manifest = read_manifest(directory)
-    folder = plans_folder(directory, sm, manifest.precision)
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = {}
-    for graph, data in graphs.items():
-        digest = hashlib.sha256(data).hexdigest()
-        spec = next(model.spec for model in manifest.models.values() if graph.startswith(model.spec.family))
-        key = PlanKey(digest, spec_hash(spec), flavour, "1.7.1", sm, manifest.precision, BATCHES)
-        facts[graph] = PlanFacts(key, digest, len(data), 0)
-        for suffix in ("onnx", "plan"):
-            (folder / f"{graph}.{suffix}").write_bytes(data)
-    (folder / FACTS).write_text(plans_to_json(facts))
-
-
-def own_graphs(directory: Path) -> dict[str, bytes]:
-    """The CPU's graphs."""
-    manifest = read_manifest(directory)
-    return {graph: (directory / manifest.build / path).read_bytes() for graph, path in manifest.graphs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +150,7 @@ def test_plans_give_the_cpus_lora_bit_for_bit(
         used = plan.peak_bytes - plan.context_bytes - plan.reserved_bytes
         assert played.device.peak_bytes == played.device.used_bytes == used
         assert plan.context_bytes == 8 * CONTEXT_BYTES
-    assert played.device.used_bytes == played.device.pinned_bytes == 0
+    assert played.device.used_bytes == 0
     assert all(config.strategy == "user managed" for config in played.configs)
     assert {config.dynamic_shapes_kernel_specialization_strategy for config in rtx_configs(played)} <= {"eager"}
 
@@ -270,7 +246,7 @@ def test_a_plan_that_does_not_open(
     played = play(fail=failing(what, message, at=2))
     with pytest.raises(error, match=words):
         Pipeline(planned, backend="tensorrt", vram_budget_bytes=1 << 30)
-    assert played.device.used_bytes == played.device.pinned_bytes == 0
+    assert played.device.used_bytes == 0
 
 
 @pytest.mark.parametrize(("what", "words"), [("run", "does not run"), ("size", "does not say what 1 images need")])
@@ -478,7 +454,7 @@ def test_the_played_tensorrt_has_only_what_the_real_one_has() -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
-@pytest.mark.skipif(find_library("cuda") is not None, reason="here is a driver")
+@pytest.mark.skipif(driver.without_driver("cuda") is None, reason="here is a driver")
 def test_the_real_tensorrt_says_what_it_lacks(tmp_path: Path) -> None:
     """As far as the real one comes without a driver: it is loaded, logs to us, and does not open a plan."""
     values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 4]) for name in "xy"]
@@ -514,7 +490,7 @@ def test_without_cuda_python_the_extra_installs_it(play: Play, monkeypatch: pyte
     if real("tensorrt_rtx") is None:
         pytest.skip("tensorrt_rtx is not installed")
     with pytest.raises(
-        BackendUnavailable, match=r"cuda.core .* is not installed: pip install 'i2l-engines\[tensorrt\]'"
+        BackendUnavailable, match=r"cuda.bindings .* is not installed: pip install 'i2l-engines\[tensorrt\]'"
     ):
         backends.choose_backend("tensorrt")
 

@@ -1,0 +1,401 @@
+/* A CUDA driver without a GPU, for tests: as much of libcuda.so.1 as cuda-core, cuda-bindings and CudaDevice call.
+ *
+ * Device memory is host memory, so that host functions can compute on it. A stream is a queue of work. CUDA promises
+ * only an order: when work is done lies between "at once" and "when somebody waits for it", and I2L_STANDIN_MODE chooses:
+ *   eager    at once
+ *   lazy     not before the host waits for it
+ *   random   in between, by I2L_STANDIN_SEED
+ * Work that no event orders shows as wrong values in lazy and random, and in every mode as a RACE: each piece of work says
+ * which bytes it reads and writes, and a clock for each stream says what is known to be done before it.
+ *
+ *   I2L_STANDIN_BYTES=n         memory of the card
+ *   I2L_STANDIN_FAIL_ALLOC=n    the n-th allocation on the card, counted from 1, finds no memory
+ *   I2L_STANDIN_FAIL_CALL=n     the n-th call, counted from 1, and all after it fail as a card does that is lost
+ *   I2L_STANDIN_NO_PINS=1       no host memory can be pinned
+ *
+ * cc -shared -fPIC -O1 -o libcuda.so.1 driver.c -lpthread; no headers of CUDA are wanted.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+typedef uint64_t u64;
+enum { OK, INVALID_VALUE, OUT_OF_MEMORY, NO_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700 };
+enum { STREAMS = 1024, ACCESSES = 1 << 16, BLOCKS = 4096 };
+enum Kind { COPY, CALL, RECORD, WAIT };
+
+typedef struct { u64 done_before[STREAMS]; } Clock; /* by stream: the number of its last work that is known to be done */
+typedef struct Event { int stream; u64 number; Clock known; int timed; double when; } Event;
+typedef struct Work {
+    enum Kind kind; u64 number; char *to; const char *from; size_t bytes; char *staged;
+    void (*function)(void *); void *argument; int of_stream; u64 of_number; Event *event; struct Work *next;
+} Work;
+typedef struct { u64 last, done; Work *first, *end; Clock known; int alive; } Stream;
+typedef struct { char *start; size_t bytes; int on_card; } Block;
+typedef struct { const char *start, *end; int write, stream; u64 number; } Access;
+
+static pthread_mutex_t lock = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
+static Stream streams[STREAMS];
+static int stream_count = 1; /* number 0 is the null stream */
+static Block blocks[BLOCKS];
+static int block_count;
+static Access accesses[ACCESSES];
+static int access_count;
+static Clock host;
+static size_t live_bytes, peak_bytes, pinned_bytes;
+static u64 problems, copies, pageable_copies, allocations, calls, ticks;
+static int started;
+static __thread void *current;
+static int context_marker;
+
+static u64 setting(const char *name, u64 otherwise) {
+    const char *text = getenv(name);
+    return text ? strtoull(text, NULL, 10) : otherwise;
+}
+static int mode_is(const char *mode) {
+    const char *text = getenv("I2L_STANDIN_MODE");
+    return !strcmp(text ? text : "eager", mode);
+}
+static void problem(const char *what, const void *where, size_t bytes) {
+    if (problems++ < 10) fprintf(stderr, "standin: %s (%zu bytes at %p)\n", what, bytes, where);
+}
+static int lost(void) { /* every call comes by here */
+    u64 number = setting("I2L_STANDIN_FAIL_CALL", 0);
+    calls++;
+    return number && calls >= number;
+}
+#define ENTER do { if (lost()) return ILLEGAL_ADDRESS; pthread_mutex_lock(&lock); } while (0)
+#define NEEDS_CONTEXT do { if (!current) { pthread_mutex_unlock(&lock); return NO_CONTEXT; } } while (0)
+#define LEAVE(status) do { pthread_mutex_unlock(&lock); return (status); } while (0)
+
+/* --- memory --------------------------------------------------------------------------------------------------------- */
+
+static Block *block_at(const void *address, size_t bytes) {
+    const char *start = address;
+    for (int i = 0; i < block_count; i++)
+        if (blocks[i].start <= start && start + bytes <= blocks[i].start + blocks[i].bytes) return &blocks[i];
+    return NULL;
+}
+static int allocate(void **out, size_t bytes, int on_card) {
+    if (!bytes || block_count == BLOCKS) return INVALID_VALUE;
+    if (on_card) {
+        allocations++;
+        int fails = allocations == setting("I2L_STANDIN_FAIL_ALLOC", 0);
+        if (fails || live_bytes + bytes > setting("I2L_STANDIN_BYTES", 1ull << 34)) return OUT_OF_MEMORY;
+    } else if (setting("I2L_STANDIN_NO_PINS", 0)) return OUT_OF_MEMORY;
+    void *start = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (start == MAP_FAILED) return OUT_OF_MEMORY;
+    memset(start, 0xA5, bytes); /* what was there before: noise */
+    blocks[block_count++] = (Block){start, bytes, on_card};
+    if (on_card) live_bytes += bytes; else pinned_bytes += bytes;
+    if (live_bytes > peak_bytes) peak_bytes = live_bytes;
+    *out = start;
+    return OK;
+}
+static int release(void *start) {
+    for (int i = 0; i < block_count; i++) {
+        if (blocks[i].start != start) continue;
+        for (int a = 0; a < access_count; a++) { /* CUDA would wait; who frees must not rely on it */
+            Access *x = &accesses[a];
+            int inside = x->start < blocks[i].start + blocks[i].bytes && blocks[i].start < x->end;
+            if (inside && host.done_before[x->stream] < x->number) problem("FREED in use", x->start, x->end - x->start);
+            if (inside) accesses[a--] = accesses[--access_count];
+        }
+        if (blocks[i].on_card) live_bytes -= blocks[i].bytes; else pinned_bytes -= blocks[i].bytes;
+        munmap(start, blocks[i].bytes);
+        blocks[i] = blocks[--block_count];
+        return OK;
+    }
+    return INVALID_VALUE;
+}
+
+/* --- who reads and writes what -------------------------------------------------------------------------------------- */
+
+static void join(Clock *clock, const Clock *other) {
+    for (int i = 0; i < stream_count; i++)
+        if (other->done_before[i] > clock->done_before[i]) clock->done_before[i] = other->done_before[i];
+}
+static void touches(const void *address, size_t bytes, int write, int stream, u64 number) {
+    const char *start = address, *end = start + bytes;
+    for (int a = 0; a < access_count; a++) {
+        Access *x = &accesses[a];
+        if (x->end <= start || end <= x->start) continue;
+        int before = x->stream == stream || streams[stream].known.done_before[x->stream] >= x->number;
+        if (!before && (write || x->write)) problem("RACE", start, bytes);
+        if (before && write && start <= x->start && x->end <= end) accesses[a--] = accesses[--access_count];
+    }
+    for (int a = 0; access_count > ACCESSES / 2 && a < access_count; a++) /* forget what everybody knows to be done */
+        if (host.done_before[accesses[a].stream] >= accesses[a].number) accesses[a--] = accesses[--access_count];
+    if (access_count < ACCESSES) accesses[access_count++] = (Access){start, end, write, stream, number};
+}
+
+/* --- streams -------------------------------------------------------------------------------------------------------- */
+
+static void run_until(int stream, u64 number) {
+    Stream *s = &streams[stream];
+    while (s->first && s->first->number <= number) {
+        Work *work = s->first;
+        s->first = work->next;
+        if (!s->first) s->end = NULL;
+        s->done = work->number;
+        if (work->kind == COPY) memmove(work->to, work->staged ? work->staged : work->from, work->bytes);
+        if (work->kind == CALL) work->function(work->argument);
+        if (work->kind == WAIT) run_until(work->of_stream, work->of_number);
+        if (work->kind == RECORD && work->event && work->event->number == work->number) work->event->when = ++ticks;
+        free(work->staged);
+        free(work);
+    }
+}
+static void time_passes(int stream) {
+    static unsigned seed;
+    if (mode_is("eager")) run_until(stream, streams[stream].last);
+    if (!mode_is("random")) return;
+    if (!seed) seed = 1 + setting("I2L_STANDIN_SEED", 0);
+    for (int steps = rand_r(&seed) % 4; steps > 0; steps--) {
+        Stream *s = &streams[rand_r(&seed) % stream_count];
+        if (s->first) run_until(s - streams, s->first->number);
+    }
+}
+static Work *enqueue(int stream, enum Kind kind) {
+    Stream *s = &streams[stream];
+    join(&s->known, &host);
+    Work *work = calloc(1, sizeof *work);
+    work->kind = kind;
+    work->number = ++s->last;
+    if (s->end) s->end->next = work; else s->first = work;
+    return s->end = work;
+}
+static void host_waits(int stream, u64 number, const Clock *known) {
+    run_until(stream, number);
+    join(&host, known);
+    if (host.done_before[stream] < number) host.done_before[stream] = number;
+}
+static int stream_of(void *handle) {
+    u64 number = (u64)handle;
+    if (number <= 2) return 0;
+    number -= 0x1000;
+    if (number < 1 || number >= (u64)stream_count || !streams[number].alive) { problem("no such stream", handle, 0); return -1; }
+    return (int)number;
+}
+static int copy(char *to, const char *from, size_t bytes, void *handle, int synchronous) {
+    int stream = stream_of(handle);
+    if (stream < 0) return INVALID_HANDLE;
+    Block *target = block_at(to, bytes), *source = block_at(from, bytes);
+    int to_card = target && target->on_card, from_card = source && source->on_card;
+    if (!to_card && !from_card) { problem("a copy beside all device memory", to, bytes); return INVALID_VALUE; }
+    int pageable = !target || !source;
+    Work *work = enqueue(stream, COPY);
+    *work = (Work){.kind = COPY, .number = work->number, .to = to, .from = from, .bytes = bytes};
+    copies++;
+    pageable_copies += pageable;
+    if (target) touches(to, bytes, 1, stream, work->number);
+    if (source) touches(from, bytes, 0, stream, work->number);
+    if (to_card && pageable) { /* the driver takes the bytes along, and may return before they are on the card */
+        work->staged = malloc(bytes);
+        memcpy(work->staged, from, bytes);
+    }
+    u64 number = work->number;
+    if (!to_card && (pageable || synchronous)) host_waits(stream, number, &streams[stream].known);
+    else time_passes(stream);
+    return OK;
+}
+
+/* --- what a test asks for ------------------------------------------------------------------------------------------- */
+
+u64 standin_problems(void) { return problems; }
+u64 standin_live_bytes(void) { return live_bytes; }
+u64 standin_peak_bytes(void) { return peak_bytes; }
+u64 standin_pinned_bytes(void) { return pinned_bytes; }
+u64 standin_copies(void) { return copies; }
+u64 standin_pageable_copies(void) { return pageable_copies; }
+u64 standin_calls(void) { return calls; }
+/* As after a start: what was left of a card that was lost goes, and the counting begins again. */
+void standin_reset(void) {
+    pthread_mutex_lock(&lock);
+    for (int i = 0; i < stream_count; i++) {
+        while (streams[i].first) { Work *work = streams[i].first; streams[i].first = work->next; free(work->staged); free(work); }
+        streams[i].end = NULL;
+        streams[i].done = host.done_before[i] = streams[i].last;
+    }
+    access_count = 0;
+    while (block_count) release(blocks[0].start);
+    problems = copies = pageable_copies = allocations = calls = peak_bytes = 0;
+    pthread_mutex_unlock(&lock);
+}
+/* A kernel: a function that runs when the stream comes to it; ranges of {address, bytes, written}. */
+int standin_launch(void *handle, void (*function)(void *), int count, const u64 (*ranges)[3]) {
+    ENTER;
+    int stream = stream_of(handle);
+    if (stream < 0) LEAVE(INVALID_HANDLE);
+    Work *work = enqueue(stream, CALL);
+    work->function = function;
+    for (int i = 0; i < count; i++) {
+        if (!ranges[i][1]) continue;
+        Block *block = block_at((void *)ranges[i][0], ranges[i][1]);
+        if (!block || !block->on_card) problem("a kernel beside its memory", (void *)ranges[i][0], ranges[i][1]);
+        touches((void *)ranges[i][0], ranges[i][1], (int)ranges[i][2], stream, work->number);
+    }
+    time_passes(stream);
+    LEAVE(OK);
+}
+
+/* --- the driver's functions ----------------------------------------------------------------------------------------- */
+
+int cuInit(unsigned flags) { (void)flags; if (lost()) return ILLEGAL_ADDRESS; started = 1; return OK; }
+int cuDriverGetVersion(int *version) { *version = 13000; return OK; }
+int cuDeviceGetCount(int *count) { *count = 1; return OK; }
+int cuDeviceGet(int *device, int index) { *device = index; return index ? 101 : OK; }
+int cuDeviceGetName(char *name, int size, int device) { (void)device; snprintf(name, size, "stand-in"); return OK; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+    (void)device;
+    *value = attribute == 75 ? 8 : attribute == 76 ? 9 : 0; /* compute capability 8.9 */
+    return OK;
+}
+int cuDevicePrimaryCtxRetain(void **context, int device) { (void)device; *context = &context_marker; return OK; }
+int cuDevicePrimaryCtxRelease_v2(int device) { (void)device; return OK; }
+int cuCtxSetCurrent(void *context) { current = context; return OK; }
+int cuCtxGetCurrent(void **context) { *context = current; return OK; }
+int cuCtxGetDevice(int *device) { *device = 0; return current ? OK : NO_CONTEXT; }
+int cuCtxGetStreamPriorityRange(int *least, int *greatest) { *least = 0; *greatest = -5; return OK; }
+int cuCtxSynchronize(void) {
+    ENTER;
+    for (int i = 0; i < stream_count; i++) host_waits(i, streams[i].last, &streams[i].known);
+    LEAVE(OK);
+}
+
+int cuStreamCreateWithPriority(void **handle, unsigned flags, int priority) {
+    (void)flags, (void)priority;
+    ENTER;
+    NEEDS_CONTEXT;
+    if (stream_count == STREAMS) LEAVE(OUT_OF_MEMORY);
+    streams[stream_count].alive = 1;
+    *handle = (void *)(u64)(0x1000 + stream_count++);
+    LEAVE(OK);
+}
+int cuStreamCreate(void **handle, unsigned flags) { return cuStreamCreateWithPriority(handle, flags, 0); }
+int cuStreamDestroy_v2(void *handle) {
+    pthread_mutex_lock(&lock);
+    int stream = stream_of(handle);
+    if (stream > 0) { run_until(stream, streams[stream].last); streams[stream].alive = 0; }
+    LEAVE(stream > 0 ? OK : INVALID_HANDLE);
+}
+int cuStreamSynchronize(void *handle) {
+    ENTER;
+    NEEDS_CONTEXT;
+    int stream = stream_of(handle);
+    if (stream < 0) LEAVE(INVALID_HANDLE);
+    host_waits(stream, streams[stream].last, &streams[stream].known);
+    LEAVE(OK);
+}
+int cuStreamGetCtx(void *handle, void **context) { (void)handle; *context = &context_marker; return OK; }
+int cuStreamGetCtx_v2(void *handle, void **context, void **green) { if (green) *green = NULL; return cuStreamGetCtx(handle, context); }
+int cuStreamIsCapturing(void *handle, int *status) { (void)handle; *status = 0; return OK; }
+
+int cuEventCreate(Event **event, unsigned flags) {
+    ENTER;
+    NEEDS_CONTEXT;
+    *event = calloc(1, sizeof **event); /* never freed: work in a queue may point at it */
+    (*event)->timed = !(flags & 2);
+    LEAVE(OK);
+}
+int cuEventDestroy_v2(Event *event) { (void)event; return OK; }
+int cuEventRecord(Event *event, void *handle) {
+    ENTER;
+    NEEDS_CONTEXT;
+    int stream = stream_of(handle);
+    if (stream < 0) LEAVE(INVALID_HANDLE);
+    Work *work = enqueue(stream, RECORD);
+    work->event = event;
+    event->stream = stream;
+    event->number = work->number;
+    event->known = streams[stream].known;
+    event->known.done_before[stream] = work->number;
+    time_passes(stream);
+    LEAVE(OK);
+}
+int cuEventRecordWithFlags(Event *event, void *handle, unsigned flags) { (void)flags; return cuEventRecord(event, handle); }
+int cuEventSynchronize(Event *event) {
+    ENTER;
+    NEEDS_CONTEXT;
+    host_waits(event->stream, event->number, &event->known);
+    LEAVE(OK);
+}
+int cuEventQuery(Event *event) { return streams[event->stream].done >= event->number ? OK : 600; }
+int cuEventElapsedTime_v2(float *milliseconds, Event *first, Event *last) {
+    ENTER;
+    if (!first->timed || !last->timed || !first->when || !last->when) LEAVE(INVALID_HANDLE);
+    *milliseconds = (float)(last->when - first->when);
+    LEAVE(OK);
+}
+int cuStreamWaitEvent(void *handle, Event *event, unsigned flags) {
+    (void)flags;
+    ENTER;
+    NEEDS_CONTEXT;
+    int stream = stream_of(handle);
+    if (stream < 0) LEAVE(INVALID_HANDLE);
+    Work *work = enqueue(stream, WAIT);
+    work->of_stream = event->stream;
+    work->of_number = event->number;
+    join(&streams[stream].known, &event->known);
+    time_passes(stream);
+    LEAVE(OK);
+}
+
+int cuMemGetInfo_v2(size_t *free_bytes, size_t *total) {
+    ENTER;
+    NEEDS_CONTEXT;
+    *total = setting("I2L_STANDIN_BYTES", 1ull << 34);
+    *free_bytes = *total - live_bytes;
+    LEAVE(OK);
+}
+int cuMemAlloc_v2(void **address, size_t bytes) { ENTER; NEEDS_CONTEXT; LEAVE(allocate(address, bytes, 1)); }
+int cuMemFree_v2(void *address) { ENTER; NEEDS_CONTEXT; LEAVE(release(address)); }
+int cuMemAllocHost_v2(void **address, size_t bytes) { ENTER; NEEDS_CONTEXT; LEAVE(allocate(address, bytes, 0)); }
+int cuMemFreeHost(void *address) { ENTER; NEEDS_CONTEXT; LEAVE(release(address)); }
+int cuMemHostRegister_v2(void *address, size_t bytes, unsigned flags) {
+    (void)flags;
+    ENTER;
+    NEEDS_CONTEXT;
+    if (setting("I2L_STANDIN_NO_PINS", 0) || block_count == BLOCKS) LEAVE(801);
+    blocks[block_count++] = (Block){address, bytes, 0};
+    pinned_bytes += bytes;
+    LEAVE(OK);
+}
+int cuMemHostUnregister(void *address) {
+    ENTER;
+    for (int i = 0; i < block_count; i++)
+        if (blocks[i].start == address && !blocks[i].on_card) {
+            pinned_bytes -= blocks[i].bytes;
+            blocks[i] = blocks[--block_count];
+            LEAVE(OK);
+        }
+    LEAVE(713);
+}
+int cuMemcpyHtoDAsync_v2(char *to, const void *from, size_t bytes, void *stream) { ENTER; NEEDS_CONTEXT; LEAVE(copy(to, from, bytes, stream, 0)); }
+int cuMemcpyHtoD_v2(char *to, const void *from, size_t bytes) { ENTER; NEEDS_CONTEXT; LEAVE(copy(to, from, bytes, NULL, 1)); }
+int cuMemcpyDtoHAsync_v2(void *to, const char *from, size_t bytes, void *stream) { ENTER; NEEDS_CONTEXT; LEAVE(copy(to, from, bytes, stream, 0)); }
+int cuMemcpyDtoH_v2(void *to, const char *from, size_t bytes) { ENTER; NEEDS_CONTEXT; LEAVE(copy(to, from, bytes, NULL, 1)); }
+int cuGetErrorName(int status, const char **name) {
+    *name = status == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : status == ILLEGAL_ADDRESS ? "CUDA_ERROR_ILLEGAL_ADDRESS" : "CUDA_ERROR_OTHER";
+    return OK;
+}
+int cuGetErrorString(int status, const char **text) { return cuGetErrorName(status, text); }
+
+int cuGetProcAddress_v2(const char *name, void **function, int version, u64 flags, int *found) {
+    static void *self;
+    char later[128];
+    (void)version, (void)flags;
+    Dl_info info;
+    if (!self && dladdr((void *)cuInit, &info)) self = dlopen(info.dli_fname, RTLD_NOW | RTLD_NOLOAD);
+    snprintf(later, sizeof later, "%s_v2", name);
+    *function = strcmp(name, "cuStreamGetCtx") || version >= 12050 ? dlsym(self, later) : NULL;
+    if (!*function) *function = dlsym(self, name);
+    if (found) *found = *function ? 0 : 1;
+    return *function ? OK : NOT_FOUND;
+}
+int cuGetProcAddress(const char *name, void **function, int version, u64 flags) { return cuGetProcAddress_v2(name, function, version, flags, NULL); }

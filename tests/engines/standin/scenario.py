@@ -1,0 +1,198 @@
+"""The tensorrt backend on the stand-in driver: what tests/engines/standin/test_standin.py runs in a process of its own.
+
+CudaDevice, slots, lanes and the pipeline are ours, cuda-bindings NVIDIA's; TensorRT is played, and its kernels compute
+when the stand-in's stream comes to them. For each case one line of JSON: the LoRAs as hashes, and what the driver saw.
+
+    LD_LIBRARY_PATH=folder-of-libcuda.so.1 python scenario.py ENGINES '[{"passes": [1, 2], "environment": {}}]'
+"""
+
+import ctypes
+import hashlib
+import itertools
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import played_tensorrt
+
+from conftest import picture
+from i2l.engines.device import staging
+from i2l.engines.device.calls import CudaEvent
+from i2l.engines.device.card import CudaDevice
+from i2l.engines.device.tensor import DeviceTensor
+from i2l.engines.directory.dtypes import FLOAT32
+from i2l.errors import BudgetTooSmall, I2LError
+from i2l.lora.lora import Lora
+from i2l.runtime.pipeline import Pipeline
+
+FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+class Driver:
+    """The stand-in, as far as it answers a test."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL("libcuda.so.1")
+        self._kept: list[Any] = []
+
+    def __getattr__(self, name: str) -> int:
+        function = getattr(self._library, f"standin_{name}")
+        function.restype = ctypes.c_ulong
+        return int(function())
+
+    def launch(self, stream: int, work: Callable[[], None], ranges: Sequence[tuple[int, int, bool]]) -> None:
+        """Enqueue a kernel."""
+
+        def run(_: object) -> None:
+            try:
+                work()
+            except BaseException:  # noqa: BLE001 - in a callback of C: nobody else would hear of it
+                traceback.print_exc()
+                os._exit(9)
+
+        function = FUNCTION(run)
+        self._kept.append(function)
+        rows = (ctypes.c_ulong * 3 * len(ranges))(*[(ctypes.c_ulong * 3)(*row) for row in ranges])
+        launch = self._library.standin_launch
+        launch.argtypes = (ctypes.c_void_p, FUNCTION, ctypes.c_int, ctypes.c_void_p)
+        if launch(stream, function, len(ranges), ctypes.cast(rows, ctypes.c_void_p)):
+            raise RuntimeError("a kernel could not be launched")
+
+    def reset(self) -> None:
+        """As after a start."""
+        self._library.standin_reset()
+        self._kept.clear()
+
+
+def digest(lora: Lora) -> str:
+    """Equal for LoRAs that are equal to the bit."""
+    found = hashlib.sha256()
+    for module, pair in sorted(lora.factors.items()):
+        found.update(module.encode())
+        for factor in pair:
+            found.update(factor.tobytes())
+    return found.hexdigest()
+
+
+def run(
+    engines: Path, passes: Sequence[int] = (1,), spare_bytes: int = 0, interrupt_at: int | None = None
+) -> dict[str, Any]:
+    """LoRAs of passes of so many images on one pipeline, with so much more than the least budget.
+
+    ``interrupt_at``: Ctrl-C comes when progress was told so often.
+    """
+    budget = least_budget(engines) + spare_bytes
+    facts: dict[str, Any] = {"loras": [], "budget_bytes": budget}
+    told = itertools.count()
+
+    def report(stage: str, done: int, total: int) -> None:  # noqa: ARG001
+        if next(told) == interrupt_at:
+            raise KeyboardInterrupt
+
+    with (
+        suppress(KeyboardInterrupt),
+        Pipeline(engines, backend="tensorrt", vram_budget_bytes=budget, report=report) as pipeline,
+    ):
+        for images in passes:
+            lora = pipeline.lora_from_images([picture(90, 70, seed=seed) for seed in range(images)])
+            facts["loras"].append(digest(lora))
+        facts["vram"] = pipeline.vram
+    return facts
+
+
+@cache
+def least_budget(engines: Path) -> int:
+    """What the smallest plan needs."""
+    try:
+        Pipeline(engines, backend="tensorrt", vram_budget_bytes=1).close()
+    except BudgetTooSmall as error:
+        return error.needed_bytes
+    raise AssertionError("one byte was enough")
+
+
+def run_case(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, Any]:
+    """One case, its environment set for as long; errors that are not ours end the process."""
+    environment = {f"I2L_STANDIN_{name}": str(value) for name, value in case.pop("environment", {}).items()}
+    least_budget(engines)  # before anything fails
+    driver.reset()
+    os.environ |= environment
+    try:
+        facts = run(engines, **case)
+    except I2LError as error:
+        facts = {"error": type(error).__name__, "message": str(error)}
+    for name in environment:
+        del os.environ[name]
+    return facts | {name: getattr(driver, name) for name in SEEN}
+
+
+SEEN = ("problems", "live_bytes", "peak_bytes", "pinned_bytes", "copies", "pageable_copies", "calls")
+
+
+def main() -> None:
+    engines, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    if len(sys.argv) > 3:
+        MUTATIONS[sys.argv[3]]()
+    driver = Driver()
+    sys.modules["tensorrt_rtx"] = played_tensorrt.Played(None, launch=driver.launch).module
+    for case in cases:
+        sys.stdout.write(f"{json.dumps(run_case(engines, driver, case))}\n")
+
+
+# --- faults put in on purpose, so that a test can show that it would find them ---------------------------------------
+
+
+def _put(target: object, name: str, value: object) -> None:
+    setattr(target, name, value)
+
+
+def _upload_beside_the_lanes() -> None:
+    """As it was: pageable memory, the null stream."""
+
+    def upload(self: Any, array: Any, address: int) -> Any:
+        self._call("cuStreamSynchronize", self._streams["compute"])
+        self._call("cuMemcpyHtoD", address, array.ctypes.data, array.nbytes)
+        return DeviceTensor(address, array.shape, FLOAT32)
+
+    _put(CudaDevice, "upload", upload)
+
+
+def _no_wait(lane: str) -> Callable[[], None]:
+    def mutate() -> None:
+        original = CudaDevice.wait
+
+        def wait(self: Any, waiting: Any, event: Any) -> None:
+            if waiting != lane:
+                original(self, waiting, event)
+
+        _put(CudaDevice, "wait", wait)
+
+    return mutate
+
+
+def _free_in_use() -> None:
+    _put(CudaDevice, "finish", lambda _: None)
+
+
+def _no_wait_for_a_buffer() -> None:
+    _put(CudaEvent, "sync", lambda _: None)
+    staging.BUFFERS = 1
+
+
+MUTATIONS: dict[str, Callable[[], None]] = {
+    "upload beside the lanes": _upload_beside_the_lanes,
+    "no wait for a copy": _no_wait("compute"),
+    "no wait for a slot": _no_wait("copy"),
+    "freed in use": _free_in_use,
+    "no wait for a buffer": _no_wait_for_a_buffer,
+}
+
+if __name__ == "__main__":
+    main()

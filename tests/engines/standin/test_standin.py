@@ -1,0 +1,133 @@
+"""The device's host side on NVIDIA's own Python bindings, over a stand-in for the driver (driver.c) that has no GPU.
+
+Whatever a card may do with the order of work, the LoRA is the CPU's to the bit, and nothing is used before it is there,
+overwritten before it was used, or freed before that. Each fault put in on purpose is found.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from played_tensorrt import own_graphs, write_plans
+from scenario import MUTATIONS, digest
+
+from conftest import MakeEngines, lora_of_one_batch, picture
+
+HERE = Path(__file__).parent
+ROOMY = 10_000_000
+"""Bytes above the least budget with which all weights stay."""
+PASSES = [1, 4, 2, 1]
+MODES: list[dict[str, object]] = [
+    {"MODE": "eager"},
+    {"MODE": "lazy"},
+    *({"MODE": "random", "SEED": s} for s in range(3)),
+]
+Facts = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stand-in, compiled."""
+    compiler = shutil.which("cc")
+    if compiler is None or not sys.platform.startswith("linux"):
+        pytest.skip("the stand-in for the driver needs Linux and a C compiler named cc")
+    if importlib.util.find_spec("cuda") is None:
+        pytest.skip("cuda-bindings is not installed: pip install 'i2l-engines[cuda]'")
+    folder = tmp_path_factory.mktemp("driver")
+    command = [compiler, "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-O1", "-o", str(folder / "libcuda.so.1")]
+    subprocess.run([*command, str(HERE / "driver.c"), "-lpthread"], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def planned(engines: MakeEngines, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Engines in float32 with the CPU's graphs as plans: then a device gives the CPU's LoRA bit for bit."""
+    directory = tmp_path_factory.mktemp("planned") / "engines"
+    shutil.copytree(engines("tiny", "fp32"), directory)
+    write_plans(directory, own_graphs(directory))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def wanted(planned: Path) -> dict[int, str]:
+    """``images -> the CPU's LoRA``."""
+    counts = sorted({*PASSES})
+    return {n: digest(lora_of_one_batch(planned, [picture(90, 70, seed=seed) for seed in range(n)])) for n in counts}
+
+
+def ran(library: Path, planned: Path, cases: list[Facts], *mutation: str) -> list[Facts]:
+    """Every case in one process; a mutated one may crash, and then gives less."""
+    command = [sys.executable, str(HERE / "scenario.py"), str(planned), json.dumps(cases), *mutation]
+    environment = os.environ | {"LD_LIBRARY_PATH": str(library)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert result.returncode == 0 or mutation, result.stderr[-3000:]
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_the_lora_is_the_cpus_however_late_the_card_works(library: Path, planned: Path, wanted: dict[int, str]) -> None:
+    """At the least budget, with some chunks resident, and with all; what is copied is pinned, all is given back."""
+    cases = [{"passes": PASSES, "spare_bytes": b, "environment": mode} for b in (0, 60_000, ROOMY) for mode in MODES]
+    for case, facts in zip(cases, ran(library, planned, cases), strict=True):
+        assert facts["loras"] == [wanted[images] for images in PASSES], case
+        assert facts["problems"] == facts["live_bytes"] == facts["pinned_bytes"] == facts["pageable_copies"] == 0, case
+        assert facts["peak_bytes"] <= facts["vram"]["measured_peak_bytes"] <= facts["budget_bytes"], case
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_each_fault_is_found(library: Path, planned: Path, wanted: dict[int, str], mutation: str) -> None:
+    cases: list[Facts] = [{"passes": [1, 2], "environment": mode} for mode in MODES[1:3]]
+    cases.append({"interrupt_at": 5, "environment": MODES[1]})
+    found = ran(library, planned, cases, mutation)
+    wrong = (facts["loras"] != [wanted[images] for images in (1, 2)] for facts in found[:2])
+    assert len(found) < len(cases) or any(wrong) or any(facts["problems"] for facts in found)
+
+
+def test_an_interrupt_frees_nothing_that_is_in_use(library: Path, planned: Path) -> None:
+    """At any step of the encoders and the adapter, and all is given back."""
+    cases: list[Facts] = [{"interrupt_at": step, "environment": MODES[1 + step % 4]} for step in range(0, 40, 3)]
+    for facts in ran(library, planned, cases):
+        assert facts["problems"] == facts["live_bytes"] == facts["pinned_bytes"] == 0
+
+
+def test_without_pinned_memory_it_is_right_and_slower(library: Path, planned: Path, wanted: dict[int, str]) -> None:
+    cases: list[Facts] = [{"environment": mode | {"NO_PINS": 1}} for mode in MODES]
+    for facts in ran(library, planned, cases):
+        assert facts["loras"] == [wanted[1]]
+        assert facts["problems"] == 0
+        assert facts["pageable_copies"] == facts["copies"] > 0
+
+
+def test_memory_that_runs_out_at_any_allocation(library: Path, planned: Path, wanted: dict[int, str]) -> None:
+    """A smaller plan, or one clear error where the plan was the smallest."""
+    cases: list[Facts] = [
+        {"spare_bytes": spare, "environment": {"MODE": "lazy", "FAIL_ALLOC": number}}
+        for spare in (0, ROOMY)
+        for number in range(1, 5)
+    ]
+    outcomes = ran(library, planned, cases)
+    assert outcomes[0]["error"] == outcomes[1]["error"] == "OutOfDeviceMemory"
+    assert "--backend cpu" in outcomes[0]["message"]
+    for facts in (*outcomes[2:4], *outcomes[4:]):
+        assert facts["loras"] == [wanted[1]]
+    assert outcomes[4]["budget_bytes"] > outcomes[4]["vram"]["planned_peak_bytes"]
+    assert all(facts["problems"] == facts["live_bytes"] == 0 for facts in outcomes)
+
+
+def test_a_card_that_is_lost_at_any_call(library: Path, planned: Path, wanted: dict[int, str]) -> None:
+    """Every call from then on fails, those that give things back too: one clear error, and never a LoRA."""
+    numbers = [*range(1, 30), *range(30, 400, 17)]
+    cases: list[Facts] = [{"environment": {"MODE": "random", "FAIL_CALL": number}} for number in numbers]
+    for case, facts in zip(cases, ran(library, planned, cases), strict=True):
+        if "error" in facts:
+            assert facts["error"] in {"DeviceFailed", "BackendUnavailable"}, case
+            assert "CUDA_ERROR_ILLEGAL_ADDRESS" in facts["message"] or "finds no GPU" in facts["message"], case
+            assert "--backend cpu" in facts["message"] or "--sm" in facts["message"], case
+        else:
+            assert facts["loras"] == [wanted[1]], case  # it was lost while things were given back
+            assert facts["calls"] >= case["environment"]["FAIL_CALL"] or facts["problems"] == 0, case
