@@ -15,7 +15,7 @@ round again. Which chunks stay:
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from ...specs import AdapterSpec, Family, Spec
 from ..directory.manifest import Chunk
@@ -91,6 +91,16 @@ class Residency:
     @property
     def peak_bytes(self) -> int:
         return sum(self.parts.values())
+
+
+@runtime_checkable
+class Planned(Protocol):
+    """A backend that keeps within a plan."""
+
+    @property
+    def residency(self) -> Residency:
+        """The plan in force."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,11 @@ class Seat:
         if free is None:
             log.warning("%s does not tell what memory is free: taking the least; --vram-budget gives more", self.name)
             return None
-        if free <= vram.margin_bytes:
-            raise OutOfDeviceMemory(self.name, vram.margin_bytes, free)
-        return free - vram.margin_bytes
+        # A renderer on the CPU draws no desktop that would need a part of its memory.
+        margin_bytes = 0 if self.card and self.card.kind == "software" else vram.margin_bytes
+        if free <= margin_bytes:
+            raise OutOfDeviceMemory(self.name, margin_bytes, free)
+        return free - margin_bytes
 
 
 def find_plugin(provider: Provider) -> BackendStatus:
@@ -69,7 +71,7 @@ def find_plugin(provider: Provider) -> BackendStatus:
     if obstacle:
         reason, remedy = obstacle
         return BackendStatus(provider.backend, works=False, reason=reason, remedy=remedy, proven=False)
-    cards = tuple(map(facts_of, seats))
+    cards = tuple({seat.name: facts_of(seat) for seat in seats}.values())
     software = ", a renderer on the CPU" if cards[0].software else ""
     untried = "" if provider.tried else "; the code is there but was never run on a GPU: ask for it by name"
     reason = f"{provider.package} {_version(provider.package)} on {cards[0].name}{software}{untried}"
@@ -109,11 +111,11 @@ def seat_for(provider: Provider, device: str | None) -> Seat:
     seats = seats_of(provider)
     if device is None:
         return seats[0]
-    named = {seat.choice or str(seat.index): seat for seat in seats}
-    if device not in named:
-        reason = f"there is no --device {device}"
-        raise BackendUnavailable(provider.backend, reason, f"use one of {', '.join(named)}")
-    return named[device]
+    for number, seat in enumerate(seats):
+        if device in {seat.choice, str(number)} or device.casefold() in seat.name.casefold():
+            return seat
+    names = [f"{number} ({seat.choice or seat.name})" for number, seat in enumerate(seats)]
+    raise BackendUnavailable(provider.backend, f"it finds no card {device}", f"use one of {', '.join(names)}")
 
 
 def seats_of(provider: Provider) -> list[Seat]:
