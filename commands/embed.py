@@ -13,6 +13,7 @@ from .options import (
     PATH,
     backend_option,
     debug_option,
+    device_option,
     engines_option,
     ignore_icc_option,
     json_option,
@@ -30,6 +31,7 @@ from .options import (
 @threads_option
 @vram_budget_option
 @vram_margin_option
+@device_option
 @ignore_icc_option
 @json_option
 @debug_option
@@ -40,6 +42,7 @@ def embed(
     threads: int | None,
     vram_budget_bytes: int | None,
     vram_margin_bytes: int,
+    device: str | None,
     *,
     ignore_icc: bool,
     as_json: bool,
@@ -51,7 +54,7 @@ def embed(
     """
     if not images:
         raise click.UsageError(str(NoImages()))
-    require_gpu_for_budget(backend, vram_budget_bytes)
+    require_gpu_for_budget(backend, vram_budget_bytes, device)
     from ..runtime.cache import default_cache_folder  # noqa: PLC0415
     from ..runtime.pictures.listing import list_images, skipped_line  # noqa: PLC0415
     from ..runtime.pictures.sources import load_squares  # noqa: PLC0415
@@ -69,6 +72,7 @@ def embed(
             threads=threads,
             vram_budget_bytes=vram_budget_bytes,
             vram_margin_bytes=vram_margin_bytes,
+            device=device,
             report=report,
             cache=folder,
         ) as pipeline,

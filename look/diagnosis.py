@@ -4,6 +4,7 @@ import importlib.util
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ..engines.backends import detect_backends
@@ -33,6 +34,7 @@ def diagnose() -> dict[str, Any]:
                 "untried": status.works and not status.proven,
                 "reason": status.reason,
                 "remedy": status.remedy,
+                "cards": [asdict(card) for card in status.cards],
             }
             for status in detect_backends()
         ],
@@ -51,6 +53,10 @@ def diagnosis_lines(facts: Mapping[str, Any]) -> Iterator[str]:
             yield f"backend {backend['name']}: untried ({backend['reason']}); {backend['remedy']}"
         else:
             yield f"backend {backend['name']}: no ({backend['reason']}); {backend['remedy']}"
+        for number, card in enumerate(backend["cards"]):
+            driver = f", driver {card['driver']}" if card["driver"] else ""
+            software = ", a renderer on the CPU: --backend auto never takes it" if card["software"] else ""
+            yield f"  card {number}: {card['name']}{driver}{software}"
     for extra in facts["extras"]:
         lacks = f"no ({', '.join(extra['missing'])} missing); {extra['remedy']}"
         yield f"{', '.join(extra['commands'])}: {lacks if extra['missing'] else 'works'}"
