@@ -16,6 +16,7 @@ from .options import (
     engines_option,
     ignore_icc_option,
     json_option,
+    no_prove_option,
     require_gpu_for_budget,
     threads_option,
     vram_budget_option,
@@ -30,6 +31,7 @@ from .options import (
 @threads_option
 @vram_budget_option
 @vram_margin_option
+@no_prove_option
 @ignore_icc_option
 @json_option
 @debug_option
@@ -41,6 +43,7 @@ def embed(
     vram_budget_bytes: int | None,
     vram_margin_bytes: int,
     *,
+    no_prove: bool,
     ignore_icc: bool,
     as_json: bool,
 ) -> None:
@@ -69,6 +72,7 @@ def embed(
             threads=threads,
             vram_budget_bytes=vram_budget_bytes,
             vram_margin_bytes=vram_margin_bytes,
+            prove=not no_prove,
             report=report,
             cache=folder,
         ) as pipeline,

@@ -22,6 +22,7 @@ from .options import (
     key_format_option,
     lora_output_option,
     no_cache_option,
+    no_prove_option,
     ram_budget_option,
     reduce_rank_option,
     require_gpu_for_budget,
@@ -44,6 +45,7 @@ from .tracing import trace_option, traced
 @ram_budget_option
 @vram_budget_option
 @vram_margin_option
+@no_prove_option
 @strength_option
 @weight_option("image")
 @reduce_rank_option
@@ -69,6 +71,7 @@ def run(
     dtype: Literal["bf16", "fp16", "fp32"],
     key_format: Literal["comfyui", "diffsynth"],
     *,
+    no_prove: bool,
     ignore_icc: bool,
     no_cache: bool,
     trace: Path | None,
@@ -105,6 +108,7 @@ def run(
             ram_budget_bytes=ram_budget_bytes,
             vram_budget_bytes=vram_budget_bytes,
             vram_margin_bytes=vram_margin_bytes,
+            prove=not no_prove,
             report=report,
             cache=cache,
             trace=tracing,

@@ -4,10 +4,13 @@ import importlib.util
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ..engines.backends import detect_backends
+from ..engines.base import CardFacts
 from ..machine.wording import format_bytes
+from ..runtime.proof.telling import card_text
 
 EXTRAS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     "export": (
@@ -29,8 +32,8 @@ def diagnose() -> dict[str, Any]:
         "backends": [
             {
                 "name": status.name,
-                "works": status.works and status.proven,
-                "untried": status.works and not status.proven,
+                "works": status.works,
+                "cards": [asdict(card) for card in status.cards],
                 "reason": status.reason,
                 "remedy": status.remedy,
             }
@@ -46,9 +49,8 @@ def diagnosis_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"Python {facts['python']} on {facts['platform']}, {facts['cores']} cores{memory}"
     for backend in facts["backends"]:
         if backend["works"]:
-            yield f"backend {backend['name']}: works ({backend['reason']})"
-        elif backend["untried"]:
-            yield f"backend {backend['name']}: untried ({backend['reason']}); {backend['remedy']}"
+            cards = "; ".join(card_text(CardFacts(**card)) for card in backend["cards"])
+            yield f"backend {backend['name']}: works ({backend['reason']}{f', on {cards}' if cards else ''})"
         else:
             yield f"backend {backend['name']}: no ({backend['reason']}); {backend['remedy']}"
     for extra in facts["extras"]:

@@ -36,8 +36,10 @@ class Pipeline:
         vram_budget_bytes: for everything on a GPU; by default what is free there, less ``vram_margin_bytes``. On the
             cpu backend it has no effect, which is logged as a warning.
         vram_margin_bytes: left to other programs on the GPU.
+        prove: with ``auto``, let a card that was not proven with these engines prove itself now, in a process of its
+            own (:mod:`.proof`); without it such a card is passed over.
         report: told the steps done of the running stage; while the first opening of fp8 engines on the cpu backend
-            converts them, MiB of packs.
+            converts them, MiB of packs; while a card proves itself, the phases.
         cache: a folder that keeps the embeddings of images that were seen, as :mod:`.cache` says; None keeps nothing.
         trace: told every copy and computation.
 
@@ -57,6 +59,7 @@ class Pipeline:
         ram_budget_bytes: int | None = None,
         vram_budget_bytes: int | None = None,
         vram_margin_bytes: int = MARGIN_BYTES,
+        prove: bool = True,
         report: Report = silent,
         cache: Path | None = None,
         trace: Trace | None = None,
@@ -71,6 +74,7 @@ class Pipeline:
                 vram=VramBudget(vram_budget_bytes, vram_margin_bytes),
                 report=report,
             ),
+            prove=prove,
         )
         self._passes = Passes(self._open, report, trace)
         self.cache: EmbeddingCache | None = None if cache is None else EmbeddingCache(cache, self._encoders_id)
@@ -249,6 +253,7 @@ def open_engines(
     ram_budget_bytes: int | None = None,
     vram_budget_bytes: int | None = None,
     vram_margin_bytes: int = MARGIN_BYTES,
+    prove: bool = True,
     report: Report = silent,
     cache: Path | str | None = None,
 ) -> Pipeline:
@@ -265,6 +270,7 @@ def open_engines(
         ram_budget_bytes=ram_budget_bytes,
         vram_budget_bytes=vram_budget_bytes,
         vram_margin_bytes=vram_margin_bytes,
+        prove=prove,
         report=report,
         cache=folder,
     )
