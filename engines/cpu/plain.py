@@ -104,10 +104,11 @@ def _embed(spec: EncoderSpec, pixels: Array, weights: HeldWeights) -> Array:
 
 
 def _block(spec: EncoderSpec, hidden: Array, weights: HeldWeights) -> Array:
-    q, k, v = map(np.asarray, _heads(spec, _normed(spec, hidden, weights, "norm1"), weights, "attention.qkv", 3))
+    heads = _heads(spec, _normed(spec, hidden, weights, "norm1"), weights, "attention.qkv", 3)
     if spec.family == "dinov3":
-        q, k = _turned(spec, q), _turned(spec, k)
-    x = weights.product(_attended(q, k, v), "attention.out").reshape(hidden.shape)
+        heads = np.stack([_turned(spec, heads[0]), _turned(spec, heads[1]), heads[2]])
+    attended = _attended(heads[0], heads[1], heads[2])
+    x: Array = weights.product(attended, "attention.out").reshape(hidden.shape)
     hidden = hidden + x * _layer_scale(weights, "scale1")
     x = _normed(spec, hidden, weights, "norm2").reshape(-1, spec.hidden)
     if spec.family == "dinov3":

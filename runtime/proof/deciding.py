@@ -114,10 +114,13 @@ def to_prove(backend: str, device: str | None) -> tuple[list[BackendStatus], Seq
         card = card_of(status.cards, device)
         if not status.works:
             reasons.append(f"{status.name}: no ({status.reason}); {status.remedy}")
-        elif card is not None and card.software:
+        elif card is None:
+            if status.cards:  # the CPU has none
+                reasons.append(f"{status.name}: it finds no such card")
+        elif card.software:
             reasons.append(
                 f"{status.name}: {card.name} is a renderer in software: prove it with --backend {status.name}"
             )
-        elif card is not None:
+        else:
             chosen.append(status)
     return chosen, reasons

@@ -91,7 +91,7 @@ class PlayedEngine:
         if self._fault == "batches" and len(array) > 1:
             array[-1] *= 1.0001
         if self._fault == "restless":
-            array += 1e-5 * np.random.default_rng().standard_normal(array.shape, np.float32)
+            array += 1e-7 * np.random.default_rng().standard_normal(array.shape, np.float32)
         return array
 
 
