@@ -43,7 +43,7 @@ class OpenEngines:
         self._for_cpu: Manifest = read_manifest(path)
         check_files(path, self._for_cpu)
         chosen = choose_backend(path, self._for_cpu, backend, limits, prove=prove)
-        self.name, self.reason = chosen.name, chosen.reason
+        self.name, self.reason, self.computes = chosen.name, chosen.reason, chosen.computes
         self._limits = replace(limits, form=limits.form or chosen.form)
         self._may_fall_back = backend == "auto" and self.name != "cpu"
         self._standby: Opened | None = None
@@ -116,7 +116,7 @@ class OpenEngines:
         if standby is None and not (self.path / self._for_cpu.build).is_dir():
             raise EnginesReplaced(self.path, self.name) from cause
         self._enter(standby or self._open("cpu"))
-        self.name, self.reason = "cpu", f"{self.name} ran out of memory"
+        self.name, self.reason, self.computes = "cpu", f"{self.name} ran out of memory", "cpu"
         self._may_fall_back = False
 
 

@@ -222,7 +222,7 @@ class Pipeline:
         self.close()
 
     def _encoders_id(self) -> str:
-        return encoders_id(content_id(self._open.running, ENCODERS), self.backend_name)
+        return encoders_id(content_id(self._open.running, ENCODERS), self._open.computes)
 
     @property
     def runs_as(self) -> str:

@@ -1,4 +1,4 @@
-"""The cuda backend: weights stream to a CUDA card, onnxruntime's CUDA provider computes. Never run on a GPU yet.
+"""The cuda backend: weights stream to a CUDA card, onnxruntime's CUDA provider computes.
 
 What differs from TensorRT is where activations lie. Each session has an arena of its own that it keeps, so the plan
 counts a graph's activations as its context: all graphs' add up, where TensorRT's graphs share the largest.

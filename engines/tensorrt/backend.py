@@ -1,4 +1,4 @@
-"""The tensorrt backend: weights stream to a CUDA card, TensorRT's plans compute. Never run on a GPU yet.
+"""The tensorrt backend: weights stream to a CUDA card, TensorRT's plans compute.
 
 Plans are opened before anything is planned, as only the card's own TensorRT knows how much scratch their kernels take
 there; the builder's number is for another machine. All graphs share one workspace, which is counted once, at its

@@ -4,6 +4,7 @@ The fastest that is right, and faster than the CPU. A card is never taken on tru
 itself, as it is the CPU with a detour.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -29,6 +30,16 @@ class Chosen:
     reason: str
     form: str | None = None
     """Of the backend's graphs; None takes its first."""
+    card: CardFacts | None = None
+    """None for the CPU."""
+
+    @property
+    def computes(self) -> str:
+        """What may make a difference to a bit: another card, driver or form is another."""
+        if self.card is None:
+            return self.name
+        libraries = sorted(self.card.libraries.items())
+        return json.dumps([self.name, self.form, self.card.name, self.card.driver, libraries])
 
 
 def choose(candidates: Iterable[Candidate]) -> Chosen:
@@ -48,7 +59,8 @@ def choose(candidates: Iterable[Candidate]) -> Chosen:
     record = right[name]
     cpu = "" if record.cpu_ms_per_image is None else f", the CPU {record.cpu_ms_per_image:.0f}"
     proven = f"proven on {record.subject.card.name}, {times[name]:.0f} ms an image{cpu}"
-    return Chosen(name, f"auto: {proven}{_others(passed)}", record.best.form if record.best else None)
+    form = record.best.form if record.best else None
+    return Chosen(name, f"auto: {proven}{_others(passed)}", form, record.subject.card)
 
 
 def passed_over(candidate: Candidate) -> str:

@@ -89,8 +89,9 @@ class Decider:
         """A backend that was asked for runs; what is not known of it, or known against it, is said."""
         subject = self.subject(status)
         record = self.records.of(subject) if subject else None
+        card = subject.card if subject else None
         if record and record.best:
-            return Chosen(status.name, "asked for", record.best.form)
+            return Chosen(status.name, "asked for", record.best.form, card)
         if subject:
             where = f"{status.name} on {subject.card.name}"
             how = f"i2l prove --engines {format_path(self.engines)} --backend {status.name}"
@@ -98,7 +99,7 @@ class Decider:
                 log.warning("%s failed its proof (%s): its LoRAs may be wrong", where, record.failure)
             else:
                 log.warning("%s is not proven with these engines: %s shows whether it is right", where, how)
-        return Chosen(status.name, "asked for")
+        return Chosen(status.name, "asked for", card=card)
 
 
 def to_prove(backend: str, device: str | None) -> tuple[list[BackendStatus], Sequence[str]]:

@@ -34,6 +34,8 @@ STRETCH = 7
 """Chunks of a model: with two slots each is used three times."""
 LONG_PASS_SECONDS = 6.0
 """A pass that would take longer is estimated from the stretch."""
+ROOM_BYTES = 512 << 20
+"""Beyond the smallest plan: a few chunks at full size."""
 PHASES = 7
 """Of :func:`try_form`, beside one for each kind of graph."""
 
@@ -60,13 +62,19 @@ class Trial:
     tell: Tell
     facts: dict[str, Any] = field(default_factory=dict)
     """What was measured, by the names of :class:`FormOutcome`."""
+    results: list[Array] = field(default_factory=list)
+    """Of one image, to which all else must be equal."""
     _done: int = 0
+    _least_bytes: int = 0
+    _streamed: int | None = None
+    """Bytes a pass copies, by the plan in force; None for a backend without a plan."""
+    _everything_streams: int | None = None
 
     def run(self) -> FormOutcome:
         """All checks, until one fails."""
         start = time.perf_counter()
         self._advance(0)
-        failure = self._in_force() or self._smallest()
+        failure = self._in_force() or self._smallest() or self._roomier()
         return FormOutcome(self.limits.form, failure, seconds=time.perf_counter() - start, **self.facts)
 
     def _in_force(self) -> str:
@@ -91,6 +99,7 @@ class Trial:
             self.facts |= pass_time(opened, first, seconds)
             self._advance()
             self.facts |= memory(opened)
+            self._streamed = streamed_bytes(opened)
         return memory_failure(self.facts["peak_bytes"], self.facts["budget_bytes"])
 
     def _smallest(self) -> str:
@@ -99,11 +108,12 @@ class Trial:
         try:
             offer.open(self.engines, self.manifest, replace(self.limits, vram=VramBudget(1))).backend.close()
         except BudgetTooSmall as error:
-            least = replace(self.limits, vram=VramBudget(error.needed_bytes))
+            self._least_bytes = error.needed_bytes
         else:
             return ""
-        opened = offer.open(self.engines, self.manifest, least)
+        opened = offer.open(self.engines, self.manifest, self._within(self._least_bytes))
         with closing(opened.backend):
+            self._everything_streams = streamed_bytes(opened)
             self._advance()
             first = self._inputs(opened, 1)
             found, _ = outputs(opened, first, STRETCH)
@@ -114,6 +124,20 @@ class Trial:
             self._advance()
             used = memory(opened)
         return memory_failure(used["peak_bytes"], used["budget_bytes"])
+
+    def _roomier(self) -> str:
+        """A plan where chunks stay, if that in force is the smallest, as where a card does not tell what is free."""
+        given = self.limits.vram.budget_bytes is not None
+        if given or self._streamed is None or self._streamed != self._everything_streams:
+            return ""
+        limits = self._within(self._least_bytes + ROOM_BYTES)
+        opened = offer_of(self.backend).open(self.engines, self.manifest, limits)
+        with closing(opened.backend):
+            found, _ = outputs(opened, self._inputs(opened, 1), STRETCH)
+        return difference_failure("with chunks that stay", self.results, found)
+
+    def _within(self, budget_bytes: int) -> Limits:
+        return replace(self.limits, vram=VramBudget(budget_bytes))
 
     def _errors(self, opened: Opened) -> dict[str, float]:
         """``graph -> error`` of the first step of each kind."""
@@ -233,6 +257,11 @@ def memory(opened: Opened) -> dict[str, int | None]:
     if not isinstance(backend, DeviceBackend):
         return {"peak_bytes": None, "budget_bytes": None}
     return {"peak_bytes": backend.peak_bytes, "budget_bytes": backend.residency.budget_bytes}
+
+
+def streamed_bytes(opened: Opened) -> int | None:
+    """What a pass copies to the device; None for a backend that plans nothing."""
+    return opened.backend.residency.streamed_bytes if isinstance(opened.backend, DeviceBackend) else None
 
 
 def part_of(chunks: Sequence[Chunk], most: int | None) -> tuple[Chunk, ...]:

@@ -17,9 +17,9 @@ import onnxruntime as ort
 from fake_device import DeviceTensor, FakeDevice, FakeEngine
 from i2l.engines.base import BackendStatus, CardFacts, Limits, Offer, Opened
 from i2l.engines.device.backend import DeviceBackend
-from i2l.engines.device.residency import GraphMemory
+from i2l.engines.device.residency import GraphMemory, plan_residency
 from i2l.engines.directory.manifest import Manifest
-from i2l.engines.errors import DeviceFailed, EnginesMissing, OutOfDeviceMemory
+from i2l.engines.errors import BudgetTooSmall, DeviceFailed, EnginesMissing, OutOfDeviceMemory
 
 VARIABLE = "PLAYED_CARD"
 NAME = "played"
@@ -36,6 +36,8 @@ class Part:
     driver: str = "1.0"
     library: str = "1.0"
     software: bool = False
+    modest: bool = False
+    """It takes the least by itself, as a card that does not tell what is free."""
 
     def text(self) -> str:
         return json.dumps(asdict(self))
@@ -109,17 +111,29 @@ def open_played(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
     device = PlayedDevice(fault)
     if fault == "full":
         raise OutOfDeviceMemory(device.name, 2, 1)
+    graphs = {graph: GraphMemory(5000, 400_000, 100) for graph in manifest.graphs}
+    budget = limits.vram.budget_bytes or 1 << 30
+    if played.modest and limits.vram.budget_bytes is None:
+        budget = least_bytes(manifest, graphs)
+    if fault == "roomy":
+        fault = "off" if budget > least_bytes(manifest, graphs) else ""
 
     def make(graph: str) -> PlayedEngine:
         path = engines / manifest.build / manifest.graphs[graph]
         return PlayedEngine(FakeEngine(device, graph, path, lambda _: None), graph, fault)
 
-    graphs = {graph: GraphMemory(5000, 400_000, 100) for graph in manifest.graphs}
-    budget = limits.vram.budget_bytes or 1 << 30
     backend = DeviceBackend(NAME, device, make, engines, manifest, graphs, budget)
     if fault == "greedy":
         device.peak_bytes = 1 << 40
     return Opened(backend, manifest, manifest)
+
+
+def least_bytes(manifest: Manifest, graphs: Mapping[str, GraphMemory]) -> int:
+    try:
+        plan_residency({family: model.chunks for family, model in manifest.models.items()}, graphs, 1)
+    except BudgetTooSmall as error:
+        return error.needed_bytes
+    raise AssertionError("a byte was enough")
 
 
 def find_played() -> BackendStatus:

@@ -140,6 +140,15 @@ def test_a_fault_is_found_and_named(directory: Path, monkeypatch: pytest.MonkeyP
     assert f"played: Played Card failed its proof: {record.failure}" in chosen.reason
 
 
+def test_a_card_that_takes_the_least_by_itself_is_given_more_once(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play(monkeypatch, fault="roomy", modest=True)
+    assert re.match("with chunks that stay: another result", prove(directory).failure)
+    play(monkeypatch, modest=True)
+    assert prove(directory).best
+
+
 def test_a_card_that_hangs_is_left_alone(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     play(monkeypatch, fault="hangs")
     started = processes(monkeypatch)
