@@ -25,6 +25,7 @@ from .engines.errors import (
     OutOfDeviceMemory,
     ShapeMismatch,
 )
+from .engines.plugin.errors import PluginGraphsMissing, ProviderFailed
 from .engines.tensorrt.errors import PlanBuildFailed, PlanMissing, PlanStale
 from .export.backends.errors import PrecisionUnsupported
 from .export.checkpoints.errors import (
@@ -112,7 +113,9 @@ __all__ = [
     "PlanBuildFailed",
     "PlanMissing",
     "PlanStale",
+    "PluginGraphsMissing",
     "PrecisionUnsupported",
+    "ProviderFailed",
     "ProviderMissing",
     "ShapeMismatch",
     "StandardOutputUnwritable",

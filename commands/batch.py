@@ -14,6 +14,7 @@ from .options import (
     backend_option,
     cache_folder,
     debug_option,
+    device_option,
     dtype_option,
     engines_option,
     ignore_icc_option,
@@ -43,6 +44,7 @@ from .options import (
 @vram_budget_option
 @vram_margin_option
 @no_prove_option
+@device_option
 @strength_option
 @dtype_option
 @key_format_option
@@ -60,6 +62,7 @@ def batch(
     ram_budget_bytes: int | None,
     vram_budget_bytes: int | None,
     vram_margin_bytes: int,
+    device: str | None,
     strength: float,
     dtype: Literal["bf16", "fp16", "fp32"],
     key_format: Literal["comfyui", "diffsynth"],
@@ -74,7 +77,7 @@ def batch(
     It can be stopped and started again: what is finished is skipped, a changed image is done anew. What cannot be made
     is listed at the end, with exit code 1.
     """
-    require_gpu_for_budget(backend, vram_budget_bytes)
+    require_gpu_for_budget(backend, vram_budget_bytes, device)
     from ..machine.files import explained_os_errors  # noqa: PLC0415
     from ..runtime.jobs import BatchProgress, plan_jobs, run_jobs  # noqa: PLC0415
     from ..runtime.pictures.listing import skipped_line  # noqa: PLC0415
@@ -98,6 +101,7 @@ def batch(
             vram_budget_bytes=vram_budget_bytes,
             vram_margin_bytes=vram_margin_bytes,
             prove=not no_prove,
+            device=device,
             report=progress,
             cache=cache,
         ) as pipeline:

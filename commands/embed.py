@@ -13,6 +13,7 @@ from .options import (
     PATH,
     backend_option,
     debug_option,
+    device_option,
     engines_option,
     ignore_icc_option,
     json_option,
@@ -32,6 +33,7 @@ from .options import (
 @vram_budget_option
 @vram_margin_option
 @no_prove_option
+@device_option
 @ignore_icc_option
 @json_option
 @debug_option
@@ -42,6 +44,7 @@ def embed(
     threads: int | None,
     vram_budget_bytes: int | None,
     vram_margin_bytes: int,
+    device: str | None,
     *,
     no_prove: bool,
     ignore_icc: bool,
@@ -54,7 +57,7 @@ def embed(
     """
     if not images:
         raise click.UsageError(str(NoImages()))
-    require_gpu_for_budget(backend, vram_budget_bytes)
+    require_gpu_for_budget(backend, vram_budget_bytes, device)
     from ..runtime.cache import default_cache_folder  # noqa: PLC0415
     from ..runtime.pictures.listing import list_images, skipped_line  # noqa: PLC0415
     from ..runtime.pictures.sources import load_squares  # noqa: PLC0415
@@ -73,6 +76,7 @@ def embed(
             vram_budget_bytes=vram_budget_bytes,
             vram_margin_bytes=vram_margin_bytes,
             prove=not no_prove,
+            device=device,
             report=report,
             cache=folder,
         ) as pipeline,

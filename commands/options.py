@@ -138,11 +138,17 @@ vram_margin_option = click.option(
     help="What --vram-budget auto leaves to other programs.",
 )  # fmt: skip
 
+device_option = click.option(
+    "--device", metavar="CARD", show_default="the backend's first",
+    help="Which card of several: its number, a part of its name, or for webgpu high-performance or low-power.",
+)  # fmt: skip
 
-def require_gpu_for_budget(backend: str, vram_budget_bytes: int | None) -> None:
-    """Refuse a VRAM budget beside a backend that holds nothing there."""
-    if backend == "cpu" and vram_budget_bytes is not None:
-        raise click.UsageError("--vram-budget has no effect on --backend cpu: leave one of the two out")
+
+def require_gpu_for_budget(backend: str, vram_budget_bytes: int | None, device: str | None = None) -> None:
+    """Refuse a VRAM budget, or the name of a card, beside a backend that uses none."""
+    for option, value in (("--vram-budget", vram_budget_bytes), ("--device", device)):
+        if backend == "cpu" and value is not None:
+            raise click.UsageError(f"{option} has no effect on --backend cpu: leave one of the two out")
 
 
 no_cache_option = click.option(

@@ -15,6 +15,7 @@ from .options import (
     backend_option,
     cache_folder,
     debug_option,
+    device_option,
     dtype_option,
     engines_option,
     ignore_icc_option,
@@ -46,6 +47,7 @@ from .tracing import trace_option, traced
 @vram_budget_option
 @vram_margin_option
 @no_prove_option
+@device_option
 @strength_option
 @weight_option("image")
 @reduce_rank_option
@@ -65,6 +67,7 @@ def run(
     ram_budget_bytes: int | None,
     vram_budget_bytes: int | None,
     vram_margin_bytes: int,
+    device: str | None,
     strength: float,
     weights: Sequence[float],
     reduce_rank: int | None,
@@ -83,7 +86,7 @@ def run(
     """
     if not images:
         raise click.UsageError(str(NoImages()))
-    require_gpu_for_budget(backend, vram_budget_bytes)
+    require_gpu_for_budget(backend, vram_budget_bytes, device)
     from ..machine.files import require_writable  # noqa: PLC0415
     from ..machine.memory import peak_resident_bytes  # noqa: PLC0415
     from ..runtime.pictures.listing import list_images, skipped_line  # noqa: PLC0415
@@ -109,6 +112,7 @@ def run(
             vram_budget_bytes=vram_budget_bytes,
             vram_margin_bytes=vram_margin_bytes,
             prove=not no_prove,
+            device=device,
             report=report,
             cache=cache,
             trace=tracing,

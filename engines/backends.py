@@ -13,7 +13,9 @@ if TYPE_CHECKING:  # the command line lists the names, and must not pay for nump
 
 BACKENDS: dict[str, str] = {
     "cpu": ".cpu.backend",
+    "webgpu": ".plugin.webgpu",
     "cuda": ".cuda.backend",
+    "tensorrt-rtx": ".plugin.tensorrt_rtx",
     "tensorrt": ".tensorrt.backend",
 }
 """``name -> the module whose OFFER it is``, best last. Imported when it is asked for: names alone must cost nothing."""

@@ -70,9 +70,10 @@ class BudgetTooSmall(I2LError, MemoryError):
 class OutOfDeviceMemory(I2LError, MemoryError):
     """The device has less free memory than was asked for."""
 
-    def __init__(self, device: str, wanted_bytes: int, free_bytes: int) -> None:
+    def __init__(self, device: str, wanted_bytes: int, free_bytes: int | None) -> None:
+        free = "" if free_bytes is None else f" ({format_bytes(free_bytes)} free)"  # not every card tells
         super().__init__(
-            f"{device} has no room for {format_bytes(wanted_bytes)} ({format_bytes(free_bytes)} free): close other "
+            f"{device} has no room for {format_bytes(wanted_bytes)}{free}: close other "
             "programs that use it, give a smaller --vram-budget, or use --backend cpu"
         )
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,12 +19,14 @@ from ..engines.directory.generations import fp8_engines, remove_fp8_engines
 from ..engines.directory.integrity import file_facts, record_checked
 from ..engines.directory.manifest import FORMAT, MANIFEST, FileFacts, Manifest, Model, manifest_to_json, read_manifest
 from ..engines.errors import EnginesError
+from ..engines.plugin.graph_paths import PLUGIN_FOLDER
 from ..machine.files import atomic_path, explained_os_errors, require_free
 from ..machine.progress import Report, silent
 from ..machine.wording import format_bytes, format_path
 from ..specs import FAMILIES, DiffusionModel, Family
 from .backends.build_lock import only_build
 from .backends.cpu import write_cpu_plan
+from .backends.plugin import write_plugin_graphs
 from .checkpoints.finding import find_checkpoints, require_fitting
 from .checkpoints.recognise import Checkpoint
 from .graphs.graphs import export_graphs, standalone_model
@@ -33,7 +36,7 @@ from .precisions.parallel import quantising_threads
 
 log = logging.getLogger(__name__)
 BUILD_PREFIX = "build-"
-BUILD_VERSION = 6
+BUILD_VERSION = 7
 """Raised whenever the same inputs give other engines, so that an old directory is rebuilt."""
 
 
@@ -201,6 +204,7 @@ def write_graphs(
             paths[name] = f"graphs/{name}.onnx"
             (folder / paths[name]).write_bytes(graph.SerializeToString())
             progress.tell(stage)  # each takes 0.6 to 3 s on two cores, and a caller may stop the build here
+        write_plugin_graphs(folder, checkpoint.spec, precision, graphs, partial(progress.tell, stage))
         for step in plans[family].steps:
             standalone = standalone_model(
                 step, graphs[step.graph], plans[family].layout.tensors, Path(pack_path(family)).name
@@ -242,7 +246,7 @@ def commit(engines: Path, manifest: Manifest) -> None:
 
 def remove_other_builds(engines: Path, keep: tuple[str, ...]) -> None:
     """Remove the folders of replaced and of dead builds; a folder that holds anything else is somebody else's."""
-    ours = {"graphs", PLAN_FOLDER, *FAMILIES}
+    ours = {"graphs", PLAN_FOLDER, PLUGIN_FOLDER, *FAMILIES}
     for folder in engines.glob(f"{BUILD_PREFIX}*"):
         if folder.is_dir() and folder.name not in keep and {p.name for p in folder.iterdir()} <= ours:
             shutil.rmtree(folder, ignore_errors=True)  # a file in use may resist: the next build tries again

@@ -49,10 +49,11 @@ def diagnosis_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"Python {facts['python']} on {facts['platform']}, {facts['cores']} cores{memory}"
     for backend in facts["backends"]:
         if backend["works"]:
-            cards = "; ".join(card_text(CardFacts(**card)) for card in backend["cards"])
-            yield f"backend {backend['name']}: works ({backend['reason']}{f', on {cards}' if cards else ''})"
+            yield f"backend {backend['name']}: works ({backend['reason']})"
         else:
             yield f"backend {backend['name']}: no ({backend['reason']}); {backend['remedy']}"
+        for number, card in enumerate(backend["cards"]):
+            yield f"  card {number}: {card_text(CardFacts(**card))}"
     for extra in facts["extras"]:
         lacks = f"no ({', '.join(extra['missing'])} missing); {extra['remedy']}"
         yield f"{', '.join(extra['commands'])}: {lacks if extra['missing'] else 'works'}"

@@ -9,6 +9,7 @@ from PIL import Image
 
 from ..engines.base import MARGIN_BYTES, Array, Backend, Limits, VramBudget
 from ..engines.device.backend import DeviceBackend
+from ..engines.device.residency import Planned
 from ..engines.directory.manifest import Manifest, content_id
 from ..lora.lora import MODEL_METADATA, Lora, joining_weights, lora_from_factors, require_finite
 from ..machine.progress import Report, silent
@@ -30,12 +31,13 @@ class Pipeline:
 
     Args:
         engines: the directory that ``i2l build-engines`` made.
-        backend: ``auto``, ``cpu``, ``cuda`` or ``tensorrt``.
+        backend: ``auto`` or the name of one, such as ``webgpu``.
         threads: of the CPU backend; by default one for each physical core, within the container's quota.
         ram_budget_bytes: for the CPU backend's weights: what fits stays in memory between images; by default nothing.
         vram_budget_bytes: for everything on a GPU; by default what is free there, less ``vram_margin_bytes``. On the
             cpu backend it has no effect, which is logged as a warning.
         vram_margin_bytes: left to other programs on the GPU.
+        device: which card of several, as ``i2l doctor`` names them; by default the backend's first.
         prove: with ``auto``, let a card that was not proven with these engines prove itself now, in a process of its
             own (:mod:`.proof`); without it such a card is passed over.
         report: told the steps done of the running stage; while the first opening of fp8 engines on the cpu backend
@@ -59,6 +61,7 @@ class Pipeline:
         ram_budget_bytes: int | None = None,
         vram_budget_bytes: int | None = None,
         vram_margin_bytes: int = MARGIN_BYTES,
+        device: str | None = None,
         prove: bool = True,
         report: Report = silent,
         cache: Path | None = None,
@@ -72,6 +75,7 @@ class Pipeline:
                 threads=threads,
                 ram_budget_bytes=ram_budget_bytes,
                 vram=VramBudget(vram_budget_bytes, vram_margin_bytes),
+                device=device,
                 report=report,
             ),
             prove=prove,
@@ -198,15 +202,15 @@ class Pipeline:
 
     @property
     def vram(self) -> dict[str, int] | None:
-        """VRAM in bytes: the budget, the peak by the plan and the peak as measured; None on the CPU."""
-        if not isinstance(self._backend, DeviceBackend):
+        """VRAM in bytes: the budget, the peak by the plan and, where the device tells, as measured; None on the CPU."""
+        backend = self._backend
+        if not isinstance(backend, Planned):
             return None
-        plan = self._backend.residency
-        return {
-            "budget_bytes": plan.budget_bytes,
-            "planned_peak_bytes": plan.peak_bytes,
-            "measured_peak_bytes": self._backend.peak_bytes,
-        }
+        plan = backend.residency
+        facts = {"budget_bytes": plan.budget_bytes, "planned_peak_bytes": plan.peak_bytes}
+        if isinstance(backend, DeviceBackend):
+            facts["measured_peak_bytes"] = backend.peak_bytes
+        return facts
 
     def close(self) -> None:
         """Give sessions and mapped packs back."""
@@ -253,6 +257,7 @@ def open_engines(
     ram_budget_bytes: int | None = None,
     vram_budget_bytes: int | None = None,
     vram_margin_bytes: int = MARGIN_BYTES,
+    device: str | None = None,
     prove: bool = True,
     report: Report = silent,
     cache: Path | str | None = None,
@@ -271,6 +276,7 @@ def open_engines(
         vram_budget_bytes=vram_budget_bytes,
         vram_margin_bytes=vram_margin_bytes,
         prove=prove,
+        device=device,
         report=report,
         cache=folder,
     )

@@ -13,9 +13,9 @@ round again. Which chunks stay:
 - within a model spread evenly, so that the slots refill while resident chunks compute.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from ...specs import AdapterSpec, Family, Spec
 from ..directory.manifest import Chunk
@@ -58,6 +58,10 @@ class Residency:
     slots: int
     slot_bytes: int
     """Bytes of one slot: the largest chunk that passes through."""
+    slots_bytes: int
+    """Of all slots; there are more where each kind of chunk has its own."""
+    staging_bytes: int
+    """Of chunks on their way, where the device holds them twice until they are there."""
     resident_bytes: int
     activation_bytes: int
     value_bytes: int
@@ -70,7 +74,8 @@ class Residency:
     def parts(self) -> dict[str, int]:
         """``what -> bytes``."""
         return {
-            "slots": self.slots * self.slot_bytes,
+            "slots": self.slots_bytes,
+            **({"staging": self.staging_bytes} if self.staging_bytes else {}),
             "resident": self.resident_bytes,
             "activations": self.activation_bytes,
             "values": self.value_bytes,
@@ -81,11 +86,42 @@ class Residency:
     @property
     def weight_bytes(self) -> int:
         """Slots and resident chunks."""
-        return self.slots * self.slot_bytes + self.resident_bytes
+        return self.slots_bytes + self.resident_bytes
 
     @property
     def peak_bytes(self) -> int:
         return sum(self.parts.values())
+
+
+@runtime_checkable
+class Planned(Protocol):
+    """A backend that keeps within a plan."""
+
+    @property
+    def residency(self) -> Residency:
+        """The plan in force."""
+        ...
+
+
+@dataclass(frozen=True)
+class Slots:
+    """How chunks that do not stay pass through."""
+
+    count: int = SLOTS
+    """Chunks on the device for one to be used and the others to come."""
+    kinds: Mapping[Place, Hashable] = field(default_factory=dict)
+    """Chunks of different kinds share no slot; by default all share them."""
+    staged: bool = False
+    """Whether the device holds a chunk on its way twice."""
+
+    def bytes_of(self, passing: Mapping[Place, int]) -> tuple[int, int]:
+        """``(bytes of the slots, bytes of chunks on their way)`` for chunks of these sizes."""
+        rows: dict[Hashable, list[int]] = {}
+        for place, size in passing.items():
+            rows.setdefault(self.kinds.get(place), []).append(size)
+        held = sum(min(self.count, len(row)) * max(row) for row in rows.values())
+        on_their_way = min(self.count, len(passing)) * max(passing.values(), default=0)
+        return held, on_their_way if self.staged else 0
 
 
 def plan_residency(
@@ -93,7 +129,7 @@ def plan_residency(
     graphs: Mapping[str, GraphMemory],
     budget_bytes: int,
     *,
-    slots: int = SLOTS,
+    slots: Slots | int = SLOTS,
     reserved_bytes: int = RESERVED_BYTES,
     memory: str = "VRAM",
 ) -> Residency:
@@ -103,13 +139,14 @@ def plan_residency(
         chunks: of each model, in the order of running.
         graphs: memory of every graph of these models, at the largest batch.
         budget_bytes: for all of it.
-        slots: how many chunks may be on the device for one to be used and the others to come.
+        slots: how chunks pass through, or how many may be on the device.
         reserved_bytes: gone before anything is allocated.
         memory: how the error calls what the budget is of.
 
     Raises:
         BudgetTooSmall: not even the smallest plan fits; the error names the budget that does.
     """
+    slots = Slots(slots) if isinstance(slots, int) else slots
     sizes = {(family, i): aligned(chunk.nbytes) for family, row in chunks.items() for i, chunk in enumerate(row)}
     activations = max((memory.activation_bytes for memory in graphs.values()), default=0)
     values = max((memory.value_bytes for memory in graphs.values()), default=0)
@@ -123,15 +160,18 @@ def plan_residency(
     room = budget_bytes - fixed
     plans = [filled(sizes, start, order, slots, room) for start in forced if weight_bytes(sizes, start, slots) <= room]
     resident = max(plans, key=lambda plan: sum(sizes[place] for place in plan))
-    passing = [size for place, size in sizes.items() if place not in resident]
+    passing = {place: size for place, size in sizes.items() if place not in resident}
+    slots_bytes, staging_bytes = slots.bytes_of(passing)
     return Residency(
         budget_bytes=budget_bytes,
         least_bytes=least,
         resident={
             family: tuple(i for i in range(len(row)) if (family, i) in resident) for family, row in chunks.items()
         },
-        slots=min(slots, len(passing)),
-        slot_bytes=max(passing, default=0),
+        slots=min(slots.count, len(passing)),
+        slot_bytes=max(passing.values(), default=0),
+        slots_bytes=slots_bytes,
+        staging_bytes=staging_bytes,
         resident_bytes=sum(sizes[place] for place in resident),
         activation_bytes=activations,
         value_bytes=values,
@@ -153,14 +193,14 @@ def resident_chunks(chunks: Mapping[Family, Sequence[Chunk]], ram_budget_bytes: 
     return {family: frozenset(chunks[family][index] for index in kept) for family, kept in plan.resident.items()}
 
 
-def weight_bytes(sizes: Mapping[Place, int], resident: set[Place], slots: int) -> int:
+def weight_bytes(sizes: Mapping[Place, int], resident: set[Place], slots: Slots) -> int:
     """Device bytes of the weights: resident chunks, and slots for the largest of the others."""
-    passing = [size for place, size in sizes.items() if place not in resident]
-    return sum(sizes[place] for place in resident) + min(slots, len(passing)) * max(passing, default=0)
+    passing = {place: size for place, size in sizes.items() if place not in resident}
+    return sum(sizes[place] for place in resident) + sum(slots.bytes_of(passing))
 
 
 def filled(
-    sizes: Mapping[Place, int], start: set[Place], order: Sequence[Place], slots: int, room_bytes: int
+    sizes: Mapping[Place, int], start: set[Place], order: Sequence[Place], slots: Slots, room_bytes: int
 ) -> set[Place]:
     """Add chunks to a resident set, in this order, until no other fits."""
     resident = set(start)

@@ -33,6 +33,9 @@ IMAGES_MEET = "i2l.images_meet"
 """Metadata of a graph: ``no`` where what a picture gives does not depend on its batch, to the bit. Such graphs take a
 batch at once; others, of floats or made by an older i2l, take one picture at a time: a LoRA is that of its picture."""
 
+INTERMEDIATES = "i2l.intermediate_bytes"
+"""Metadata of a plugin provider's graph: ``fixed,per picture``, bytes of memory that it computes in."""
+
 
 @dataclass(frozen=True)
 class Step:

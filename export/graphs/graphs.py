@@ -7,7 +7,7 @@ dimension.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import onnx
 import onnx_ir as ir
@@ -36,10 +36,14 @@ ONNX_TYPES = {
 }
 
 
-def export_graphs(spec: Spec, precision: Precision) -> Iterator[tuple[str, onnx.ModelProto]]:
-    """Every graph of a model: ``(name, model)``."""
+def export_graphs(
+    spec: Spec, precision: Precision, *, but: Collection[str] = ()
+) -> Iterator[tuple[str, onnx.ModelProto]]:
+    """Every graph of a model: ``(name, model)``; ``but``: those that nobody wants."""
     weights = graph_weights(spec)
     for name, module in graph_modules(spec, precision).items():
+        if name in but:
+            continue
         graph = export_graph(name, module, spec, stored_tensors(weights[name], precision))
         # How a product of floats is cut into threads and blocks depends on its rows, and so does the order of its sums.
         if not precision.images_meet and not name.endswith(".embed"):

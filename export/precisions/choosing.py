@@ -2,8 +2,10 @@
 
 import torch
 
+from ...engines.directory.pieces import LARGEST_BYTES
 from ...specs import Spec
 from .base import Precision
+from .dequantised import DequantisedLeftInt8, DequantisedRotatedInt8, PiecedFloat
 from .float8 import CudaFloat8, Float8, GpuFloat8
 from .floats import CudaFloat, Float, GpuFloat
 from .left_int8 import CudaLeftInt8, GpuLeftInt8, LeftInt8
@@ -37,3 +39,14 @@ def cuda_precision(name: str, spec: Spec, compute: Compute = torch.bfloat16) -> 
     if name == "fp8":
         return CudaFloat8(compute=compute)
     return CudaFloat("BF16" if name == "bf16" else "F32", compute=compute)
+
+
+def plugin_precision(name: str, spec: Spec, largest_bytes: int = LARGEST_BYTES) -> Precision | None:
+    """The precision ``name`` in float32 arithmetic of standard operators; None for packs that it has no graphs for."""
+    if name == "int8":
+        left, rotated = (
+            DequantisedLeftInt8(largest_bytes=largest_bytes),
+            DequantisedRotatedInt8(largest_bytes=largest_bytes),
+        )
+        return left if spec.family == "adapter" else rotated
+    return PiecedFloat(largest_bytes=largest_bytes) if name == "fp32" else None

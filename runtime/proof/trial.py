@@ -14,6 +14,7 @@ from typing import Any
 from ...engines.backends import offer_of, right_outputs
 from ...engines.base import Array, Limits, Opened, VramBudget
 from ...engines.device.backend import DeviceBackend
+from ...engines.device.residency import Planned
 from ...engines.directory.manifest import Chunk, Manifest
 from ...engines.errors import BudgetTooSmall
 from ...specs import Family
@@ -254,14 +255,15 @@ def upload_rates(opened: Opened, inputs: Mapping[Family, Array]) -> dict[str, fl
 def memory(opened: Opened) -> dict[str, int | None]:
     """What was in use at most, and what was allowed, as far as the backend counts it."""
     backend = opened.backend
-    if not isinstance(backend, DeviceBackend):
-        return {"peak_bytes": None, "budget_bytes": None}
-    return {"peak_bytes": backend.peak_bytes, "budget_bytes": backend.residency.budget_bytes}
+    return {
+        "peak_bytes": backend.peak_bytes if isinstance(backend, DeviceBackend) else None,
+        "budget_bytes": backend.residency.budget_bytes if isinstance(backend, Planned) else None,
+    }
 
 
 def streamed_bytes(opened: Opened) -> int | None:
     """What a pass copies to the device; None for a backend that plans nothing."""
-    return opened.backend.residency.streamed_bytes if isinstance(opened.backend, DeviceBackend) else None
+    return opened.backend.residency.streamed_bytes if isinstance(opened.backend, Planned) else None
 
 
 def part_of(chunks: Sequence[Chunk], most: int | None) -> tuple[Chunk, ...]:

@@ -503,7 +503,7 @@ def test_it_is_not_proven_and_auto_passes_it_over(planned: Path, play: Play) -> 
     status = next(status for status in backends.detect_backends() if status.name == "tensorrt")
     assert (status.works, status.cards[0].libraries) == (True, {"tensorrt_rtx": "1.7.1"})
     text = CliRunner().invoke(main, ["doctor", "--engines", str(planned)]).output
-    assert "backend tensorrt: works (tensorrt_rtx 1.7.1, sm89, on a played card, driver 1.0)" in text
+    assert "backend tensorrt: works (tensorrt_rtx 1.7.1, sm89)\n  card 0: a played card, driver 1.0" in text
     assert "tensorrt on a played card, driver 1.0: not proven with these engines: i2l prove --engines" in text
     with Pipeline(planned, prove=False) as pipeline:
         assert pipeline.backend_name == "cpu"

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,15 @@ def directory(engines: MakeEngines, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def card(monkeypatch: pytest.MonkeyPatch) -> None:
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The one card of this machine, beside a CPU that is slow."""
-    for name in set(BACKENDS) - {"cpu"}:
-        monkeypatch.delitem(BACKENDS, name)
-    monkeypatch.setitem(BACKENDS, NAME, "played_card")
     monkeypatch.setattr(proving.Prover, "cpu_time", lambda _: CPU)
+    before = dict(BACKENDS)
+    BACKENDS.clear()
+    BACKENDS.update({"cpu": before["cpu"], NAME: "played_card"})
+    yield
+    BACKENDS.clear()
+    BACKENDS.update(before)  # in their order
 
 
 def play(monkeypatch: pytest.MonkeyPatch, **part: Any) -> None:

@@ -1,0 +1,10 @@
+"""The tensorrt-rtx backend: TensorRT-RTX inside onnxruntime. Never run on a GPU yet."""
+
+from functools import partial
+
+from ..base import Offer
+from .backend import open_plugin
+from .presence import find_plugin
+from .providers import TENSORRT_RTX
+
+OFFER = Offer(partial(find_plugin, TENSORRT_RTX), partial(open_plugin, TENSORRT_RTX), TENSORRT_RTX.forms)
