@@ -11,6 +11,7 @@ from ..machine.wording import format_path
 from .options import (
     backend_option,
     debug_option,
+    device_option,
     engines_option,
     json_option,
     require_gpu_for_budget,
@@ -23,10 +24,10 @@ from .options import (
 @click.command()
 @engines_option
 @backend_option
-@click.option("--device", metavar="CARD", help="Which card: its number, or a part of its name.")
 @threads_option
 @vram_budget_option
 @vram_margin_option
+@device_option
 @click.option(
     "--report", "report_path", metavar="FILE|-", type=click.Path(dir_okay=False, allow_dash=True),
     help="Also write a text for an issue: card, driver, versions and figures, neither paths nor names.",
@@ -36,10 +37,10 @@ from .options import (
 def prove(
     engines: Path,
     backend: str,
-    device: str | None,
     threads: int | None,
     vram_budget_bytes: int | None,
     vram_margin_bytes: int,
+    device: str | None,
     report_path: str | None,
     *,
     as_json: bool,

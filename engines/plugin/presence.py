@@ -139,6 +139,14 @@ def seats_of(provider: Provider) -> list[Seat]:
     return seats
 
 
+def card_named(provider: Provider, device: str) -> CardFacts | None:
+    """The card that ``--device`` stands for; None where there is no such one."""
+    try:
+        return facts_of(seat_for(provider, device))
+    except BackendUnavailable:
+        return None
+
+
 def facts_of(seat: Seat) -> CardFacts:
     """What a proof on this card holds for."""
     packages = ("onnxruntime", seat.provider.package)

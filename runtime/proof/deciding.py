@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ... import __version__
-from ...engines.backends import detect_backends, working_backend
-from ...engines.base import BackendStatus, Limits
+from ...engines.backends import detect_backends, offer_of, working_backend
+from ...engines.base import BackendStatus, CardFacts, Limits
 from ...engines.directory.manifest import Manifest
 from ...machine.wording import format_path
 from .child import TimeLimits
@@ -60,7 +60,7 @@ class Decider:
 
     def subject(self, status: BackendStatus) -> Subject | None:
         """What a proof of a backend would be of; None where it has no such card."""
-        card = card_of(status.cards, self.limits.device)
+        card = card_for(status, self.limits.device)
         return Subject(status.name, card, self.manifest.build, __version__) if card else None
 
     def prove(self, subject: Subject) -> Record:
@@ -102,6 +102,12 @@ class Decider:
         return Chosen(status.name, "asked for", card=card)
 
 
+def card_for(status: BackendStatus, device: str | None) -> CardFacts | None:
+    """The card that a backend would take; None where there is no such one."""
+    named = offer_of(status.name).card
+    return named(device) if named and device is not None else card_of(status.cards, device)
+
+
 def to_prove(backend: str, device: str | None) -> tuple[list[BackendStatus], Sequence[str]]:
     """What ``i2l prove`` proves: the named backend, or all with a card; and why not the others.
 
@@ -112,7 +118,7 @@ def to_prove(backend: str, device: str | None) -> tuple[list[BackendStatus], Seq
         return [working_backend(backend)], []
     chosen, reasons = [], []
     for status in detect_backends():
-        card = card_of(status.cards, device)
+        card = card_for(status, device) if status.works else None
         if not status.works:
             reasons.append(f"{status.name}: no ({status.reason}); {status.remedy}")
         elif card is None:

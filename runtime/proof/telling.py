@@ -82,7 +82,7 @@ def _form_lines(outcome: FormOutcome) -> Iterator[str]:
         yield f"{peak} of the card in use at most, budget {budget}"
     if outcome.upload_bytes_per_second and outcome.busy_upload_bytes_per_second:
         alone, busy = (x / 1e9 for x in (outcome.upload_bytes_per_second, outcome.busy_upload_bytes_per_second))
-        yield f"uploads {alone:.2f} GB/s alone, {busy:.2f} GB/s while computing"
+        yield f"uploads {alone:.3g} GB/s alone, {busy:.3g} GB/s while computing"
     if outcome.ms_per_image is not None:
         yield f"{_ms(outcome.ms_per_image, outcome.estimated)} an image"
 
