@@ -55,7 +55,7 @@ $(CPUS)/.ready: $(VENV)/.ready tests/cpus/setup
 test-comfyui: setup  ## The nodes in a real ComfyUI (COMFYUI=folder COMFYUI_PYTHON=its Python)
 	$(BIN)/python tests/real_comfyui.py $(COMFYUI) --python $(COMFYUI_PYTHON)
 
-test-gpu: setup  ## What only a GPU shows; skipped with a reason where there is none
+test-gpu: setup  ## i2l prove, and what else only a GPU shows; skipped with a reason where there is none
 	$(BIN)/python -m pytest -m gpu -rs
 
 format: setup  ## Let ruff mend and format

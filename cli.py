@@ -26,6 +26,7 @@ from .commands.looking.verify import verify
 from .commands.make_checkpoints import make_checkpoints
 from .commands.merge import merge
 from .commands.options import DEBUG
+from .commands.prove import prove
 from .commands.run import run
 from .machine.errors import I2LError, StandardOutputUnwritable
 
@@ -89,6 +90,7 @@ COMMANDS = (
     plot_trace,
     inspect,
     verify,
+    prove,
     doctor,
     make_checkpoints,
 )

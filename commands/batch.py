@@ -21,6 +21,7 @@ from .options import (
     json_option,
     key_format_option,
     no_cache_option,
+    no_prove_option,
     ram_budget_option,
     require_gpu_for_budget,
     strength_option,
@@ -42,6 +43,7 @@ from .options import (
 @ram_budget_option
 @vram_budget_option
 @vram_margin_option
+@no_prove_option
 @device_option
 @strength_option
 @dtype_option
@@ -65,6 +67,7 @@ def batch(
     dtype: Literal["bf16", "fp16", "fp32"],
     key_format: Literal["comfyui", "diffsynth"],
     *,
+    no_prove: bool,
     ignore_icc: bool,
     no_cache: bool,
     as_json: bool,
@@ -97,6 +100,7 @@ def batch(
             ram_budget_bytes=ram_budget_bytes,
             vram_budget_bytes=vram_budget_bytes,
             vram_margin_bytes=vram_margin_bytes,
+            prove=not no_prove,
             device=device,
             report=progress,
             cache=cache,

@@ -17,6 +17,7 @@ from .options import (
     engines_option,
     ignore_icc_option,
     json_option,
+    no_prove_option,
     require_gpu_for_budget,
     threads_option,
     vram_budget_option,
@@ -31,6 +32,7 @@ from .options import (
 @threads_option
 @vram_budget_option
 @vram_margin_option
+@no_prove_option
 @device_option
 @ignore_icc_option
 @json_option
@@ -44,6 +46,7 @@ def embed(
     vram_margin_bytes: int,
     device: str | None,
     *,
+    no_prove: bool,
     ignore_icc: bool,
     as_json: bool,
 ) -> None:
@@ -72,6 +75,7 @@ def embed(
             threads=threads,
             vram_budget_bytes=vram_budget_bytes,
             vram_margin_bytes=vram_margin_bytes,
+            prove=not no_prove,
             device=device,
             report=report,
             cache=folder,

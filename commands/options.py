@@ -103,8 +103,11 @@ lora_output_option = click.option(
 )  # fmt: skip
 backend_option = click.option(
     "--backend", type=click.Choice(["auto", *BACKENDS]), default="auto", show_default=True,
-    help="Where to compute; auto takes the best that works here.",
+    help="Where to compute; auto takes the fastest that is proven here (i2l prove).",
 )  # fmt: skip
+no_prove_option = click.option(
+    "--no-prove", is_flag=True, help="Pass over a card that auto meets for the first time instead of proving it now."
+)
 
 
 Numbers = TypeVar("Numbers", float, tuple[float, ...])

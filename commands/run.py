@@ -23,6 +23,7 @@ from .options import (
     key_format_option,
     lora_output_option,
     no_cache_option,
+    no_prove_option,
     ram_budget_option,
     reduce_rank_option,
     require_gpu_for_budget,
@@ -45,6 +46,7 @@ from .tracing import trace_option, traced
 @ram_budget_option
 @vram_budget_option
 @vram_margin_option
+@no_prove_option
 @device_option
 @strength_option
 @weight_option("image")
@@ -72,6 +74,7 @@ def run(
     dtype: Literal["bf16", "fp16", "fp32"],
     key_format: Literal["comfyui", "diffsynth"],
     *,
+    no_prove: bool,
     ignore_icc: bool,
     no_cache: bool,
     trace: Path | None,
@@ -108,6 +111,7 @@ def run(
             ram_budget_bytes=ram_budget_bytes,
             vram_budget_bytes=vram_budget_bytes,
             vram_margin_bytes=vram_margin_bytes,
+            prove=not no_prove,
             device=device,
             report=report,
             cache=cache,

@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING
 from .errors import BackendUnavailable
 
 if TYPE_CHECKING:  # the command line lists the names, and must not pay for numpy
-    from .base import BackendStatus, Offer
+    from pathlib import Path
+
+    from .base import Array, BackendStatus, Offer
+    from .directory.manifest import Model, Step
 
 BACKENDS: dict[str, str] = {
     "cpu": ".cpu.backend",
@@ -29,21 +32,29 @@ def detect_backends() -> "tuple[BackendStatus, ...]":
     return tuple(offer_of(name).find() for name in BACKENDS)
 
 
-def choose_backend(name: str) -> tuple[str, str]:
-    """``(backend, reason)``: the named one, or the best that works for ``auto``.
+def working_backend(name: str) -> "BackendStatus":
+    """The state of a backend that was named.
 
     Raises:
-        BackendUnavailable: the named backend cannot run here.
+        BackendUnavailable: it cannot run here.
     """
     statuses = {status.name: status for status in detect_backends()}
-    if name != "auto":
-        if name not in statuses:
-            raise BackendUnavailable(name, "i2l has no such backend", f"use one of auto, {', '.join(BACKENDS)}")
-        status = statuses[name]
-        if not status.works:
-            raise BackendUnavailable(name, status.reason, status.remedy)
-        return name, "asked for"
-    best = [status for status in statuses.values() if status.works and status.proven][-1]
-    passed = (status for status in statuses.values() if not (status.works and status.proven))
-    others = "; ".join(f"{status.name}: {status.reason}" for status in passed)
-    return best.name, f"auto: the best that works here ({others})"
+    if name not in statuses:
+        raise BackendUnavailable(name, "i2l has no such backend", f"use one of auto, {', '.join(BACKENDS)}")
+    if not statuses[name].works:
+        raise BackendUnavailable(name, statuses[name].reason, statuses[name].remedy)
+    return statuses[name]
+
+
+def right_outputs(pack: "Path", model: "Model", step: "Step", activation: "Array") -> "dict[str, Array]":
+    """What a step must give, float32: what cards are held against, by arithmetic of its own and the pack's weights.
+
+    Args:
+        pack: the file.
+        model: what is in it.
+        step: one of the model's.
+        activation: what its graph takes, float32 ``[images, ...]``.
+    """
+    from .cpu.plain import held_weights, plain_step  # noqa: PLC0415 - numpy
+
+    return plain_step(model.spec, step.graph, activation, held_weights(pack, model, step))

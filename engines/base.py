@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ from .errors import OutOfDeviceMemory
 
 Value: TypeAlias = Any
 Array: TypeAlias = NDArray[np.float32]
+Arithmetic: TypeAlias = Literal["float32", "bfloat16", "float8", "int8"]
+"""What the operands of products are rounded to; sums are float32 or exact."""
 MARGIN_BYTES = 2 << 30
 """What ``auto`` leaves free for other programs and the desktop."""
 
@@ -160,6 +162,8 @@ class Opened:
     """Of the engines that were opened; those for a GPU may lie in an engines directory inside the other."""
     running: Manifest
     """Of the packs that are read: the same, except that the cpu backend reads the int8 form of fp8 engines."""
+    engines: Path | None = None
+    """The engines directory of those packs, if it lies inside the one that was opened."""
 
 
 @dataclass(frozen=True)
@@ -184,8 +188,6 @@ class BackendStatus:
     reason: str
     remedy: str = ""
     """What to install or change; empty if it works."""
-    proven: bool = True
-    """False: nobody has run it on such a device yet; ``auto`` passes it over."""
     cards: tuple[CardFacts, ...] = ()
     """What it could compute on, the one that it takes by itself first; none for the CPU or where it does not work."""
 
@@ -200,3 +202,7 @@ class Offer:
     """Open an engines directory, whose manifest this is and whose files were checked."""
     forms: tuple[str, ...] = ()
     """Names of the graphs' forms that it can run, the safest first; none where there is only one."""
+    card: Callable[[str], CardFacts | None] | None = None
+    """The card that a name or number (:attr:`Limits.device`) stands for; None: by the cards of the status."""
+    arithmetic: Mapping[str, Arithmetic] = field(default_factory=dict)
+    """``precision of the packs that run -> its products' operands``; float32 where it does not say."""

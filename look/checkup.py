@@ -5,9 +5,12 @@ of fp8 packs, and every plan against the key that the runtime would ask for.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..engines.backends import detect_backends
+from ..engines.base import Limits
 from ..engines.cpu.converted import CPU_FOLDER, bytes_to_convert
 from ..engines.cuda.graph_files import checked_graphs, graphs_folder
 from ..engines.directory.architectures import GENERATIONS
@@ -20,6 +23,8 @@ from ..machine.errors import DiskFull, I2LError
 from ..machine.files import free_bytes, require_free
 from ..machine.memory import available_bytes
 from ..machine.wording import format_bytes, format_path
+from ..runtime.opening import decider
+from ..runtime.proof.telling import card_text, verdict
 
 
 def check_engines(directory: Path) -> dict[str, Any]:
@@ -28,7 +33,8 @@ def check_engines(directory: Path) -> dict[str, Any]:
     Returns:
         ``path``; ``problem``, why the CPU cannot run it, or None; and unless it cannot be read: ``precision``,
         ``packs_bytes``, ``convert_bytes`` that the first run on a CPU writes, ``free_disk_bytes``,
-        ``available_memory_bytes``, ``gpus`` with a ``problem`` each, and ``leftovers``, which nothing uses.
+        ``available_memory_bytes``, ``gpus`` with a ``problem`` each, ``proofs`` of the cards, and ``leftovers``, which
+        nothing uses.
     """
     facts: dict[str, Any] = {"path": str(directory), "problem": None}
     try:
@@ -48,6 +54,7 @@ def check_engines(directory: Path) -> dict[str, Any]:
         "convert_bytes": convert_bytes,
         "free_disk_bytes": free_bytes(directory),
         "available_memory_bytes": available_bytes(),
+        "proofs": _proofs(directory, manifest),
         "gpus": [*_gpus(directory, manifest), *(_gpus(inner, read_manifest(inner)) if inner else ())],
         "leftovers": [*_leftovers(directory, manifest), *(_leftovers(inner, read_manifest(inner)) if inner else ())],
     }
@@ -73,6 +80,7 @@ def check_lines(facts: Mapping[str, Any]) -> Iterator[str]:
         yield f"  {gpu['for']}, {gpu['precision']}: {gpu['problem'] or gpu['what']}"
     if not facts["gpus"]:
         yield "  GPUs: nothing was built for them"
+    yield from (f"  {proof['verdict']}" for proof in facts["proofs"])
     for leftover in facts["leftovers"]:
         yield f"  unused: {leftover}"
 
@@ -97,6 +105,19 @@ def _gpus(engines: Path, manifest: Manifest) -> Iterator[dict[str, Any]]:
         except EnginesError as error:
             cuda["problem"] = str(error)
         yield cuda
+
+
+def _proofs(engines: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """What the cards that are here now have shown with these engines, and which have not."""
+    deciding = decider(engines, manifest, Limits(images=1))
+    facts: list[dict[str, Any]] = []
+    for status in detect_backends():
+        if status.works and (subject := deciding.subject(status)):
+            record = deciding.records.of(subject)
+            how = f"not proven with these engines: i2l prove --engines {format_path(engines)} --backend {status.name}"
+            said = f"{status.name} on {card_text(subject.card)}: {verdict(record) if record else how}"
+            facts.append({"backend": status.name, "verdict": said, "record": record and asdict(record)})
+    return facts
 
 
 def _plans_problem(engines: Path, manifest: Manifest, sm: int, plans: Mapping[str, PlanFacts]) -> str | None:

@@ -8,7 +8,9 @@ from dataclasses import asdict
 from typing import Any
 
 from ..engines.backends import detect_backends
+from ..engines.base import CardFacts
 from ..machine.wording import format_bytes
+from ..runtime.proof.telling import card_text
 
 EXTRAS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     "export": (
@@ -30,11 +32,10 @@ def diagnose() -> dict[str, Any]:
         "backends": [
             {
                 "name": status.name,
-                "works": status.works and status.proven,
-                "untried": status.works and not status.proven,
+                "works": status.works,
+                "cards": [asdict(card) for card in status.cards],
                 "reason": status.reason,
                 "remedy": status.remedy,
-                "cards": [asdict(card) for card in status.cards],
             }
             for status in detect_backends()
         ],
@@ -49,14 +50,10 @@ def diagnosis_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     for backend in facts["backends"]:
         if backend["works"]:
             yield f"backend {backend['name']}: works ({backend['reason']})"
-        elif backend["untried"]:
-            yield f"backend {backend['name']}: untried ({backend['reason']}); {backend['remedy']}"
         else:
             yield f"backend {backend['name']}: no ({backend['reason']}); {backend['remedy']}"
         for number, card in enumerate(backend["cards"]):
-            driver = f", driver {card['driver']}" if card["driver"] else ""
-            software = ", a renderer on the CPU: --backend auto never takes it" if card["software"] else ""
-            yield f"  card {number}: {card['name']}{driver}{software}"
+            yield f"  card {number}: {card_text(CardFacts(**card))}"
     for extra in facts["extras"]:
         lacks = f"no ({', '.join(extra['missing'])} missing); {extra['remedy']}"
         yield f"{', '.join(extra['commands'])}: {lacks if extra['missing'] else 'works'}"

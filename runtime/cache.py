@@ -2,7 +2,8 @@
 
 An embedding is 5632 values (22 KiB) and takes nearly all the time of a run. Its key is a hash of what it depends on:
 the 1024 x 1024 square that both encoders look at, the contents of the encoders' packs and graphs, the precision and
-the backend. So a renamed file is found again, an edited picture or a rebuilt encoder is not; nothing expires.
+the backend, on a card with its driver: one that was wrong leaves nothing to the next. So a renamed file is found again,
+an edited picture or a rebuilt encoder is not; nothing expires.
 
 What a picture gives does not depend on the pictures that share its pass, to the bit (tests/test_company.py), so it does
 not matter in which one a kept embedding was computed.
@@ -134,5 +135,5 @@ class EmbeddingCache:
 
 
 def encoders_id(contents: str, backend: str) -> str:
-    """What made an embedding, from the encoders' content id and the backend's name."""
+    """What made an embedding, from the encoders' content id and the backend, a card's with all that a proof is of."""
     return hashlib.sha256(json.dumps([PIXELS_VERSION, contents, backend]).encode()).hexdigest()

@@ -6,16 +6,20 @@ on at last, with the engines that were opened, even if the directory was rebuilt
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from ..engines.backends import choose_backend, offer_of
+from ..engines.backends import offer_of
 from ..engines.base import Backend, Limits, Opened
 from ..engines.directory.integrity import check_files
 from ..engines.directory.manifest import Manifest, read_manifest
 from ..engines.errors import DeviceFailed, OutOfDeviceMemory
 from ..machine.wording import format_bytes
+from .cache import default_cache_folder
 from .errors import EnginesReplaced, PipelineClosed
+from .proof.choice import Chosen
+from .proof.deciding import Decider
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -28,17 +32,19 @@ class OpenEngines:
         path: the directory.
         backend: ``auto``, or a backend's name.
         limits: what it may take.
+        prove: let a card that ``auto`` meets for the first time prove itself; it is passed over otherwise.
 
     Raises:
         EnginesError, DiskFull, BackendUnavailable: see :class:`.pipeline.Pipeline`.
     """
 
-    def __init__(self, path: Path, *, backend: str, limits: Limits) -> None:
+    def __init__(self, path: Path, *, backend: str, limits: Limits, prove: bool = True) -> None:
         self.path = path
         self._for_cpu: Manifest = read_manifest(path)
-        self._limits = limits
-        self.name, self.reason = choose_backend(backend)
         check_files(path, self._for_cpu)
+        chosen = choose_backend(path, self._for_cpu, backend, limits, prove=prove)
+        self.name, self.reason, self.computes = chosen.name, chosen.reason, chosen.computes
+        self._limits = replace(limits, form=limits.form or chosen.form)
         self._may_fall_back = backend == "auto" and self.name != "cpu"
         self._standby: Opened | None = None
         self._backend: Backend | None = None
@@ -119,5 +125,19 @@ class OpenEngines:
             raise EnginesReplaced(self.path, self.name) from cause
         self._enter(standby or self._open("cpu"))
         why = "ran out of memory" if isinstance(cause, OutOfDeviceMemory) else "failed"
-        self.name, self.reason = "cpu", f"{self.name} {why}"
+        self.name, self.reason, self.computes = "cpu", f"{self.name} {why}", "cpu"
         self._may_fall_back = False
+
+
+def choose_backend(path: Path, manifest: Manifest, backend: str, limits: Limits, *, prove: bool) -> Chosen:
+    """Where to compute.
+
+    Raises:
+        BackendUnavailable: the named backend cannot run here.
+    """
+    return decider(path, manifest, limits).decide(backend, prove=prove)
+
+
+def decider(path: Path, manifest: Manifest, limits: Limits) -> Decider:
+    """What chooses a backend; records go beside the engines, or where the user's cache is."""
+    return Decider(path, manifest, limits, default_cache_folder().parent / "proofs")

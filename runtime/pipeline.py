@@ -38,8 +38,10 @@ class Pipeline:
             cpu backend it has no effect, which is logged as a warning.
         vram_margin_bytes: left to other programs on the GPU.
         device: which card of several, as ``i2l doctor`` names them; by default the backend's first.
+        prove: with ``auto``, let a card that was not proven with these engines prove itself now, in a process of its
+            own (:mod:`.proof`); without it such a card is passed over.
         report: told the steps done of the running stage; while the first opening of fp8 engines on the cpu backend
-            converts them, MiB of packs.
+            converts them, MiB of packs; while a card proves itself, the phases.
         cache: a folder that keeps the embeddings of images that were seen, as :mod:`.cache` says; None keeps nothing.
         trace: told every copy and computation.
 
@@ -60,6 +62,7 @@ class Pipeline:
         vram_budget_bytes: int | None = None,
         vram_margin_bytes: int = MARGIN_BYTES,
         device: str | None = None,
+        prove: bool = True,
         report: Report = silent,
         cache: Path | None = None,
         trace: Trace | None = None,
@@ -75,6 +78,7 @@ class Pipeline:
                 device=device,
                 report=report,
             ),
+            prove=prove,
         )
         self._passes = Passes(self._open, report, trace)
         self.cache: EmbeddingCache | None = None if cache is None else EmbeddingCache(cache, self._encoders_id)
@@ -222,7 +226,7 @@ class Pipeline:
         self.close()
 
     def _encoders_id(self) -> str:
-        return encoders_id(content_id(self._open.running, ENCODERS), self.backend_name)
+        return encoders_id(content_id(self._open.running, ENCODERS), self._open.computes)
 
     @property
     def runs_as(self) -> str:
@@ -254,6 +258,7 @@ def open_engines(
     vram_budget_bytes: int | None = None,
     vram_margin_bytes: int = MARGIN_BYTES,
     device: str | None = None,
+    prove: bool = True,
     report: Report = silent,
     cache: Path | str | None = None,
 ) -> Pipeline:
@@ -270,6 +275,7 @@ def open_engines(
         ram_budget_bytes=ram_budget_bytes,
         vram_budget_bytes=vram_budget_bytes,
         vram_margin_bytes=vram_margin_bytes,
+        prove=prove,
         device=device,
         report=report,
         cache=folder,

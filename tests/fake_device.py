@@ -8,13 +8,15 @@ onnxruntime's, on the host.
 import ctypes
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
 from i2l.engines.base import Array
+from i2l.engines.cpu.backend import OrtEngine
 from i2l.engines.device import tensor
 from i2l.engines.device.device import Lane
 from i2l.engines.directory.dtypes import ELEMENT_TYPES, FLOAT32
@@ -207,3 +209,28 @@ class HostDevice(FakeDevice):
         array = np.empty(value.shape(), np.float32)
         ctypes.memmove(array.ctypes.data, value.data_ptr(), array.nbytes)
         return array
+
+
+class FakeEngine:
+    """Reads its weights when the compute lane comes to it."""
+
+    def __init__(self, device: FakeDevice, graph: str, path: Path, fail: Callable[[str], None]) -> None:
+        self._engine = OrtEngine(graph, path.read_bytes(), 1)
+        self._device, self._graph, self._fail = device, graph, fail
+        self.activation = self._engine.activation
+
+    def run(self, activation: ort.OrtValue, weights: Mapping[str, DeviceTensor]) -> dict[str, ort.OrtValue]:
+        self._fail(self._graph)
+        outputs: dict[str, ort.OrtValue] = {}
+
+        def work() -> None:
+            values = {}
+            for name, weight in weights.items():
+                dtype, element = ELEMENT_TYPES[weight.info.dtype]
+                array = self._device.array(weight, dtype)
+                values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, element)
+            outputs.update(self._engine.run(activation, values))
+
+        self._device.enqueue("compute", work)
+        self._device.drain("compute")
+        return outputs

@@ -33,7 +33,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines.tensorrt": COMPUTING,
     "engines.backends": COMPUTING | {"engines.cpu", "engines.cuda", "engines.tensorrt"},
     "lora": DISK | {"engines.base"},
-    "runtime": RUNNING,
+    "runtime.streamer": {"engines.base", "engines.directory"},
+    "runtime.proof": COMPUTING | {"engines.backends", "runtime.streamer"},
+    "runtime": RUNNING | {"runtime.streamer", "runtime.proof"},
     "export.checkpoints": DISK,
     "export.precisions": DISK | {"engines.cpu", "export.checkpoints"},
     "export.graphs": DISK | {"export.checkpoints", "export.precisions"},
@@ -44,11 +46,21 @@ MAY_IMPORT: dict[str, set[str]] = {
     "export": DISK
     | {"engines.cpu"}
     | {"export.checkpoints", "export.precisions", "export.graphs", "export.packs", "export.backends"},
-    "look": RUNNING | {"runtime", "engines.cpu", "engines.cuda", "engines.tensorrt", "export.checkpoints", "export"},
+    "look": RUNNING
+    | {
+        "runtime",
+        "runtime.proof",
+        "runtime.streamer",
+        "engines.cpu",
+        "engines.cuda",
+        "engines.tensorrt",
+        "export.checkpoints",
+        "export",
+    },
     "comfy_host": DISK | {"runtime", "export.checkpoints", "export"},
     "comfy_nodes": {"machine", "lora", "comfy_host"},
     "commands": RUNNING
-    | {"runtime", "look", "engines.tensorrt"}
+    | {"runtime", "runtime.proof", "look", "engines.tensorrt"}
     | {"export.checkpoints", "export.precisions", "export.packs", "export.backends", "export"},
     "cli": {"machine", "commands"},
 }
@@ -234,7 +246,19 @@ def loaded_after(code: str, *arguments: str) -> set[str]:
     return set(json.loads(run.stdout.splitlines()[-1]))
 
 
-COMMANDS = ("run", "batch", "embed", "merge", "convert", "plot", "build-engines", "inspect", "verify", "doctor")
+COMMANDS = (
+    "run",
+    "batch",
+    "embed",
+    "merge",
+    "convert",
+    "plot",
+    "build-engines",
+    "inspect",
+    "verify",
+    "prove",
+    "doctor",
+)
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])

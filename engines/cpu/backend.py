@@ -216,7 +216,7 @@ def open_cpu(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
     if limits.ram_budget_bytes is not None:
         chunks = {family: model.chunks for family, model in running.models.items()}
         kept = resident_chunks(chunks, limits.ram_budget_bytes)
-    return Opened(CpuBackend(directory, running, limits.threads, kept), manifest, running)
+    return Opened(CpuBackend(directory, running, limits.threads, kept), manifest, running, directory)
 
 
-OFFER = Offer(find_cpu, open_cpu)
+OFFER = Offer(find_cpu, open_cpu, arithmetic={"int8": "int8"})

@@ -1,4 +1,4 @@
-"""The cuda backend: weights stream to a CUDA card, onnxruntime's CUDA provider computes. Never run on a GPU yet.
+"""The cuda backend: weights stream to a CUDA card, onnxruntime's CUDA provider computes.
 
 What differs from TensorRT is where activations lie. Each session has an arena of its own that it keeps, so the plan
 counts a graph's activations as its context: all graphs' add up, where TensorRT's graphs share the largest.
@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ...specs import AdapterSpec, Family, Spec
-from ..base import BackendStatus, Limits, Offer, Opened
+from ..base import Arithmetic, BackendStatus, Limits, Offer, Opened
 from ..device import driver
 from ..device.backend import DeviceBackend
 from ..device.predict import graph_memory
@@ -30,7 +30,10 @@ def find_cuda() -> BackendStatus:
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         remedy = "pip uninstall onnxruntime && pip install 'i2l-engines[cuda]'"
         return BackendStatus("cuda", works=False, reason="onnxruntime is the build for the CPU", remedy=remedy)
-    return driver.without_cuda_python("cuda") or driver.untried("cuda", f"onnxruntime {onnxruntime.__version__}")
+    if status := driver.without_cuda_python("cuda"):
+        return status
+    version = onnxruntime.__version__
+    return driver.on_cards("cuda", f"onnxruntime {version}", {"onnxruntime-gpu": version})
 
 
 def open_cuda(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
@@ -93,4 +96,5 @@ def input_bytes(spec: Spec, images: int) -> int:
     return 4 * images * (spec.embedding if isinstance(spec, AdapterSpec) else 3 * spec.image_size**2)
 
 
-OFFER = Offer(find_cuda, open_cuda)
+ARITHMETIC: Mapping[str, Arithmetic] = dict.fromkeys(("fp8", "int8", "bf16", "fp32"), "bfloat16")
+OFFER = Offer(find_cuda, open_cuda, arithmetic=ARITHMETIC)

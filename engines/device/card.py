@@ -1,4 +1,4 @@
-"""A CUDA card as a :class:`Device`: two streams, raw memory, events, copies from pinned memory. Never run on a GPU yet.
+"""A CUDA card as a :class:`Device`: two streams, raw memory, events, copies from pinned memory.
 
 CI runs it over a stand-in for the driver that does work as late as CUDA allows (tests/engines/standin). Memory comes
 from the driver's own functions, since slots must not move and a pool would keep what the budget takes back.

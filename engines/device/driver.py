@@ -2,8 +2,13 @@
 
 import ctypes
 import importlib.util
+import re
+from collections.abc import Mapping
+from pathlib import Path
 
-from ..base import BackendStatus
+from ..base import BackendStatus, CardFacts
+
+NAME_BYTES = 256
 
 
 def without_driver(name: str) -> BackendStatus | None:
@@ -21,10 +26,44 @@ def without_cuda_python(name: str) -> BackendStatus | None:
     return None
 
 
-def untried(name: str, what: str) -> BackendStatus:
-    """It could run, but nobody ever ran it."""
-    reason = f"{what}; the code is there but was never run on a GPU: ask for it by name"
-    return BackendStatus(name, works=True, reason=reason, remedy=f"try --backend {name}", proven=False)
+def on_cards(name: str, what: str, libraries: Mapping[str, str]) -> BackendStatus:
+    """It could run, on these cards."""
+    cards = nvidia_cards(libraries)
+    if not cards:
+        remedy = "see what nvidia-smi says, or use --backend cpu"
+        return BackendStatus(name, works=False, reason="the NVIDIA driver finds no GPU", remedy=remedy)
+    return BackendStatus(name, works=True, reason=what, cards=cards)
+
+
+def nvidia_cards(libraries: Mapping[str, str]) -> tuple[CardFacts, ...]:
+    """The cards that CUDA sees, in its order, without opening one.
+
+    Args:
+        libraries: ``package -> version`` of what will compute there.
+    """
+    cuda = _driver_library()
+    if cuda is None or cuda.cuInit(0):
+        return ()
+    count, version, name = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(NAME_BYTES)
+    if cuda.cuDeviceGetCount(ctypes.byref(count)) or cuda.cuDriverGetVersion(ctypes.byref(version)):
+        return ()
+    release = driver_release() or f"for CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+    names = []
+    for index in range(count.value):
+        device = ctypes.c_int()
+        if not cuda.cuDeviceGet(ctypes.byref(device), index):
+            cuda.cuDeviceGetName(name, NAME_BYTES, device)
+            names.append(name.value.decode(errors="replace"))
+    return tuple(CardFacts(card, release, dict(libraries)) for card in names)
+
+
+def driver_release(path: Path = Path("/proc/driver/nvidia/version")) -> str:
+    """The driver's own version, such as 580.95.05; empty where the system does not tell."""
+    try:
+        found = re.search(r"Module\S*(?: for \S+)?\s+(\d+(?:\.\d+)+)", path.read_text(encoding="utf-8"))
+    except OSError:
+        return ""
+    return found[1] if found else ""
 
 
 def _driver_library() -> ctypes.CDLL | None:

@@ -27,6 +27,8 @@ from .tensorfile import TensorInfo
 FORMAT = 1
 """Raised whenever an older i2l could misread a newer manifest, or the other way round."""
 MANIFEST = "manifest.json"
+PROOFS = "proofs.json"
+"""Beside it: what cards have shown with these engines (runtime/proof/records.py)."""
 IMAGES_MEET = "i2l.images_meet"
 """Metadata of a graph: ``no`` where what a picture gives does not depend on its batch, to the bit. Such graphs take a
 batch at once; others, of floats or made by an older i2l, take one picture at a time: a LoRA is that of its picture."""

@@ -70,13 +70,11 @@ def find_plugin(provider: Provider) -> BackendStatus:
         obstacle = ("Vulkan finds no card", f"install the card's Vulkan driver, or {USE_CPU}")
     if obstacle:
         reason, remedy = obstacle
-        return BackendStatus(provider.backend, works=False, reason=reason, remedy=remedy, proven=False)
+        return BackendStatus(provider.backend, works=False, reason=reason, remedy=remedy)
     cards = tuple({seat.name: facts_of(seat) for seat in seats}.values())
     software = ", a renderer on the CPU" if cards[0].software else ""
-    untried = "" if provider.tried else "; the code is there but was never run on a GPU: ask for it by name"
-    reason = f"{provider.package} {_version(provider.package)} on {cards[0].name}{software}{untried}"
-    remedy = f"try --backend {provider.backend}"
-    return BackendStatus(provider.backend, works=True, reason=reason, remedy=remedy, proven=False, cards=cards)
+    reason = f"{provider.package} {_version(provider.package)} on {cards[0].name}{software}"
+    return BackendStatus(provider.backend, works=True, reason=reason, cards=cards)
 
 
 def _obstacle(provider: Provider) -> tuple[str, str] | None:
@@ -139,6 +137,14 @@ def seats_of(provider: Provider) -> list[Seat]:
         card = min(cards, key=order[choice], default=None) if choice in order else next(iter(cards), None)
         seats.append(Seat(provider, card.name if card else names[0], choice, card=card))
     return seats
+
+
+def card_named(provider: Provider, device: str) -> CardFacts | None:
+    """The card that ``--device`` stands for; None where there is no such one."""
+    try:
+        return facts_of(seat_for(provider, device))
+    except BackendUnavailable:
+        return None
 
 
 def facts_of(seat: Seat) -> CardFacts:

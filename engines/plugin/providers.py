@@ -37,8 +37,6 @@ class Provider:
     """What it takes on the card beside the tensors: its context and compiled kernels."""
     error_log: str = ""
     """Beginning of a log message by which it tells of errors that no call returns; none: every call returns its own."""
-    tried: bool = False
-    """Whether this row has ever run."""
 
 
 WEBGPU = Provider(
@@ -56,7 +54,6 @@ WEBGPU = Provider(
     # Assumed for cards. On SwiftShader, where shaders are compiled in the process's memory, 90 to 170 MiB.
     reserved_bytes=256 << 20,
     error_log="WebGPU device error",
-    tried=True,
 )
 """Direct3D 12, Vulkan or Metal by Dawn: any vendor's card. In CI it runs on SwiftShader, a renderer on the CPU."""
 

@@ -4,7 +4,12 @@ from functools import partial
 
 from ..base import Offer
 from .backend import open_plugin
-from .presence import find_plugin
+from .presence import card_named, find_plugin
 from .providers import WEBGPU
 
-OFFER = Offer(partial(find_plugin, WEBGPU), partial(open_plugin, WEBGPU), WEBGPU.forms)
+OFFER = Offer(
+    partial(find_plugin, WEBGPU),
+    partial(open_plugin, WEBGPU),
+    WEBGPU.forms,
+    partial(card_named, WEBGPU),
+)

@@ -1,4 +1,4 @@
-"""The tensorrt backend: weights stream to a CUDA card, TensorRT's plans compute. Never run on a GPU yet.
+"""The tensorrt backend: weights stream to a CUDA card, TensorRT's plans compute.
 
 Plans are opened before anything is planned, as only the card's own TensorRT knows how much scratch their kernels take
 there; the builder's number is for another machine. All graphs share one workspace, which is counted once, at its
@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ...machine.errors import PackageMissing
-from ..base import Array, BackendStatus, Limits, Offer, Opened, Value
+from ..base import Arithmetic, Array, BackendStatus, Limits, Offer, Opened, Value
 from ..device import driver
 from ..device.backend import DeviceBackend
 from ..device.device import Workspace
@@ -41,7 +41,7 @@ def find_tensorrt() -> BackendStatus:
     if not knows(flavour, sm):
         reason = f"{flavour} does not know this GPU, sm{sm}"
         return BackendStatus("tensorrt", works=False, reason=reason, remedy="use --backend cuda")
-    return driver.untried("tensorrt", f"{flavour}, sm{sm}")
+    return driver.on_cards("tensorrt", f"{flavour}, sm{sm}", {flavour.name: flavour.version})
 
 
 def _without_tensorrt() -> BackendStatus | None:
@@ -91,7 +91,7 @@ def open_tensorrt(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
         opened, memory = open_plans(runtime, plans)
         backend = TensorRTBackend(directory, manifest, runtime, opened, memory, budget)
         undo.pop_all()
-        return Opened(backend, manifest, manifest)
+        return Opened(backend, manifest, manifest, directory)
 
 
 class TensorRTBackend(DeviceBackend):
@@ -150,4 +150,7 @@ def open_plans(
     return opened, memory
 
 
-OFFER = Offer(find_tensorrt, open_tensorrt)
+ARITHMETIC: Mapping[str, Arithmetic] = {
+    "fp8": "float8", "int8": "bfloat16", "bf16": "bfloat16", "fp32": "bfloat16",
+}  # fmt: skip
+OFFER = Offer(find_tensorrt, open_tensorrt, arithmetic=ARITHMETIC)

@@ -1,4 +1,4 @@
-"""A TensorRT plan made runnable. Never run on a GPU yet.
+"""A TensorRT plan made runnable.
 
 Everything lies where the caller says: weights in slots of the device, the activation, the outputs and TensorRT's own
 scratch in the :class:`Workspace`, so nothing is allocated while it runs and the budget knows every byte. What TensorRT

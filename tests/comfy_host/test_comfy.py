@@ -397,8 +397,8 @@ def test_an_image_that_cannot_be_used_is_an_error(apply: Callable[..., Any]) -> 
 def test_a_backend_that_cannot_run_is_an_error(
     apply: Callable[..., Any], nodes: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(name: str) -> tuple[str, str]:
-        raise BackendUnavailable(name, "no such card", "buy one")
+    def refuse(*_: object, **__: object) -> None:
+        raise BackendUnavailable("cuda", "no such card", "buy one")
 
     monkeypatch.setattr("i2l.runtime.opening.choose_backend", refuse)
     with pytest.raises(BackendUnavailable, match="no such card"):

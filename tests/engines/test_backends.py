@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from conftest import MakeEngines, MakeModels, picture
-from i2l.engines.backends import BACKENDS, choose_backend, detect_backends, offer_of
+from i2l.engines.backends import BACKENDS, detect_backends, offer_of, working_backend
 from i2l.engines.base import Limits
 from i2l.engines.directory.manifest import read_manifest
 from i2l.errors import BackendUnavailable, PipelineClosed
@@ -67,9 +67,9 @@ def test_every_backend_says_whether_it_works() -> None:
     statuses = detect_backends()
     assert [status.name for status in statuses] == list(BACKENDS)
     assert all(status.reason and (status.works or status.remedy) for status in statuses)
-    assert choose_backend("toy") == ("toy", "asked for")
+    assert working_backend("toy").reason == "it is a toy"
     with pytest.raises(BackendUnavailable, match="use one of auto, cpu, cuda, tensorrt, toy"):
-        choose_backend("openvino")
+        working_backend("openvino")
 
 
 def test_the_toy_is_small_and_uses_what_a_backend_may() -> None:

@@ -17,8 +17,6 @@ from hypothesis import strategies as st
 
 import i2l
 from conftest import MakeEngines, picture
-from i2l.engines import backends
-from i2l.engines.base import BackendStatus
 from i2l.engines.cpu import backend as ort
 from i2l.engines.cpu.readahead import ReadAhead
 from i2l.engines.directory.manifest import Chunk, Step, read_manifest
@@ -394,12 +392,6 @@ def test_auto_says_why(engines: MakeEngines) -> None:
 def test_a_named_backend_was_asked_for(engines: MakeEngines) -> None:
     with open_engines(engines("tiny", "fp32"), backend="cpu") as opened:
         assert (opened.backend_name, opened.backend_reason) == ("cpu", "asked for")
-
-
-def test_auto_takes_the_best_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    statuses = tuple(BackendStatus(name, works=name != "tensorrt", reason="because") for name in backends.BACKENDS)
-    monkeypatch.setattr(backends, "detect_backends", lambda: statuses)
-    assert backends.choose_backend("auto")[0] == "cuda"
 
 
 # --- the streamer ------------------------------------------------------------------------------------------------

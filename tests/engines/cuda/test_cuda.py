@@ -23,12 +23,13 @@ from conftest import MakeEngines, MakeModels, lora_of_one_batch, picture
 from fake_device import HostDevice
 from i2l.cli import main
 from i2l.engines import backends
-from i2l.engines.base import Limits, VramBudget
+from i2l.engines.base import CardFacts, Limits, VramBudget
 from i2l.engines.cuda.backend import arena_memory, open_cuda
 from i2l.engines.cuda.graph_files import FACTS, checked_graphs, graphs_folder
 from i2l.engines.cuda.session import CpuTarget, CudaTarget, OrtDeviceEngine
 from i2l.engines.device import card as cuda_device
 from i2l.engines.device.backend import DeviceBackend
+from i2l.engines.device.driver import driver_release
 from i2l.engines.device.tensor import DeviceTensor
 from i2l.engines.directory.manifest import read_manifest
 from i2l.errors import (
@@ -259,16 +260,57 @@ def test_a_card_that_does_not_do_is_given_back(
 # --- which backend ------------------------------------------------------------------------------------------------
 
 
-def test_auto_never_takes_what_nobody_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+class PlayedDriver:
+    """CUDA's driver as far as it names cards."""
+
+    count = 2
+
+    def cuInit(self, _: int) -> int:  # noqa: N802 - CUDA's names
+        return 0
+
+    def cuDeviceGetCount(self, count: Any) -> int:  # noqa: N802
+        count._obj.value = self.count
+        return 0
+
+    def cuDriverGetVersion(self, version: Any) -> int:  # noqa: N802
+        version._obj.value = 13010
+        return 0
+
+    def cuDeviceGet(self, device: Any, index: int) -> int:  # noqa: N802
+        device._obj.value = 7 + index
+        return 0
+
+    def cuDeviceGetName(self, name: Any, size: int, device: Any) -> int:  # noqa: N802
+        name.value = f"card {device.value - 7}".encode()[:size]
+        return 0
+
+
+def test_the_cards_are_what_a_proof_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("i2l.engines.device.driver.without_driver", lambda _: None)
+    monkeypatch.setattr("i2l.engines.device.driver.without_cuda_python", lambda _: None)
+    monkeypatch.setattr("i2l.engines.device.driver._driver_library", PlayedDriver)
+    monkeypatch.setattr("i2l.engines.device.driver.driver_release", lambda: "")
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name.startswith("tensorrt") else name)
-    name, reason = backends.choose_backend("auto")
-    assert name == "cpu"
-    assert "never run on a GPU" in reason
-    assert backends.choose_backend("cuda") == ("cuda", "asked for")
-    text = CliRunner().invoke(main, ["doctor"]).output
-    assert "backend cuda: untried" in text
+    libraries = {"onnxruntime-gpu": ort.__version__}
+    cards = tuple(CardFacts(name, "for CUDA 13.1", libraries) for name in ("card 0", "card 1"))
+    assert backends.working_backend("cuda").cards == cards
+    monkeypatch.setattr(PlayedDriver, "count", 0)
+    with pytest.raises(BackendUnavailable, match="the NVIDIA driver finds no GPU"):
+        backends.working_backend("cuda")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.95.05  Tue Sep 23 10:11:16 UTC 2025",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build",
+    ],
+)
+def test_the_drivers_version_is_the_kernel_modules(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "version"
+    assert driver_release(path) == ""
+    path.write_text(f"{line}\nGCC version:  gcc version 12.2.0\n")
+    assert driver_release(path) == "580.95.05"
 
 
 def test_graphs_that_are_not_finished_change_nothing(with_graphs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,57 +5,30 @@ Engines are onnxruntime's, fed with what the fake device's memory holds when the
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import onnxruntime as ort
 import pytest
 
 from conftest import MakeEngines, picture
-from fake_device import DeviceTensor, FakeDevice
+from fake_device import FakeDevice, FakeEngine
 from i2l.engines.base import Limits, Offer, VramBudget
 from i2l.engines.base import Opened as OpenedEngines
-from i2l.engines.cpu.backend import OrtEngine
 from i2l.engines.cuda.backend import find_cuda
 from i2l.engines.device.backend import DeviceBackend
 from i2l.engines.device.residency import RESERVED_BYTES, GraphMemory
-from i2l.engines.directory.dtypes import ELEMENT_TYPES
 from i2l.engines.directory.manifest import Manifest, read_manifest
 from i2l.errors import BudgetTooSmall, DeviceFailed, EnginesReplaced, OutOfDeviceMemory, PipelineClosed
 from i2l.lora.lora import Lora
 from i2l.runtime.cache import EmbeddingCache
 from i2l.runtime.pictures.pixels import square_image
 from i2l.runtime.pipeline import Pipeline
+from i2l.runtime.proof.choice import Chosen
 from i2l.runtime.trace import Trace
 
 PICTURES = [picture(90, 70, seed=1), picture(64, 64, seed=2)]
-
-
-class FakeEngine:
-    """Reads its weights when the compute lane comes to it."""
-
-    def __init__(self, device: FakeDevice, graph: str, path: Path, fail: Callable[[str], None]) -> None:
-        self._engine = OrtEngine(graph, path.read_bytes(), 1)
-        self._device, self._graph, self._fail = device, graph, fail
-        self.activation = self._engine.activation
-
-    def run(self, activation: ort.OrtValue, weights: Mapping[str, DeviceTensor]) -> dict[str, ort.OrtValue]:
-        self._fail(self._graph)
-        outputs: dict[str, ort.OrtValue] = {}
-
-        def work() -> None:
-            values = {}
-            for name, tensor in weights.items():
-                dtype, element = ELEMENT_TYPES[tensor.info.dtype]
-                array = self._device.array(tensor, dtype)
-                values[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, element)
-            outputs.update(self._engine.run(activation, values))
-
-        self._device.enqueue("compute", work)
-        self._device.drain("compute")
-        return outputs
 
 
 Opened = Callable[..., tuple[Pipeline, DeviceBackend, FakeDevice]]
@@ -121,7 +94,7 @@ def on_auto(engines: MakeEngines, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             backend = DeviceBackend("cuda", device, make, engines, manifest, graphs, 1 << 30)
             return OpenedEngines(backend, manifest, manifest)
 
-        monkeypatch.setattr("i2l.runtime.opening.choose_backend", lambda _: ("cuda", "auto: a card"))
+        monkeypatch.setattr("i2l.runtime.opening.choose_backend", lambda *_, **__: Chosen("cuda", "auto: a card"))
         monkeypatch.setattr("i2l.engines.cuda.backend.OFFER", Offer(find_cuda, open_gpu))
         pipelines.append(Pipeline(directory, threads=1))
         return pipelines[-1], directory
@@ -243,7 +216,7 @@ def test_a_trace_shows_what_the_lanes_did(engines: MakeEngines, monkeypatch: pyt
         backend = DeviceBackend("cuda", device, make, directory, manifest, graphs, caught.value.needed_bytes)
         return OpenedEngines(backend, manifest, manifest)
 
-    monkeypatch.setattr("i2l.runtime.opening.choose_backend", lambda _: ("cuda", "named"))
+    monkeypatch.setattr("i2l.runtime.opening.choose_backend", lambda *_, **__: Chosen("cuda", "named"))
     monkeypatch.setattr("i2l.engines.cuda.backend.OFFER", Offer(find_cuda, open_gpu))
     trace = Trace()
     with Pipeline(directory, backend="cuda", trace=trace) as pipeline:
@@ -290,7 +263,7 @@ def test_too_little_vram_at_the_opening_leaves_auto_the_cpu(
     def open_gpu(*_: object) -> OpenedEngines:
         raise OutOfDeviceMemory("a card", 2 << 30, 1 << 30)
 
-    monkeypatch.setattr("i2l.runtime.opening.choose_backend", lambda _: ("cuda", "a card"))
+    monkeypatch.setattr("i2l.runtime.opening.choose_backend", lambda *_, **__: Chosen("cuda", "a card"))
     monkeypatch.setattr("i2l.engines.cuda.backend.OFFER", Offer(find_cuda, open_gpu))
     with pytest.raises(OutOfDeviceMemory):
         Pipeline(engines("tiny", "int8"), backend="cuda")

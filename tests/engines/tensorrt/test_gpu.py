@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from conftest import MakeEngines, picture
+from i2l.cli import main
 from i2l.engines.backends import detect_backends
 from i2l.engines.tensorrt.backend import TensorRTBackend
 from i2l.engines.tensorrt.layers import products
@@ -40,6 +42,11 @@ def directory(
     except PrecisionUnsupported as error:
         pytest.skip(str(error))
     return copy
+
+
+def test_the_card_proves_itself(directory: Path, backend: str) -> None:
+    result = CliRunner().invoke(main, ["prove", "--engines", str(directory), "--backend", backend, "--report", "-"])
+    assert result.exit_code == 0, result.output
 
 
 def test_the_cpus_lora_at_every_budget(directory: Path, backend: str) -> None:

@@ -29,6 +29,7 @@ from conftest import MakeEngines, graphs_once, lora_of_one_batch, picture
 from fake_device import HostDevice
 from i2l.cli import main
 from i2l.engines import backends
+from i2l.engines.base import CardFacts
 from i2l.engines.device import card as cuda_device
 from i2l.engines.device import driver
 from i2l.engines.device.device import Workspace
@@ -99,6 +100,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Play:
         monkeypatch.setattr(cuda_device, "CudaDevice", lambda **_: device)
         monkeypatch.setattr(driver, "without_driver", lambda _: None)
         monkeypatch.setattr(driver, "without_cuda_python", lambda _: None)
+        monkeypatch.setattr(driver, "nvidia_cards", lambda libraries: (CardFacts(card, "1.0", libraries),))
         monkeypatch.setattr(tensorrt_backend, "current_sm", lambda: sm)
         return played
 
@@ -472,13 +474,16 @@ def test_the_real_tensorrt_says_what_it_lacks(tmp_path: Path) -> None:
 # --- which backend ------------------------------------------------------------------------------------------------
 
 
-def test_it_is_untried_and_auto_passes_it_over(planned: Path, play: Play) -> None:
+def test_it_is_not_proven_and_auto_passes_it_over(planned: Path, play: Play) -> None:
     play()
     status = next(status for status in backends.detect_backends() if status.name == "tensorrt")
-    assert (status.works, status.proven) == (True, False)
-    assert "backend tensorrt: untried (tensorrt_rtx 1.7.1, sm89; " in CliRunner().invoke(main, ["doctor"]).output
-    with Pipeline(planned) as pipeline:
+    assert (status.works, status.cards[0].libraries) == (True, {"tensorrt_rtx": "1.7.1"})
+    text = CliRunner().invoke(main, ["doctor", "--engines", str(planned)]).output
+    assert "backend tensorrt: works (tensorrt_rtx 1.7.1, sm89)\n  card 0: a played card, driver 1.0" in text
+    assert "tensorrt on a played card, driver 1.0: not proven with these engines: i2l prove --engines" in text
+    with Pipeline(planned, prove=False) as pipeline:
         assert pipeline.backend_name == "cpu"
+        assert "tensorrt: a played card is not proven: i2l prove does it" in pipeline.backend_reason
 
 
 def test_without_cuda_python_the_extra_installs_it(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -492,7 +497,7 @@ def test_without_cuda_python_the_extra_installs_it(play: Play, monkeypatch: pyte
     with pytest.raises(
         BackendUnavailable, match=r"cuda.bindings .* is not installed: pip install 'i2l-engines\[tensorrt\]'"
     ):
-        backends.choose_backend("tensorrt")
+        backends.working_backend("tensorrt")
 
 
 def test_a_tensorrt_whose_libraries_do_not_load(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -503,7 +508,7 @@ def test_a_tensorrt_whose_libraries_do_not_load(play: Play, monkeypatch: pytest.
 
     monkeypatch.setattr(tensorrt_backend, "find_flavour", broken)
     with pytest.raises(BackendUnavailable, match=r"TensorRT does not load .*libnvinfer"):
-        backends.choose_backend("tensorrt")
+        backends.working_backend("tensorrt")
 
 
 def test_the_command_runs_on_it(planned: Path, photo: Path, tmp_path: Path, play: Play) -> None:

@@ -1,0 +1,95 @@
+"""``i2l prove``."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from ..machine.progress import show_progress
+from ..machine.wording import format_path
+from .options import (
+    backend_option,
+    debug_option,
+    device_option,
+    engines_option,
+    json_option,
+    require_gpu_for_budget,
+    threads_option,
+    vram_budget_option,
+    vram_margin_option,
+)
+
+
+@click.command()
+@engines_option
+@backend_option
+@threads_option
+@vram_budget_option
+@vram_margin_option
+@device_option
+@click.option(
+    "--report", "report_path", metavar="FILE|-", type=click.Path(dir_okay=False, allow_dash=True),
+    help="Also write a text for an issue: card, driver, versions and figures, neither paths nor names.",
+)  # fmt: skip
+@json_option
+@debug_option
+def prove(
+    engines: Path,
+    backend: str,
+    threads: int | None,
+    vram_budget_bytes: int | None,
+    vram_margin_bytes: int,
+    device: str | None,
+    report_path: str | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Let a card show that it is right, and how fast.
+
+    Each kind of step with real weights against float32 on the CPU; twice, in a batch and with the smallest slots the
+    same to the bit; memory within the budget; times of the card and of the CPU. Seconds on a card that is one. The
+    outcome is kept beside the engines, and --backend auto goes by it. Exit code 1 if a card is not proven.
+    """
+    if backend == "cpu":
+        raise click.UsageError("the CPU is what cards are held against: name another --backend, or none")
+    require_gpu_for_budget(backend, vram_budget_bytes)
+    from ..engines.base import Limits, VramBudget  # noqa: PLC0415
+    from ..engines.directory.integrity import check_files  # noqa: PLC0415
+    from ..engines.directory.manifest import read_manifest  # noqa: PLC0415
+    from ..runtime.opening import decider  # noqa: PLC0415
+    from ..runtime.passes import IMAGES_PER_PASS  # noqa: PLC0415
+    from ..runtime.proof.deciding import to_prove  # noqa: PLC0415
+    from ..runtime.proof.telling import record_lines, report_text  # noqa: PLC0415
+
+    manifest = read_manifest(engines)
+    check_files(engines, manifest)
+    statuses, reasons = to_prove(backend, device)
+    with show_progress("steps", quiet=as_json) as report:
+        vram = VramBudget(vram_budget_bytes, vram_margin_bytes)
+        limits = Limits(IMAGES_PER_PASS, threads=threads, vram=vram, device=device, report=report)
+        deciding = decider(engines, manifest, limits)
+        subjects = [(status, deciding.subject(status)) for status in statuses]
+        records = [deciding.prove(subject) for _, subject in subjects if subject]
+    reasons = [*reasons, *(f"{status.name}: it finds no such card" for status, subject in subjects if not subject)]
+    if as_json:
+        click.echo(json.dumps({"proofs": [asdict(record) for record in records], "others": reasons}))
+    else:
+        lines = [line for record in records for line in record_lines(record)]
+        click.echo("\n".join([*lines, *reasons]))
+    if report_path:
+        text = report_text(records, manifest)
+        if report_path == "-":
+            click.echo(text, nl=False)
+        else:
+            _write(Path(report_path).expanduser(), text)
+    if any(record.best is None for record in records) or (backend != "auto" and not records):
+        raise click.exceptions.Exit(1)
+
+
+def _write(path: Path, text: str) -> None:
+    from ..machine.files import atomic_path  # noqa: PLC0415
+
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    click.echo(f"{format_path(path)}: look it over before you pass it on", err=True)

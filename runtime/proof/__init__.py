@@ -1,0 +1,1 @@
+"""A card is trusted once it has shown that it is right."""

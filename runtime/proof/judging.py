@@ -1,0 +1,120 @@
+"""Is a result right? Pure: errors, tolerances with their reasons, and what a form of graphs has shown.
+
+A block adds to what it is given, and beside a massive token its own work is small. So the error is that of the change,
+and of the worst token. One in sixty-four wrong values of an attention is then seen, which a norm over all would hide.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ...engines.base import Arithmetic, Array
+from ...engines.directory.manifest import Chunk, Model, Step
+from ...machine.wording import format_bytes
+from ...specs import AdapterSpec, Spec
+
+TOLERANCES: Mapping[Arithmetic, float] = {
+    "float32": 1e-3,  # other orders of additions: 2e-5 seen at the preset tiny; real faults begin at percents
+    "bfloat16": 0.08,  # 8 bits: 0.4 % for an operand, more where the attention's exponents grow it. Not measured
+    "float8": 0.3,  # 4 bits: 3 % for an operand. Not measured
+    "int8": 0.3,  # 63 levels on each side for a token that is not massive. Only the CPU has it, which is not proven
+}
+"""The largest relative error of a token, by what the operands of products are rounded to."""
+LEAST_CHANGE = 1e-3
+"""Of the result: a change that is smaller drowns in float32's own rounding, 6e-8 of the result."""
+NOT_FINITE = 1e9
+"""The error of a value that is no number; records are JSON, which has none for it."""
+
+
+@dataclass(frozen=True)
+class FormOutcome:
+    """What one form of a backend's graphs has shown."""
+
+    form: str | None
+    failure: str = ""
+    """Why it is not right; empty if it passed."""
+    refusal: str = ""
+    """Why it could not even begin, such as engines that were not built for it: no fault of the card."""
+    lasting: bool = True
+    """False: a refusal for lack of memory, which may be over at the next try."""
+    errors: Mapping[str, float] = field(default_factory=dict)
+    """``graph -> the worst relative error``."""
+    tolerance: float = 0.0
+    peak_bytes: int | None = None
+    """The most that the card saw in use; None where the backend cannot tell."""
+    budget_bytes: int | None = None
+    upload_bytes_per_second: float | None = None
+    """With nothing computing."""
+    busy_upload_bytes_per_second: float | None = None
+    """While computing, with the smallest slots."""
+    ms_per_image: float | None = None
+    """One image alone, by the plan in force."""
+    estimated: bool = False
+    """The time is of a part of the chunks, for all of them by their bytes."""
+    seconds: float = 0.0
+    """The proof took."""
+
+    @property
+    def passed(self) -> bool:
+        return not self.failure and not self.refusal
+
+
+def first_steps(model: Model) -> list[Step]:
+    """The first step of each kind of graph."""
+    firsts: dict[str, Step] = {}
+    for step in _steps(model.chunks):
+        firsts.setdefault(step.graph, step)
+    return list(firsts.values())
+
+
+def stretch(chunks: tuple[Chunk, ...], most: int) -> tuple[Chunk, ...]:
+    """So many chunks of a model that all kinds of steps are there and slots are used again: the first, and the last."""
+    return chunks if len(chunks) <= most else (*chunks[: most - 1], chunks[-1])
+
+
+def worst_error(spec: Spec, activation: Array, found: Mapping[str, Array], wanted: Mapping[str, Array]) -> float:
+    """The largest relative error of a token's change (of a factor, for the adapter)."""
+    errors = []
+    for name, right in wanted.items():
+        width = right[0].size if isinstance(spec, AdapterSpec) else right.shape[-1]
+        change = right - activation if right.shape == activation.shape else right
+        rows, changes, rights = (x.reshape(-1, width).astype(np.float64) for x in (found[name] - right, change, right))
+        scale = np.maximum(np.linalg.norm(changes, axis=1), LEAST_CHANGE * np.linalg.norm(rights, axis=1))
+        errors.append(float((np.linalg.norm(rows, axis=1) / np.maximum(scale, 1e-30)).max()))
+    return float(np.nan_to_num(np.max(errors), nan=NOT_FINITE, posinf=NOT_FINITE))  # unlike max(), NaN wins here
+
+
+def error_failure(errors: Mapping[str, float], tolerance: float) -> str:
+    """Which graphs are wrong; empty if none is."""
+    wrong = [f"{graph} {_off(error)}" for graph, error in errors.items() if error > tolerance]
+    return f"{', '.join(wrong)} (tolerance {_percent(tolerance)})" if wrong else ""
+
+
+def difference_failure(what: str, first: Iterable[Array], second: Iterable[Array]) -> str:
+    """Say that two results are not the same to the bit, and how far they are apart; empty if they are."""
+    worst = 0.0
+    for x, y in zip(first, second, strict=True):
+        if not np.array_equal(x, y, equal_nan=True):
+            worst = max(worst, float(np.linalg.norm(x - y) / max(float(np.linalg.norm(x)), 1e-30)), 1e-30)
+    return f"{what}: another result, {_percent(worst)} apart" if worst else ""
+
+
+def memory_failure(peak_bytes: int | None, budget_bytes: int | None) -> str:
+    """Say that more was in use than was allowed; empty if not, or if nobody can tell."""
+    if peak_bytes is None or budget_bytes is None or peak_bytes <= budget_bytes:
+        return ""
+    return f"it took {format_bytes(peak_bytes)} of the card, {format_bytes(budget_bytes)} were allowed"
+
+
+def _steps(chunks: Iterable[Chunk]) -> Iterator[Step]:
+    for chunk in chunks:
+        yield from chunk.steps
+
+
+def _off(error: float) -> str:
+    return "gives no number" if error >= NOT_FINITE else f"{_percent(error)} off"
+
+
+def _percent(error: float) -> str:
+    return f"{100 * error:.2g} %"

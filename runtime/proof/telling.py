@@ -1,0 +1,95 @@
+"""Proofs in words: for the terminal, and as a text that says nothing of who ran it."""
+
+import getpass
+import os
+import platform
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from ...engines.base import CardFacts
+from ...engines.directory.manifest import Manifest
+from ...machine.threads import default_threads
+from ...machine.wording import format_bytes
+from ...specs import EncoderSpec
+from .judging import FormOutcome
+from .records import Record
+
+PATHS = re.compile(r"\S*[\\/]\S*")
+"""What may be a path, or a part of one with blanks in it."""
+RATES = re.compile(r"GB/s[,;)]?")
+
+
+def verdict(record: Record) -> str:
+    """One line: right or not, and how fast."""
+    if record.best is None:
+        return f"{'could not be proven' if record.refused else 'failed its proof'}: {record.failure}"
+    form = f" ({record.best.form})" if record.best.form else ""
+    cpu = "" if record.cpu_ms_per_image is None else f", the CPU {_ms(record.cpu_ms_per_image, record.cpu_estimated)}"
+    return f"right{form}, {_ms(record.best.ms_per_image, record.best.estimated)} an image{cpu}"
+
+
+def record_lines(record: Record) -> Iterator[str]:
+    """A record for people."""
+    yield f"{record.subject.backend} on {card_text(record.subject.card)}: {verdict(record)}"
+    for outcome in record.forms:
+        if len(record.forms) > 1:
+            yield f"  {outcome.form}: {outcome.failure or outcome.refusal or 'right'}"
+        yield from (f"    {line}" for line in _form_lines(outcome))
+    yield f"  proven at {record.made} in {record.seconds:.0f} s"
+
+
+def report_text(records: Iterable[Record], manifest: Manifest) -> str:
+    """All records as a text to pass on: card, driver, versions and figures; neither paths nor names of people."""
+    sizes = (
+        f"{family} {spec.hidden} x {spec.depth}"
+        for family, model in manifest.models.items()
+        if isinstance(spec := model.spec, EncoderSpec)
+    )
+    system = f"{platform.system()} {platform.machine()}"
+    lines = [
+        f"i2l proof report, {system}, Python {platform.python_version()}, {default_threads()} cores for the CPU",
+        f"engines: {manifest.precision}, {', '.join(sizes)}",
+    ]
+    for record in records:
+        lines += ["", f"i2l {record.subject.version}", *record_lines(record)]
+        libraries = ", ".join(f"{name} {version}" for name, version in record.subject.card.libraries.items())
+        lines += [f"  libraries: {libraries or 'not told'}"]
+    return anonymous("\n".join(lines)) + "\n"
+
+
+def anonymous(text: str) -> str:
+    """Without paths, and without the names of this user and this machine, whatever an error quoted."""
+    text = text.replace(str(Path.home()), "~/")
+    text = PATHS.sub(lambda found: found[0] if RATES.fullmatch(found[0]) else "PATH", text)
+    for name in {getpass.getuser() if _has_user() else "", platform.node()} - {""}:
+        text = re.sub(rf"\b{re.escape(name)}\b", "NAME", text)
+    return text
+
+
+def card_text(card: CardFacts) -> str:
+    """A card with its driver."""
+    driver = f", driver {card.driver}" if card.driver else ""
+    return f"{card.name}{driver}{', a renderer in software' if card.software else ''}"
+
+
+def _form_lines(outcome: FormOutcome) -> Iterator[str]:
+    if outcome.errors:
+        worst = max(outcome.errors, key=lambda graph: outcome.errors[graph])
+        yield f"worst error {outcome.errors[worst]:.1e} ({worst}), tolerance {outcome.tolerance:.0e}"
+    if outcome.peak_bytes is not None and outcome.budget_bytes is not None:
+        peak, budget = format_bytes(outcome.peak_bytes), format_bytes(outcome.budget_bytes)
+        yield f"{peak} of the card in use at most, budget {budget}"
+    if outcome.upload_bytes_per_second and outcome.busy_upload_bytes_per_second:
+        alone, busy = (x / 1e9 for x in (outcome.upload_bytes_per_second, outcome.busy_upload_bytes_per_second))
+        yield f"uploads {alone:.3g} GB/s alone, {busy:.3g} GB/s while computing"
+    if outcome.ms_per_image is not None:
+        yield f"{_ms(outcome.ms_per_image, outcome.estimated)} an image"
+
+
+def _ms(ms: float | None, estimated: bool) -> str:
+    return "no time" if ms is None else f"{'about ' if estimated else ''}{ms:.0f} ms"
+
+
+def _has_user() -> bool:
+    return bool({"LOGNAME", "USER", "LNAME", "USERNAME"} & os.environ.keys())

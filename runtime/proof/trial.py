@@ -1,0 +1,271 @@
+"""The checks of a proof, on an opened backend. Runs in the proof's own process.
+
+Whole models are run for the time alone, and only where that takes seconds. All else sees a stretch of each: chunks
+enough that every slot is used several times, in the order and by the streamer of a real pass.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ...engines.backends import offer_of, right_outputs
+from ...engines.base import Array, Limits, Opened, VramBudget
+from ...engines.device.backend import DeviceBackend
+from ...engines.device.residency import Planned
+from ...engines.directory.manifest import Chunk, Manifest
+from ...engines.errors import BudgetTooSmall
+from ...specs import Family
+from ..streamer import stream
+from .activations import seeded_activation
+from .judging import (
+    TOLERANCES,
+    FormOutcome,
+    difference_failure,
+    error_failure,
+    first_steps,
+    memory_failure,
+    stretch,
+    worst_error,
+)
+
+STRETCH = 7
+"""Chunks of a model: with two slots each is used three times."""
+LONG_PASS_SECONDS = 6.0
+"""A pass that would take longer is estimated from the stretch."""
+ROOM_BYTES = 512 << 20
+"""Beyond the smallest plan: a few chunks at full size."""
+PHASES = 7
+"""Of :func:`try_form`, beside one for each kind of graph."""
+
+Tell = Callable[[int, int], None]
+"""``(done, total)`` phases."""
+
+
+@dataclass
+class Trial:
+    """A backend on trial.
+
+    Args:
+        engines: the engines directory.
+        manifest: its manifest.
+        backend: its name.
+        limits: what it may take, and the form of graphs.
+        tell: told the phases done.
+    """
+
+    engines: Path
+    manifest: Manifest
+    backend: str
+    limits: Limits
+    tell: Tell
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What was measured, by the names of :class:`FormOutcome`."""
+    results: list[Array] = field(default_factory=list)
+    """Of one image, to which all else must be equal."""
+    _done: int = 0
+    _least_bytes: int = 0
+    _streamed: int | None = None
+    """Bytes a pass copies, by the plan in force; None for a backend without a plan."""
+    _everything_streams: int | None = None
+
+    def run(self) -> FormOutcome:
+        """All checks, until one fails."""
+        start = time.perf_counter()
+        self._advance(0)
+        failure = self._in_force() or self._smallest() or self._roomier()
+        return FormOutcome(self.limits.form, failure, seconds=time.perf_counter() - start, **self.facts)
+
+    def _in_force(self) -> str:
+        """The plan as the budget gives it."""
+        opened = offer_of(self.backend).open(self.engines, self.manifest, self.limits)
+        with closing(opened.backend):
+            self._advance()
+            self.facts["errors"] = self._errors(opened)
+            arithmetic = offer_of(self.backend).arithmetic.get(opened.running.precision, "float32")
+            self.facts["tolerance"] = TOLERANCES[arithmetic]
+            if failure := error_failure(self.facts["errors"], TOLERANCES[arithmetic]):
+                return failure
+            images = self._inputs(opened, self.limits.images)
+            first = {family: array[:1] for family, array in images.items()}
+            self.results, _ = outputs(opened, first, STRETCH)
+            again, seconds = outputs(opened, first, STRETCH)
+            self._advance()
+            if failure := difference_failure("a second time", self.results, again):
+                return failure
+            if failure := self._company(opened, images):
+                return failure
+            self.facts |= pass_time(opened, first, seconds)
+            self._advance()
+            self.facts |= memory(opened)
+            self._streamed = streamed_bytes(opened)
+        return memory_failure(self.facts["peak_bytes"], self.facts["budget_bytes"])
+
+    def _smallest(self) -> str:
+        """The least plan that works, where everything streams; nothing to do for a backend without a budget."""
+        offer = offer_of(self.backend)
+        try:
+            offer.open(self.engines, self.manifest, replace(self.limits, vram=VramBudget(1))).backend.close()
+        except BudgetTooSmall as error:
+            self._least_bytes = error.needed_bytes
+        else:
+            return ""
+        opened = offer.open(self.engines, self.manifest, self._within(self._least_bytes))
+        with closing(opened.backend):
+            self._everything_streams = streamed_bytes(opened)
+            self._advance()
+            first = self._inputs(opened, 1)
+            found, _ = outputs(opened, first, STRETCH)
+            if failure := difference_failure("with the smallest slots", self.results, found):
+                return failure
+            self._advance()
+            self.facts |= upload_rates(opened, first)
+            self._advance()
+            used = memory(opened)
+        return memory_failure(used["peak_bytes"], used["budget_bytes"])
+
+    def _roomier(self) -> str:
+        """A plan where chunks stay, if that in force is the smallest, as where a card does not tell what is free."""
+        given = self.limits.vram.budget_bytes is not None
+        if given or self._streamed is None or self._streamed != self._everything_streams:
+            return ""
+        limits = self._within(self._least_bytes + ROOM_BYTES)
+        opened = offer_of(self.backend).open(self.engines, self.manifest, limits)
+        with closing(opened.backend):
+            found, _ = outputs(opened, self._inputs(opened, 1), STRETCH)
+        return difference_failure("with chunks that stay", self.results, found)
+
+    def _within(self, budget_bytes: int) -> Limits:
+        return replace(self.limits, vram=VramBudget(budget_bytes))
+
+    def _errors(self, opened: Opened) -> dict[str, float]:
+        """``graph -> error`` of the first step of each kind."""
+        folder = (opened.engines or self.engines) / opened.running.build
+        errors = {}
+        for family, model in opened.running.models.items():
+            firsts = {step.name for step in first_steps(model)}
+            chunks = [chunk for chunk in model.chunks if any(step.name in firsts for step in chunk.steps)]
+            for step, weights in stream(opened.backend.store(family), chunks):
+                if step.name in firsts:
+                    activation = seeded_activation(model.spec, step.graph, images=1)
+                    given = opened.backend.engine(step.graph).run(opened.backend.value(activation), weights)
+                    found = {name: opened.backend.array(value) for name, value in given.items()}
+                    wanted = right_outputs(folder / model.pack, model, step, activation)
+                    errors[step.graph] = worst_error(model.spec, activation, found, wanted)
+                    self._advance()
+        return errors
+
+    def _company(self, opened: Opened, images: Mapping[Family, Array]) -> str:
+        """In a batch every image must get what it gets alone."""
+        together, _ = outputs(opened, images, STRETCH)
+        for index in {0, self.limits.images - 1}:
+            one = {family: array[index : index + 1] for family, array in images.items()}
+            alone = self.results if index == 0 else outputs(opened, one, STRETCH)[0]
+            among = [array[index : index + 1] for array in together]
+            if failure := difference_failure(f"in a batch of {self.limits.images}", alone, among):
+                return failure
+        self._advance()
+        return ""
+
+    def _inputs(self, opened: Opened, images: int) -> dict[Family, Array]:
+        """What the first step of each model takes."""
+        models = opened.running.models
+        return {
+            family: seeded_activation(model.spec, model.chunks[0].steps[0].graph, images)
+            for family, model in models.items()
+        }
+
+    def _advance(self, phases: int = 1) -> None:
+        self._done += phases
+        self.tell(self._done, PHASES + sum(len(first_steps(model)) for model in self.manifest.models.values()))
+
+
+def time_backend(engines: Path, manifest: Manifest, backend: str, limits: Limits) -> FormOutcome:
+    """How long an image takes, and nothing else: for the CPU, which cards are held against."""
+    start = time.perf_counter()
+    opened = offer_of(backend).open(engines, manifest, limits)
+    with closing(opened.backend):
+        models = opened.running.models
+        first = {
+            family: seeded_activation(model.spec, model.chunks[0].steps[0].graph, 1) for family, model in models.items()
+        }
+        outputs(opened, first, STRETCH)
+        _, seconds = outputs(opened, first, STRETCH)
+        facts = pass_time(opened, first, seconds)
+    return FormOutcome(limits.form, seconds=time.perf_counter() - start, **facts)
+
+
+def outputs(
+    opened: Opened, inputs: Mapping[Family, Array], most: int | None
+) -> tuple[list[Array], dict[Family, float]]:
+    """What a pass over at most so many chunks of each model gives, and the seconds of each."""
+    backend, results = opened.backend, []
+    seconds: dict[Family, float] = {}
+    for family, model in opened.running.models.items():
+        start = time.perf_counter()
+        value = backend.value(inputs[family])
+        for step, weights in stream(backend.store(family), part_of(model.chunks, most)):
+            if family == "adapter":  # its steps do not follow each other
+                given = backend.engine(step.graph).run(backend.value(inputs[family]), weights)
+                results += [backend.array(factor) for factor in given.values()]
+            else:
+                (value,) = backend.engine(step.graph).run(value, weights).values()
+        if family != "adapter":
+            results.append(backend.array(value))
+        seconds[family] = time.perf_counter() - start
+    return results, seconds
+
+
+def pass_time(opened: Opened, inputs: Mapping[Family, Array], seconds: Mapping[Family, float]) -> dict[str, Any]:
+    """The milliseconds of an image: of a pass, or from those of a stretch where a pass would take long."""
+    estimate = 0.0
+    for family, model in opened.running.models.items():
+        part = sum(chunk.nbytes for chunk in part_of(model.chunks, STRETCH))
+        estimate += seconds[family] * sum(chunk.nbytes for chunk in model.chunks) / part
+    if estimate > LONG_PASS_SECONDS:
+        return {"ms_per_image": 1e3 * estimate, "estimated": True}
+    outputs(opened, inputs, None)  # chunks that stay come now
+    _, whole = outputs(opened, inputs, None)
+    return {"ms_per_image": 1e3 * sum(whole.values()), "estimated": False}
+
+
+def upload_rates(opened: Opened, inputs: Mapping[Family, Array]) -> dict[str, float]:
+    """Bytes a second that reach the device: with nothing computing, and while it computes."""
+    backend = opened.backend
+    nbytes, alone = 0, 0.0
+    _, busy = outputs(opened, inputs, STRETCH)
+    for family, model in opened.running.models.items():
+        store, chunks = backend.store(family), part_of(model.chunks, STRETCH)
+        nbytes += sum(chunk.nbytes for chunk in chunks if chunk not in store.resident)
+        start = time.perf_counter()
+        for _ in stream(store, chunks):
+            pass
+        backend.array(backend.value(inputs["adapter"]))  # waits for what was enqueued
+        alone += time.perf_counter() - start
+    if not nbytes:
+        return {}
+    return {
+        "upload_bytes_per_second": nbytes / alone,
+        "busy_upload_bytes_per_second": nbytes / sum(busy.values()),
+    }
+
+
+def memory(opened: Opened) -> dict[str, int | None]:
+    """What was in use at most, and what was allowed, as far as the backend counts it."""
+    backend = opened.backend
+    return {
+        "peak_bytes": backend.peak_bytes if isinstance(backend, DeviceBackend) else None,
+        "budget_bytes": backend.residency.budget_bytes if isinstance(backend, Planned) else None,
+    }
+
+
+def streamed_bytes(opened: Opened) -> int | None:
+    """What a pass copies to the device; None for a backend that plans nothing."""
+    return opened.backend.residency.streamed_bytes if isinstance(opened.backend, Planned) else None
+
+
+def part_of(chunks: Sequence[Chunk], most: int | None) -> tuple[Chunk, ...]:
+    """At most so many chunks; all for None."""
+    return tuple(chunks) if most is None else stretch(tuple(chunks), most)
