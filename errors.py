@@ -1,17 +1,9 @@
 """Every failure that i2l can explain, as one tree under :class:`I2LError`: what users catch.
 
 Each stands beside what it is about, in a file called ``errors.py``; how they are worded says :mod:`.machine.errors`.
+The nodes' own are not here: the wheel has no nodes, and ComfyUI alone shows them.
 """
 
-from .comfy_host.errors import (
-    FilenameRefused,
-    ImagesUnfit,
-    LoraDataForeign,
-    LoraNotApplied,
-    NodePackIncomplete,
-    NoPlaceForEngines,
-    OutputOutside,
-)
 from .engines.cpu.errors import CpuPacksUnwritable
 from .engines.cuda.errors import CudaGraphsUnusable, ProviderMissing
 from .engines.errors import (
@@ -83,29 +75,22 @@ __all__ = [
     "EnginesMissing",
     "EnginesOfOtherCheckpoints",
     "EnginesReplaced",
-    "FilenameRefused",
     "FolderEmpty",
     "I2LError",
     "ImageAbsurd",
     "ImageError",
     "ImageUnreadable",
-    "ImagesUnfit",
     "ImagesUnusable",
-    "LoraDataForeign",
     "LoraNamesUnknown",
     "LoraNotASum",
-    "LoraNotApplied",
     "LoraNotFinite",
     "LoraUnreadable",
     "LorasDiffer",
     "LorasForOthers",
     "ManifestInvalid",
     "NoImages",
-    "NoPlaceForEngines",
-    "NodePackIncomplete",
     "NothingToInspect",
     "OutOfDeviceMemory",
-    "OutputOutside",
     "OutputUnwritable",
     "PackageMissing",
     "PipelineClosed",

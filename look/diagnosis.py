@@ -58,7 +58,7 @@ def diagnosis_lines(facts: Mapping[str, Any]) -> Iterator[str]:
 
 def _extra_facts(name: str, commands: Sequence[str], modules: Sequence[str]) -> dict[str, Any]:
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    remedy = f"pip install 'i2l-engines[{name}]'" if missing else ""
+    remedy = f'pip install "i2l-engines[{name}]"' if missing else ""
     return {"name": name, "commands": list(commands), "missing": missing, "remedy": remedy}
 
 

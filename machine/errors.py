@@ -19,7 +19,7 @@ class PackageMissing(I2LError, ImportError):
     """An optional dependency is not installed."""
 
     def __init__(self, package: str, purpose: str, extra: str) -> None:
-        super().__init__(f"{purpose} needs {package}, which is not installed: pip install 'i2l-engines[{extra}]'")
+        super().__init__(f'{purpose} needs {package}, which is not installed: pip install "i2l-engines[{extra}]"')
 
 
 class OutputUnwritable(I2LError, OSError):

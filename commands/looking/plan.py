@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...machine.wording import format_bytes
-from ..options import PATH, SIZE, debug_option, json_option, needs_extra
+from ..options import PATH, SIZE, debug_option, json_option
 
 if TYPE_CHECKING:
     from ...engines.directory.manifest import Model
@@ -73,8 +73,7 @@ def models_of_engines(engines: Path) -> "dict[str, dict[Family, Model]]":
 
 def models_of_preset(preset: str, precision: str) -> "dict[Family, Model]":
     """What a build would make; needs no checkpoint."""
-    with needs_extra("export", "i2l plan --preset"):
-        from ...export.packs.packs import planned_model  # noqa: PLC0415
+    from ...export.packs.planning import planned_model  # noqa: PLC0415
     from ...specs import PRESETS  # noqa: PLC0415
 
     return {spec.family: planned_model(spec, precision) for spec in PRESETS[preset]}

@@ -24,5 +24,5 @@ class ProviderMissing(I2LError, RuntimeError):
     def __init__(self, provider: str, found: Sequence[str]) -> None:
         super().__init__(
             f"onnxruntime runs without {provider} here (it has {', '.join(found)}): put the GPU build in the place of "
-            "the CPU's: pip uninstall onnxruntime && pip install 'i2l-engines[cuda]', or use --backend cpu"
+            'the CPU\'s: pip uninstall onnxruntime, then pip install "i2l-engines[cuda]", or use --backend cpu'
         )

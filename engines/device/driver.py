@@ -17,7 +17,7 @@ def without_cuda_python(name: str) -> BackendStatus | None:
     """Name the first package of cuda-python that is not there."""
     for package in ("core", "bindings"):
         if importlib.util.find_spec("cuda") is None or importlib.util.find_spec(f"cuda.{package}") is None:
-            reason, remedy = f"cuda.{package} of cuda-python is not installed", f"pip install 'i2l-engines[{name}]'"
+            reason, remedy = f"cuda.{package} of cuda-python is not installed", f'pip install "i2l-engines[{name}]"'
             return BackendStatus(name, works=False, reason=reason, remedy=remedy)
     return None
 

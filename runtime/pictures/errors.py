@@ -30,7 +30,7 @@ class DecoderMissing(ImageError, ImportError):
 
     def __init__(self, name: str, kind: str, package: str) -> None:
         super().__init__(
-            f"{name} is a {kind} picture, which needs {package}: pip install 'i2l-engines[pictures]' "
+            f'{name} is a {kind} picture, which needs {package}: pip install "i2l-engines[pictures]" '
             f"(in ComfyUI: pip install {package} in its Python)"
         )
 

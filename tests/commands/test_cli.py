@@ -641,7 +641,7 @@ def test_doctor_names_what_plot_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = i2l("doctor").stdout.splitlines()
     assert lines[-2:] == [
         "build-engines, verify, make-checkpoints: works",
-        "plot, plot-trace: no (matplotlib missing); pip install 'i2l-engines[plot]'",
+        'plot, plot-trace: no (matplotlib missing); pip install "i2l-engines[plot]"',
     ]
 
 
@@ -714,7 +714,7 @@ def test_what_needs_torch_says_what_to_install(place: Place, command: str) -> No
     result = process(command, "--models", place.models, "--engines", place.engines, before=WITHOUT_TORCH)
     assert result.returncode == 1
     assert f"error: i2l {command} needs " in result.stderr
-    assert "pip install 'i2l-engines[export]'" in result.stderr
+    assert 'pip install "i2l-engines[export]"' in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -722,6 +722,13 @@ def test_making_checkpoints_without_torch_says_what_to_install(tmp_path: Path) -
     result = process("make-checkpoints", tmp_path, before=WITHOUT_TORCH)
     assert result.returncode == 1
     assert "error: i2l make-checkpoints needs torch" in result.stderr
+
+
+def test_planning_needs_no_torch() -> None:
+    arguments = ["plan", "--preset", "full", "--precision", "int8", "--vram-budget", "4GiB"]
+    result = process(*arguments, before=WITHOUT_TORCH)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == i2l(*arguments).stdout
 
 
 @pytest.mark.parametrize("what", ["models", "engines"])

@@ -35,7 +35,8 @@ from i2l.export import build
 from i2l.export.backends import cpu as cpuplan
 from i2l.export.backends.build_lock import LOCK, only_build
 from i2l.export.build import build_engines
-from i2l.export.packs.packs import plan_pack, write_pack
+from i2l.export.packs.packs import write_pack
+from i2l.export.packs.planning import plan_pack
 from i2l.export.precisions.base import Precision
 from i2l.export.precisions.choosing import PRECISIONS, precision_for
 from i2l.machine import files

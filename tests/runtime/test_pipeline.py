@@ -375,7 +375,7 @@ def test_a_named_backend_that_cannot_run_is_an_error(engines: MakeEngines, backe
 @pytest.mark.usefixtures("driver_alone")
 @pytest.mark.parametrize("backend", ["cuda", "tensorrt"])
 def test_the_remedy_for_a_missing_package_installs_it(engines: MakeEngines, backend: str) -> None:
-    with pytest.raises(BackendUnavailable, match=rf"pip install 'i2l-engines\[{backend}\]'"):
+    with pytest.raises(BackendUnavailable, match=rf"pip install \"i2l-engines\[{backend}\]\""):
         open_engines(engines("tiny", "fp32"), backend=backend)
 
 
