@@ -32,12 +32,14 @@ from .export.checkpoints.errors import (
 )
 from .look.errors import EnginesOfOtherCheckpoints, NothingToInspect, TraceUnreadable
 from .lora.errors import (
+    LoraMissing,
     LoraNamesUnknown,
     LoraNotASum,
     LoraNotFinite,
     LorasDiffer,
     LorasForOthers,
     LoraUnreadable,
+    NoLoras,
     StrengthInvalid,
     WeightsMismatch,
 )
@@ -46,8 +48,10 @@ from .runtime.errors import EnginesReplaced, PipelineClosed
 from .runtime.pictures.errors import (
     DecoderMissing,
     FolderEmpty,
+    FolderUnreadable,
     ImageAbsurd,
     ImageError,
+    ImageMissing,
     ImagesUnusable,
     ImageUnreadable,
     NoImages,
@@ -76,11 +80,14 @@ __all__ = [
     "EnginesOfOtherCheckpoints",
     "EnginesReplaced",
     "FolderEmpty",
+    "FolderUnreadable",
     "I2LError",
     "ImageAbsurd",
     "ImageError",
+    "ImageMissing",
     "ImageUnreadable",
     "ImagesUnusable",
+    "LoraMissing",
     "LoraNamesUnknown",
     "LoraNotASum",
     "LoraNotFinite",
@@ -89,6 +96,7 @@ __all__ = [
     "LorasForOthers",
     "ManifestInvalid",
     "NoImages",
+    "NoLoras",
     "NothingToInspect",
     "OutOfDeviceMemory",
     "OutputUnwritable",

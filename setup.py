@@ -14,7 +14,7 @@ NOT_FOR_THE_WHEEL = {"comfy_nodes", "setup"}
 README = (Path(__file__).parent / "README.md").read_text(encoding="utf-8")
 
 
-class WithoutNodes(build_py):
+class WithoutNodes(build_py):  # type: ignore[misc]  # setuptools has no types
     """Packages the root but for the nodes."""
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:

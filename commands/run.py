@@ -23,6 +23,7 @@ from .options import (
     lora_output_option,
     no_cache_option,
     ram_budget_option,
+    recursive_option,
     reduce_rank_option,
     require_gpu_for_budget,
     require_weights,
@@ -32,6 +33,7 @@ from .options import (
     vram_margin_option,
     weight_option,
 )
+from .telling import backend_words, is_quiet, quiet_option, tell
 from .tracing import trace_option, traced
 
 
@@ -49,10 +51,12 @@ from .tracing import trace_option, traced
 @reduce_rank_option
 @dtype_option
 @key_format_option
+@recursive_option
 @ignore_icc_option
 @no_cache_option
 @trace_option
 @json_option
+@quiet_option
 @debug_option
 def run(
     images: Sequence[Path],
@@ -69,6 +73,7 @@ def run(
     dtype: Literal["bf16", "fp16", "fp32"],
     key_format: Literal["comfyui", "diffsynth"],
     *,
+    recursive: bool,
     ignore_icc: bool,
     no_cache: bool,
     trace: Path | None,
@@ -86,9 +91,9 @@ def run(
     from ..runtime.pictures.listing import list_images, skipped_line  # noqa: PLC0415
     from ..runtime.pipeline import Pipeline  # noqa: PLC0415
 
-    chosen = list_images(images)
+    chosen = list_images(images, recursive=recursive)
     if chosen.skipped:
-        click.echo(skipped_line(chosen.skipped), err=True)
+        tell(skipped_line(chosen.skipped), err=True)
     require_weights(weights, len(chosen.images), "image")
     images = chosen.images
     if output.exists() and any(image.exists() and image.samefile(output) for image in images):
@@ -97,7 +102,7 @@ def run(
     cache = cache_folder(no_cache=no_cache)
     with (
         traced(trace) as tracing,
-        show_progress("steps", quiet=as_json) as report,
+        show_progress("steps", quiet=as_json or is_quiet()) as report,
         Pipeline(
             engines,
             backend=backend,
@@ -145,15 +150,15 @@ def run(
         click.echo(json.dumps(facts))
         return
     if reduction:
-        click.echo(reduction)
+        tell(reduction)
     if cache and any(pipeline.from_cache):
-        click.echo(f"{sum(pipeline.from_cache)} of {len(images)} embeddings came from {format_path(cache)}")
+        tell(f"{sum(pipeline.from_cache)} of {len(images)} embeddings came from {format_path(cache)}")
     precision = pipeline.manifest.precision
     converted = "" if precision == pipeline.runs_as else f", {precision} run as {pipeline.runs_as}"
     stages = ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items())
-    click.echo(
+    tell(
         f"{format_path(output)}: {2 * len(lora.factors)} tensors, rank {lora.rank}, "
         f"{format_bytes(output.stat().st_size)}\n"
         f"{sum(seconds.values()):.2f} s ({stages}), peak {format_bytes(peak_resident_bytes())} resident, "
-        f"backend {pipeline.backend_name} ({pipeline.backend_reason}){converted}"
+        f"{backend_words(pipeline.backend_name, backend)}{converted}"
     )

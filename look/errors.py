@@ -8,12 +8,11 @@ from ..machine.wording import format_path
 
 
 class NothingToInspect(I2LError, ValueError):
-    """The path is neither a checkpoint, nor an engines directory, nor a LoRA."""
+    """The path is neither a checkpoint, nor an engines directory, nor a LoRA; ``what`` it is, if that can be told."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, what: str = "neither a checkpoint, nor an engines directory, nor a LoRA") -> None:
         super().__init__(
-            f"{format_path(path)} is neither a checkpoint, nor an engines directory, nor a LoRA: give one of those, or "
-            "a folder that holds checkpoints"
+            f"{format_path(path)} is {what}: give a checkpoint, an engines directory, a LoRA, or a folder of them"
         )
 
 
