@@ -50,7 +50,7 @@ def roughly(seconds: float | None) -> str:
     if seconds is None:
         return "how long is not predicted: of the CPU's precisions only int8's rate was measured"
     amount = (
-        f"{seconds:.0f} s"
+        f"{max(seconds, 1):.0f} s"
         if seconds < 120
         else f"{seconds / 60:.0f} min"
         if seconds < 7200

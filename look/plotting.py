@@ -108,7 +108,7 @@ def plot_loras(
     for axis, file in zip(axes[:, 0], files, strict=False):
         if pictures is not None:
             _show(axis, pictures.get(file.path, ()))
-    figure.colorbar(image, ax=list(axes[: len(files), -1]), label="norm of B @ A", pad=0.01, aspect=30)
+    figure.colorbar(image, ax=list(axes[: len(files), -1]), label="norm of B @ A", pad=0.01, aspect=30 * len(files))
     figure.suptitle(MEANING, fontsize=9, x=0.01, ha="left")
     if several:
         _similarity_map(axes[-1, -1], similarities([file.lora for file in files]), names_of(files))
@@ -181,7 +181,9 @@ def _similarity_map(axis: Any, values: NDArray[np.float64], names: Sequence[str]
     palette = colormaps["cividis"].with_extremes(bad="0.85")
     shown = np.ma.masked_array(values, np.eye(len(values), dtype=bool))
     image = axis.imshow(shown, cmap=palette, vmin=lowest, vmax=highest)
-    axis.set_title("how alike: cosine between all changes (1 the same direction, 0 unrelated)", loc="left", fontsize=10)
+    title = "how alike: cosine between all changes\n(1 the same direction, 0 unrelated)"
+    axis.set_title(title, loc="left", fontsize=10)
+    axis.set_anchor("W")
     axis.set_xticks(range(len(names)), [str(number) for number in range(1, len(names) + 1)])
     axis.set_yticks(range(len(names)), [f"{name}  {number}" for number, name in enumerate(names, 1)])
     axis.tick_params(length=0)
