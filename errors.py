@@ -43,7 +43,7 @@ from .lora.errors import (
     StrengthInvalid,
     WeightsMismatch,
 )
-from .machine.errors import DiskFull, I2LError, OutputUnwritable, PackageMissing, StandardOutputUnwritable
+from .machine.errors import DiskFull, I2LError, OutputInUse, OutputUnwritable, PackageMissing, StandardOutputUnwritable
 from .runtime.errors import EnginesReplaced, PipelineClosed
 from .runtime.pictures.errors import (
     DecoderMissing,
@@ -99,6 +99,7 @@ __all__ = [
     "NoLoras",
     "NothingToInspect",
     "OutOfDeviceMemory",
+    "OutputInUse",
     "OutputUnwritable",
     "PackageMissing",
     "PipelineClosed",

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..engines.backends import detect_backends
+from ..machine.memory import total_bytes
 from ..machine.wording import format_bytes
 
 EXTRAS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
@@ -25,7 +26,7 @@ def diagnose() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": total_bytes(),
         "backends": [
             {
                 "name": status.name,
@@ -60,9 +61,3 @@ def _extra_facts(name: str, commands: Sequence[str], modules: Sequence[str]) -> 
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     remedy = f'pip install "i2l-engines[{name}]"' if missing else ""
     return {"name": name, "commands": list(commands), "missing": missing, "remedy": remedy}
-
-
-def _memory_bytes() -> int | None:
-    if not hasattr(os, "sysconf"):
-        return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

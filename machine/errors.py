@@ -29,6 +29,17 @@ class OutputUnwritable(I2LError, OSError):
         super().__init__(f"cannot write {format_path(path)} ({reason}): choose another place")
 
 
+class OutputInUse(OutputUnwritable):
+    """Windows keeps what a program has open or mapped."""
+
+    def __init__(self, path: Path) -> None:
+        I2LError.__init__(
+            self,
+            f"{format_path(path)} is open in another program, so Windows does not let it be replaced: close that "
+            "program, such as ComfyUI, which keeps loaded LoRAs open, or choose another name",
+        )
+
+
 class DiskFull(I2LError, OSError):
     """The disk has no room for what is to be written."""
 

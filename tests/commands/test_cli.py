@@ -163,6 +163,7 @@ def empty_folder(place: Place) -> Path:
 
 
 def pipe(place: Place) -> Path:
+    assert sys.platform != "win32"
     os.mkfifo(place.folder / "pipe")
     return place.folder / "pipe"
 

@@ -5,6 +5,7 @@ import gc
 import importlib.util
 import mmap
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -23,8 +24,8 @@ from i2l.engines.base import BackendStatus
 from i2l.engines.cpu import backend as ort
 from i2l.engines.cpu.readahead import ReadAhead
 from i2l.engines.directory.manifest import Chunk, Step, read_manifest
-from i2l.engines.directory.mapping import give_back, read_ahead
 from i2l.errors import BackendUnavailable, BudgetTooSmall, EnginesMissing, NoImages, PipelineClosed, ShapeMismatch
+from i2l.machine.platforms.mapping import give_back, read_ahead
 from i2l.runtime.pipeline import Pipeline, open_engines
 from i2l.runtime.streamer import stream
 from i2l.specs import Family
@@ -311,6 +312,8 @@ def test_small_chunks_are_read_ahead_by_many_into_the_next_pack(
 def test_advice_covers_the_region_in_whole_pages(monkeypatch: pytest.MonkeyPatch, page: int) -> None:
     """The kernel refuses a start that is not on a page; Apple's pages are 16 KiB, some ARM servers' 64 KiB."""
     told: list[tuple[int, int, int]] = []
+
+    assert sys.platform != "win32"
 
     class Map(mmap.mmap):
         def madvise(self, advice: int, start: int = 0, length: int = 0) -> None:
