@@ -163,7 +163,8 @@ def empty_folder(place: Place) -> Path:
 
 
 def pipe(place: Place) -> Path:
-    assert sys.platform != "win32"
+    if sys.platform == "win32":
+        pytest.skip("Windows has no such call")
     os.mkfifo(place.folder / "pipe")
     return place.folder / "pipe"
 

@@ -4,7 +4,6 @@ import errno
 import hashlib
 import json
 import os
-import resource
 import shutil
 import signal
 import stat
@@ -237,7 +236,10 @@ def test_a_write_that_fails_in_the_background_ends_the_build(
     models: MakeModels, own: Path, lora_of: Callable[[Path], bytes]
 ) -> None:
     wanted = lora_of(own)
-    assert sys.platform != "win32"
+    if sys.platform == "win32":
+        pytest.skip("Windows has no such call")
+    import resource
+
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # dinov3's pack is larger: the system says EFBIG
     try:
@@ -291,7 +293,8 @@ build.build_engines(Path(sys.argv[1]), Path(sys.argv[2]), precision="fp32", forc
 def test_a_killed_build_leaves_the_previous_engines(
     models: MakeModels, own: Path, lora_of: Callable[[Path], bytes]
 ) -> None:
-    assert sys.platform != "win32"
+    if sys.platform == "win32":
+        pytest.skip("Windows has no such call")
     wanted, old = lora_of(own), set(builds(own))
     process = subprocess.Popen([sys.executable, "-c", KILLED_BUILD, str(models("small")), str(own)])
     deadline = time.monotonic() + 60

@@ -49,7 +49,8 @@ def test_threads_are_cores_within_the_quota(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="this system has no CPU affinity")
 def test_affinity_is_respected() -> None:
-    assert sys.platform == "linux"
+    if sys.platform != "linux":
+        pytest.skip("Linux alone has this call")
     before = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(before)})

@@ -313,7 +313,8 @@ def test_advice_covers_the_region_in_whole_pages(monkeypatch: pytest.MonkeyPatch
     """The kernel refuses a start that is not on a page; Apple's pages are 16 KiB, some ARM servers' 64 KiB."""
     told: list[tuple[int, int, int]] = []
 
-    assert sys.platform != "win32"
+    if sys.platform == "win32":
+        pytest.skip("Windows has no such call")
 
     class Map(mmap.mmap):
         def madvise(self, advice: int, start: int = 0, length: int = 0) -> None:

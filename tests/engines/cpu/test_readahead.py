@@ -125,7 +125,8 @@ def test_cached_or_not_is_asked_of_the_system(tmp_path: Path) -> None:
         if not is_cached(reader._file, 0):
             pytest.skip("this file system does not tell")
         with path.open("rb") as file:
-            assert sys.platform == "linux"
+            if sys.platform != "linux":
+                pytest.skip("Linux alone has this call")
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         dropped = not is_cached(reader._file, PIECE_BYTES - 1)
         reader.begin(0, PIECE_BYTES)
