@@ -1,5 +1,4 @@
-# Every target sets up what it needs. PYTHON chooses the interpreter: 3.11 to 3.13, as transformers 5.23 and numpy 2.4, which
-# the tests compare with, have nothing for 3.10.
+# Every target sets up what it needs. PYTHON chooses the interpreter: 3.11 to 3.14, for which every pinned package has a wheel.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -26,7 +25,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@mkdir -p .typecheck && ln -sfn .. .typecheck/i2l
 	@touch $@
 
-demo: setup  ## Tiny checkpoints, engines, a LoRA from a picture, and what is in it
+# What the demo needs, and none of what the tests compare with; a whole setup has it too.
+$(VENV)/.demo-ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export]'
+	@touch $@
+
+demo: $(if $(wildcard $(VENV)/.ready),setup,$(VENV)/.demo-ready)  ## Tiny checkpoints, engines, a LoRA from a picture, and what is in it; installs only what that takes
 	$(BIN)/i2l make-checkpoints $(DEMO)/models --preset tiny
 	$(BIN)/i2l build-engines --models $(DEMO)/models --engines $(DEMO)/engines
 	$(BIN)/i2l run docs/photo.jpg --engines $(DEMO)/engines --output $(DEMO)/photo.safetensors
@@ -38,8 +43,11 @@ lint: setup  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: setup  ## mypy, strict
-	MYPYPATH=.typecheck:tests:tests/export:tests/engines/standin:benchmarks $(BIN)/mypy -p i2l
+types: export MYPYPATH := .typecheck:tests:tests/export:tests/engines/standin:benchmarks
+types: setup  ## mypy, strict; our own code also as Windows and macOS see it
+	$(BIN)/mypy -p i2l
+	$(BIN)/mypy -p i2l --platform win32 --config-file .ci/mypy-elsewhere.ini --cache-dir .mypy_cache/win32
+	$(BIN)/mypy -p i2l --platform darwin --config-file .ci/mypy-elsewhere.ini --cache-dir .mypy_cache/darwin
 
 unit: setup  ## pytest
 	$(BIN)/python -m pytest

@@ -1,17 +1,9 @@
 """Every failure that i2l can explain, as one tree under :class:`I2LError`: what users catch.
 
 Each stands beside what it is about, in a file called ``errors.py``; how they are worded says :mod:`.machine.errors`.
+The nodes' own are not here: the wheel has no nodes, and ComfyUI alone shows them.
 """
 
-from .comfy_host.errors import (
-    FilenameRefused,
-    ImagesUnfit,
-    LoraDataForeign,
-    LoraNotApplied,
-    NodePackIncomplete,
-    NoPlaceForEngines,
-    OutputOutside,
-)
 from .engines.cpu.errors import CpuPacksUnwritable
 from .engines.cuda.errors import CudaGraphsUnusable, ProviderMissing
 from .engines.errors import (
@@ -41,22 +33,26 @@ from .export.checkpoints.errors import (
 )
 from .look.errors import EnginesOfOtherCheckpoints, NothingToInspect, TraceUnreadable
 from .lora.errors import (
+    LoraMissing,
     LoraNamesUnknown,
     LoraNotASum,
     LoraNotFinite,
     LorasDiffer,
     LorasForOthers,
     LoraUnreadable,
+    NoLoras,
     StrengthInvalid,
     WeightsMismatch,
 )
-from .machine.errors import DiskFull, I2LError, OutputUnwritable, PackageMissing, StandardOutputUnwritable
+from .machine.errors import DiskFull, I2LError, OutputInUse, OutputUnwritable, PackageMissing, StandardOutputUnwritable
 from .runtime.errors import EnginesReplaced, PipelineClosed
 from .runtime.pictures.errors import (
     DecoderMissing,
     FolderEmpty,
+    FolderUnreadable,
     ImageAbsurd,
     ImageError,
+    ImageMissing,
     ImagesUnusable,
     ImageUnreadable,
     NoImages,
@@ -84,29 +80,27 @@ __all__ = [
     "EnginesMissing",
     "EnginesOfOtherCheckpoints",
     "EnginesReplaced",
-    "FilenameRefused",
     "FolderEmpty",
+    "FolderUnreadable",
     "I2LError",
     "ImageAbsurd",
     "ImageError",
+    "ImageMissing",
     "ImageUnreadable",
-    "ImagesUnfit",
     "ImagesUnusable",
-    "LoraDataForeign",
+    "LoraMissing",
     "LoraNamesUnknown",
     "LoraNotASum",
-    "LoraNotApplied",
     "LoraNotFinite",
     "LoraUnreadable",
     "LorasDiffer",
     "LorasForOthers",
     "ManifestInvalid",
     "NoImages",
-    "NoPlaceForEngines",
-    "NodePackIncomplete",
+    "NoLoras",
     "NothingToInspect",
     "OutOfDeviceMemory",
-    "OutputOutside",
+    "OutputInUse",
     "OutputUnwritable",
     "PackageMissing",
     "PipelineClosed",

@@ -25,7 +25,7 @@ import onnxruntime as ort
 from gemm import kernel_events, profiled
 from i2l.engines.cpu.backend import CpuBackend
 from i2l.engines.directory.manifest import Manifest, read_manifest
-from i2l.engines.directory.mapping import open_mapped, populate
+from i2l.machine.platforms.mapping import open_mapped, populate
 from i2l.machine.threads import default_threads
 from i2l.runtime.pipeline import open_engines
 from i2l.runtime.streamer import stream

@@ -63,6 +63,8 @@ def drop_page_cache() -> bool:
 
 def peak_of(command: list[str | Path]) -> int:
     """Run a command and return its peak resident bytes."""
+    if sys.platform == "win32":
+        raise SystemExit("this asks POSIX for the child's memory")
     import resource
 
     subprocess.run(command, check=True)

@@ -3,7 +3,7 @@
 import json
 import time
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
@@ -23,12 +23,17 @@ from .options import (
     no_cache_option,
     no_prove_option,
     ram_budget_option,
+    recursive_option,
     require_gpu_for_budget,
     strength_option,
     threads_option,
     vram_budget_option,
     vram_margin_option,
 )
+from .telling import counted, is_quiet, quiet_option, tell
+
+if TYPE_CHECKING:
+    from ..runtime.jobs import Plan
 
 
 @click.command()
@@ -38,6 +43,8 @@ from .options import (
               help="Where the LoRA files go; made if it is not there.")  # fmt: skip
 @click.option("--per", type=click.Choice(["image", "folder"]), default="image", show_default=True,
               help="One LoRA for each image in FOLDER, or for each folder in it.")  # fmt: skip
+@recursive_option
+@click.option("--dry-run", is_flag=True, help="Only say what would be made, how long it takes and how much disk.")
 @backend_option
 @threads_option
 @ram_budget_option
@@ -51,6 +58,7 @@ from .options import (
 @ignore_icc_option
 @no_cache_option
 @json_option
+@quiet_option
 @debug_option
 def batch(
     folder: Path,
@@ -68,6 +76,8 @@ def batch(
     key_format: Literal["comfyui", "diffsynth"],
     *,
     no_prove: bool,
+    recursive: bool,
+    dry_run: bool,
     ignore_icc: bool,
     no_cache: bool,
     as_json: bool,
@@ -80,17 +90,19 @@ def batch(
     require_gpu_for_budget(backend, vram_budget_bytes, device)
     from ..machine.files import explained_os_errors  # noqa: PLC0415
     from ..runtime.jobs import BatchProgress, plan_jobs, run_jobs  # noqa: PLC0415
-    from ..runtime.pictures.listing import skipped_line  # noqa: PLC0415
+    from ..runtime.pictures.listing import skipped_beside_folders, skipped_line  # noqa: PLC0415
     from ..runtime.pipeline import Pipeline  # noqa: PLC0415
 
     start = time.perf_counter()
-    plan = plan_jobs(folder, output_dir, per)
+    plan = plan_jobs(folder, output_dir, per, recursive=recursive)
     if plan.skipped:
-        wanted = "a picture" if per == "image" else "a folder with images"
-        click.echo(skipped_line(plan.skipped, wanted), err=True)
+        tell(skipped_line(plan.skipped) if per == "image" else skipped_beside_folders(plan.skipped), err=True)
+    if dry_run:
+        forecast(plan, engines, output_dir, dtype)
+        return
     with explained_os_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
-    with show_progress("steps", quiet=as_json) as report:
+    with show_progress("steps", quiet=as_json or is_quiet()) as report:
         progress = BatchProgress(report)
         cache = cache_folder(no_cache=no_cache)
         with Pipeline(
@@ -120,12 +132,35 @@ def batch(
         facts = result.to_dict() | {"seconds": round(seconds, 3)}
         click.echo(json.dumps(facts | {"vram": vram} if vram else facts))
     else:
-        click.echo(
-            f"{len(result.written)} LoRAs written to {format_path(output_dir)} in {seconds:.1f} s, "
-            f"{len(result.finished_before)} were finished before, {result.from_cache} embeddings came from the cache"
+        tell(
+            f"{counted(len(result.written), 'LoRA')} written to {format_path(output_dir)} in {seconds:.1f} s, "
+            f"{len(result.finished_before)} finished before, {counted(result.from_cache, 'embedding')} from the cache"
         )
     for output, error in result.failed:
         click.echo(f"failed: {output.name}: {error}", err=True)
     if result.failed:
         click.echo(f"error: {len(result.failed)} of {len(plan.jobs)} LoRAs were not made", err=True)
         raise click.exceptions.Exit(1)
+
+
+def forecast(plan: "Plan", engines: Path, output_dir: Path, dtype: Literal["bf16", "fp16", "fp32"]) -> None:
+    """Say what the batch will take. A LoRA that is there counts as finished: whether it still is, shows the batch."""
+    from ..engines.directory.manifest import read_manifest  # noqa: PLC0415
+    from ..look.forecast import lora_bytes, room, roughly, seconds_per_image  # noqa: PLC0415
+    from ..machine.files import free_bytes  # noqa: PLC0415
+    from ..specs import AdapterSpec  # noqa: PLC0415
+
+    manifest = read_manifest(engines)
+    adapter = manifest.models["adapter"].spec
+    assert isinstance(adapter, AdapterSpec)
+    missing = [job for job in plan.jobs if not job.output.exists()]
+    images = [len(job.images) for job in missing]
+    click.echo(
+        f"{counted(len(missing), 'LoRA')} from {counted(sum(images), 'picture')} to {format_path(output_dir)}, "
+        f"{len(plan.jobs) - len(missing)} there already"
+    )
+    for job in missing:
+        click.echo(f"  {format_path(job.output)}")
+    per_image = seconds_per_image(manifest.models, manifest.precision)
+    seconds = None if per_image is None else per_image * sum(images)
+    click.echo(f"needs {room(lora_bytes(adapter, images, dtype), free_bytes(output_dir))}; {roughly(seconds)}")

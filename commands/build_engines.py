@@ -12,9 +12,11 @@ from ..machine.progress import show_progress
 from ..machine.wording import format_bytes, format_path
 from ..specs import DIFFUSION_MODELS, DiffusionModel
 from .options import debug_option, engines_option, models_option, needs_extra
+from .telling import is_quiet, quiet_option, tell
 
 if TYPE_CHECKING:
     from ..export.build import BuildResult
+    from ..export.parts import Part
 
 
 @click.command()
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
               help="Generation of GPUs to make plans for, such as 89 for RTX 40; several are possible. Each gets the "
               "precision that it computes best with.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Build even if nothing changed.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be built, how long it takes and how much disk.")
+@quiet_option
 @debug_option
 def build_engines(
     models: Path,
@@ -43,6 +47,7 @@ def build_engines(
     backend: str,
     sms: Sequence[str],
     force: bool,
+    dry_run: bool,
 ) -> None:
     """Build engines from the checkpoints, once per machine.
 
@@ -59,9 +64,12 @@ def build_engines(
     parts = plan_parts(precision, plan_targets(sms) if backend == "tensorrt" else ())
     for part in parts:
         if part.reason:
-            click.echo(f"precision {part.precision} for {', '.join(f'sm{sm}' for sm in part.sms)} ({part.reason})")
+            tell(f"precision {part.precision} for {', '.join(f'sm{sm}' for sm in part.sms)} ({part.reason})")
+    if dry_run:
+        forecast(models, engines, parts, blocks_per_chunk=blocks_per_chunk, adapter=adapter, force=force)
+        return
     with nullcontext() if backend == "cpu" else only_build(engines):  # up-to-date packs need no lock
-        with show_progress("bytes") as report:
+        with show_progress("bytes", quiet=is_quiet()) as report:
             results = build_parts(
                 models, engines, parts, blocks_per_chunk=blocks_per_chunk, adapter=adapter, force=force, report=report
             )
@@ -80,16 +88,43 @@ def build_engines(
             (engines / PROOFS).unlink(missing_ok=True)  # what a card lacked may be there now
 
 
+def forecast(
+    models: Path,
+    engines: Path,
+    parts: "Sequence[Part]",
+    *,
+    blocks_per_chunk: int,
+    adapter: DiffusionModel | None,
+    force: bool,
+) -> None:
+    """Say what the packs will take; a GPU's plans and graphs come on top and are not predicted."""
+    from ..export.checkpoints.finding import find_checkpoints  # noqa: PLC0415
+    from ..export.parts import peak_bytes, planned_builds  # noqa: PLC0415
+    from ..look.forecast import build_seconds, room, roughly  # noqa: PLC0415
+    from ..machine.files import free_bytes  # noqa: PLC0415
+
+    checkpoints = find_checkpoints(models, adapter=adapter)
+    for family, checkpoint in checkpoints.items():
+        size = format_bytes(sum(path.stat().st_size for path in checkpoint.paths))
+        click.echo(f"from {family}: {format_path(checkpoint.path)}, {size}")
+    builds = planned_builds(checkpoints, engines, parts, blocks_per_chunk=blocks_per_chunk, force=force)
+    for build in builds:
+        click.echo(f"to {format_path(engines)}: {format_bytes(build.nbytes)} in {build.precision}")
+    if builds:
+        seconds = sum(build_seconds(build.nbytes) for build in builds)
+        click.echo(f"needs {room(peak_bytes(builds), free_bytes(engines))}; {roughly(seconds)}")
+    else:
+        click.echo(f"nothing to do: the packs in {format_path(engines)} are up to date")
+
+
 def tell_packs(engines: Path, result: "BuildResult") -> None:
     """Say what a part of the build is."""
     manifest = result.manifest
     size = format_bytes(sum(facts.nbytes for facts in manifest.files.values()))
     if result.rebuilt:
-        click.echo(
-            f"built {format_path(engines)}: {size}, precision {manifest.precision} ({manifest.precision_reason})"
-        )
+        tell(f"built {format_path(engines)}: {size}, precision {manifest.precision} ({manifest.precision_reason})")
     else:
-        click.echo(f"nothing to do: {format_path(engines)} is up to date ({size}, precision {manifest.precision})")
+        tell(f"nothing to do: {format_path(engines)} is up to date ({size}, precision {manifest.precision})")
 
 
 def tell_other_packs(engines: Path, *, remove: bool) -> None:
@@ -99,18 +134,18 @@ def tell_other_packs(engines: Path, *, remove: bool) -> None:
     inner = format_path(engines / FP8_FOLDER)
     if remove:
         if nbytes := remove_fp8_engines(engines):
-            click.echo(f"removed {inner}: {format_bytes(nbytes)}, for generations that are not named now")
+            tell(f"removed {inner}: {format_bytes(nbytes)}, for generations that are not named now")
     elif fp8_engines(engines):
-        click.echo(f"kept {inner} for sm{FLOAT8_FROM} and later; without: name --sm with --backend tensorrt")
+        tell(f"kept {inner} for sm{FLOAT8_FROM} and later; without: name --sm with --backend tensorrt")
 
 
 def build_graphs(engines: Path) -> None:
     """Make the graphs of the cuda backend and say what they are."""
     from ..export.backends.cuda import build_cuda_graphs  # noqa: PLC0415
 
-    with show_progress("steps") as report:
+    with show_progress("steps", quiet=is_quiet()) as report:
         count = build_cuda_graphs(engines, report=report)
-    click.echo(f"{count} graphs for the cuda backend; i2l prove shows whether the card is right")
+    tell(f"{count} graphs for the cuda backend; i2l prove shows whether the card is right")
 
 
 def plan_targets(sms: Sequence[str]) -> list[int]:
@@ -126,16 +161,16 @@ def build_plans(engines: Path, sms: Sequence[int]) -> None:
     from ..engines.tensorrt.plans import BATCHES  # noqa: PLC0415
     from ..export.backends.tensorrt import build_plans as build  # noqa: PLC0415
 
-    with show_progress("steps") as report:
+    with show_progress("steps", quiet=is_quiet()) as report:
         result = build(engines, sms, report=report)
     for sm, plans in result.plans.items():
         size = format_bytes(sum(facts.nbytes for facts in plans.values()))
         memory = format_bytes(max(facts.activation_bytes for facts in plans.values()))
-        click.echo(
+        tell(
             f"sm{sm} ({GENERATIONS.get(sm, 'this GPU')}): {len(plans)} plans by {result.flavour}, {size}, at most "
             f"{memory} of activations for {BATCHES[-1]} images; not run on a GPU by this command"
         )
     if result.kept:
-        click.echo(f"kept plans from before: {', '.join(f'sm{sm}' for sm in result.kept)}")
+        tell(f"kept plans from before: {', '.join(f'sm{sm}' for sm in result.kept)}")
     if not result.built:
-        click.echo("nothing to do: all plans are up to date")
+        tell("nothing to do: all plans are up to date")

@@ -8,6 +8,7 @@ import click
 
 from ..machine.wording import format_bytes, format_path
 from .options import LORA_DTYPES, PATH, debug_option, json_option, lora_output_option, tell_left_out
+from .telling import quiet_option, tell
 
 FORMATS = ("comfyui", "diffsynth", "diffusers", "peft", "kohya", "bare")
 
@@ -20,6 +21,7 @@ FORMATS = ("comfyui", "diffsynth", "diffusers", "peft", "kohya", "bare")
 @click.option("--dtype", type=LORA_DTYPES, show_default="as the input; bf16 for FP8",
               help="Of the values in the LoRA file.")  # fmt: skip
 @json_option
+@quiet_option
 @debug_option
 def convert(
     lora: Path,
@@ -51,6 +53,4 @@ def convert(
         click.echo(json.dumps(facts | {"key_format": key_format}))
         return
     size = format_bytes(output.stat().st_size)
-    click.echo(
-        f"{format_path(output)}: {facts['modules']} modules, rank {facts['rank']}, {dtype}, {key_format}, {size}"
-    )
+    tell(f"{format_path(output)}: {facts['modules']} modules, rank {facts['rank']}, {dtype}, {key_format}, {size}")

@@ -18,11 +18,13 @@ from .options import (
     ignore_icc_option,
     json_option,
     no_prove_option,
+    recursive_option,
     require_gpu_for_budget,
     threads_option,
     vram_budget_option,
     vram_margin_option,
 )
+from .telling import counted, is_quiet, quiet_option, tell
 
 
 @click.command()
@@ -34,8 +36,10 @@ from .options import (
 @vram_margin_option
 @no_prove_option
 @device_option
+@recursive_option
 @ignore_icc_option
 @json_option
+@quiet_option
 @debug_option
 def embed(
     images: Sequence[Path],
@@ -47,6 +51,7 @@ def embed(
     device: str | None,
     *,
     no_prove: bool,
+    recursive: bool,
     ignore_icc: bool,
     as_json: bool,
 ) -> None:
@@ -63,12 +68,12 @@ def embed(
     from ..runtime.pictures.sources import load_squares  # noqa: PLC0415
     from ..runtime.pipeline import Pipeline  # noqa: PLC0415
 
-    chosen = list_images(images)
+    chosen = list_images(images, recursive=recursive)
     if chosen.skipped:
-        click.echo(skipped_line(chosen.skipped), err=True)
+        tell(skipped_line(chosen.skipped), err=True)
     folder = default_cache_folder()
     with (
-        show_progress("steps", quiet=as_json) as report,
+        show_progress("steps", quiet=as_json or is_quiet()) as report,
         Pipeline(
             engines,
             backend=backend,
@@ -94,5 +99,5 @@ def embed(
         click.echo(json.dumps({"cache": str(folder), "embeddings": facts}))
         return
     for image, known in zip(chosen.images, pipeline.from_cache, strict=True):
-        click.echo(f"{format_path(image)}: {'was there' if known else 'computed'}")
-    click.echo(f"{len(facts)} embeddings in {format_path(folder)}")
+        tell(f"{format_path(image)}: {'was there' if known else 'computed'}")
+    tell(f"{counted(len(facts), 'embedding')} in {format_path(folder)}")

@@ -8,6 +8,7 @@ from ..machine.progress import show_progress
 from ..machine.wording import format_bytes, format_path
 from ..specs import DIFFUSION_MODELS, DiffusionModel
 from .options import PATH, debug_option, needs_extra
+from .telling import is_quiet, quiet_option, tell
 
 
 @click.command()
@@ -20,6 +21,7 @@ from .options import PATH, debug_option, needs_extra
 @click.option("--adapter", type=click.Choice(DIFFUSION_MODELS), default="z-image", show_default=True,
               help="Which of the adapters to write.")  # fmt: skip
 @click.option("--outliers", is_flag=True, help="Plant massive activations, as real vision transformers have.")
+@quiet_option
 @debug_option
 def make_checkpoints(
     directory: Path, preset: str, seed: int, dtype: str | None, adapter: DiffusionModel, *, outliers: bool
@@ -31,8 +33,8 @@ def make_checkpoints(
     with needs_extra("export", "i2l make-checkpoints"):
         from ..export.checkpoints.synthetic import make_checkpoints as make  # noqa: PLC0415
 
-    with show_progress("bytes") as report:
+    with show_progress("bytes", quiet=is_quiet()) as report:
         kind = dtype.upper() if dtype else None
         paths = make(directory, preset, seed=seed, dtype=kind, outliers=outliers, adapter=adapter, report=report)
     for path in paths:
-        click.echo(f"{format_path(path)}  {format_bytes(path.stat().st_size)}")
+        tell(f"{format_path(path)}  {format_bytes(path.stat().st_size)}")

@@ -20,6 +20,7 @@ from .options import (
     tell_left_out,
     weight_option,
 )
+from .telling import quiet_option, tell
 
 
 @click.command()
@@ -31,6 +32,7 @@ from .options import (
               help="Of the values in the LoRA file.")  # fmt: skip
 @key_format_option
 @json_option
+@quiet_option
 @debug_option
 def merge(
     loras: Sequence[Path],
@@ -45,18 +47,19 @@ def merge(
     """Join LoRAs into one, exactly.
 
     It takes two LORAs or more of any key form, for one diffusion model; the rank of the result is the sum of theirs.
-    Where one has nothing it changes nothing.
+    Where one has nothing it changes nothing. A folder stands for the LoRAs in it, in the order of their names.
     """
-    if len(loras) < 2:
-        raise click.UsageError("merging takes two LoRA files or more")
-    require_weights(weights, len(loras), "LoRA")
-    from ..lora.lorafiles import common_dtype, merge_loras, require_names  # noqa: PLC0415
+    from ..lora.lorafiles import common_dtype, lora_paths, merge_loras, require_names  # noqa: PLC0415
     from ..lora.lowrank import reduce_lora  # noqa: PLC0415
     from ..lora.reading import read_lora  # noqa: PLC0415
     from ..machine.files import require_writable  # noqa: PLC0415
 
+    paths = lora_paths(loras, output)
+    if len(paths) < 2:
+        raise click.UsageError("merging takes two LoRA files or more, or a folder of them")
+    require_weights(weights, len(paths), "LoRA")
     require_writable(output)
-    files = [read_lora(path) for path in loras]
+    files = [read_lora(path) for path in paths]
     for file in files:
         require_names(file, key_format)
         tell_left_out(file)
@@ -71,6 +74,6 @@ def merge(
         click.echo(json.dumps(facts | ({"rank_reduction": reduction.to_dict()} if reduction else {})))
         return
     if reduction:
-        click.echo(reduction)
+        tell(reduction)
     size = format_bytes(output.stat().st_size)
-    click.echo(f"{format_path(output)}: {len(merged.factors)} modules, rank {merged.rank}, {dtype}, {size}")
+    tell(f"{format_path(output)}: {len(merged.factors)} modules, rank {merged.rank}, {dtype}, {size}")

@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..lora.errors import WeightsMismatch
 from ..machine.errors import PackageMissing
 from ..machine.sizes import parse_budget
 from ..machine.wording import format_path
+from .telling import tell, tell_environment
 
 if TYPE_CHECKING:
     from ..lora.reading import LoraFile
@@ -24,6 +26,8 @@ class UserPath(click.Path):
     """A path in which ``~`` is the home directory even where the shell did not expand it."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if WEB_ADDRESS.match(os.fsdecode(value)):  # a path would lose one of the two slashes
+            self.fail(f"{value} is a web address: download it, and give the file", param, ctx)
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
         with suppress(RuntimeError):  # there is no such user: the name just begins with ~
             path = path.expanduser()
@@ -64,6 +68,8 @@ class Budget(click.ParamType):  # type: ignore[type-arg]  # generic only since c
 
 PATH = UserPath()
 SIZE = Size()
+WEB_ADDRESS = re.compile(r"[a-z]+://", re.IGNORECASE)
+ENGINES_VARIABLE = "I2L_ENGINES"
 LORA_DTYPES = click.Choice(["bf16", "fp16", "fp32"])
 DEBUG = "i2l.debug"
 """Where a command's context keeps ``--debug``."""
@@ -97,7 +103,10 @@ def json_option(command: Callable[..., None]) -> Callable[..., None]:
 models_option = click.option(
     "--models", type=PATH, required=True, metavar="DIR", help="Folder with the three checkpoints, under any names."
 )
-engines_option = click.option("--engines", type=PATH, required=True, metavar="DIR", help="The engines directory.")
+engines_option = click.option(
+    "--engines", type=PATH, required=True, metavar="DIR", envvar=ENGINES_VARIABLE, show_envvar=True,
+    callback=tell_environment, help="The engines directory.",
+)  # fmt: skip
 lora_output_option = click.option(
     "--output", type=PATH, required=True, metavar="FILE", help="The LoRA file to write."
 )  # fmt: skip
@@ -165,6 +174,9 @@ def cache_folder(*, no_cache: bool) -> Path | None:
     return None if no_cache else default_cache_folder()
 
 
+recursive_option = click.option(
+    "--recursive", is_flag=True, help="Look into the folders in a folder too, hidden ones aside."
+)
 ignore_icc_option = click.option(
     "--ignore-icc",
     is_flag=True,
@@ -212,4 +224,4 @@ def require_weights(weights: Sequence[float], things: int, noun: str) -> None:
 def tell_left_out(file: "LoraFile") -> None:
     """Say that a LoRA's part for a text encoder stays behind."""
     if file.left_out:
-        click.echo(f"{format_path(file.path)}: {file.left_out} modules of a text encoder are left out", err=True)
+        tell(f"{format_path(file.path)}: {file.left_out} modules of a text encoder are left out", err=True)

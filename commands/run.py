@@ -25,6 +25,7 @@ from .options import (
     no_cache_option,
     no_prove_option,
     ram_budget_option,
+    recursive_option,
     reduce_rank_option,
     require_gpu_for_budget,
     require_weights,
@@ -34,6 +35,7 @@ from .options import (
     vram_margin_option,
     weight_option,
 )
+from .telling import backend_words, is_quiet, quiet_option, tell
 from .tracing import trace_option, traced
 
 
@@ -53,10 +55,12 @@ from .tracing import trace_option, traced
 @reduce_rank_option
 @dtype_option
 @key_format_option
+@recursive_option
 @ignore_icc_option
 @no_cache_option
 @trace_option
 @json_option
+@quiet_option
 @debug_option
 def run(
     images: Sequence[Path],
@@ -75,6 +79,7 @@ def run(
     key_format: Literal["comfyui", "diffsynth"],
     *,
     no_prove: bool,
+    recursive: bool,
     ignore_icc: bool,
     no_cache: bool,
     trace: Path | None,
@@ -92,9 +97,9 @@ def run(
     from ..runtime.pictures.listing import list_images, skipped_line  # noqa: PLC0415
     from ..runtime.pipeline import Pipeline  # noqa: PLC0415
 
-    chosen = list_images(images)
+    chosen = list_images(images, recursive=recursive)
     if chosen.skipped:
-        click.echo(skipped_line(chosen.skipped), err=True)
+        tell(skipped_line(chosen.skipped), err=True)
     require_weights(weights, len(chosen.images), "image")
     images = chosen.images
     if output.exists() and any(image.exists() and image.samefile(output) for image in images):
@@ -103,7 +108,7 @@ def run(
     cache = cache_folder(no_cache=no_cache)
     with (
         traced(trace) as tracing,
-        show_progress("steps", quiet=as_json) as report,
+        show_progress("steps", quiet=as_json or is_quiet()) as report,
         Pipeline(
             engines,
             backend=backend,
@@ -153,15 +158,15 @@ def run(
         click.echo(json.dumps(facts))
         return
     if reduction:
-        click.echo(reduction)
+        tell(reduction)
     if cache and any(pipeline.from_cache):
-        click.echo(f"{sum(pipeline.from_cache)} of {len(images)} embeddings came from {format_path(cache)}")
+        tell(f"{sum(pipeline.from_cache)} of {len(images)} embeddings came from {format_path(cache)}")
     precision = pipeline.manifest.precision
     converted = "" if precision == pipeline.runs_as else f", {precision} run as {pipeline.runs_as}"
     stages = ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items())
-    click.echo(
+    tell(
         f"{format_path(output)}: {2 * len(lora.factors)} tensors, rank {lora.rank}, "
         f"{format_bytes(output.stat().st_size)}\n"
         f"{sum(seconds.values()):.2f} s ({stages}), peak {format_bytes(peak_resident_bytes())} resident, "
-        f"backend {pipeline.backend_name} ({pipeline.backend_reason}){converted}"
+        f"{backend_words(pipeline.backend_name, backend)}{converted}"
     )

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..machine.errors import I2LError
-from ..machine.wording import format_bytes, format_path
+from ..machine.wording import command_path, format_bytes, format_path
 
 
 class EnginesError(I2LError):
@@ -16,7 +16,7 @@ class EnginesMissing(EnginesError, FileNotFoundError):
     def __init__(self, directory: Path) -> None:
         super().__init__(
             f"{format_path(directory)} has no manifest.json, so it is not a finished engines directory: build it with: "
-            f"i2l build-engines --models MODELS --engines {format_path(directory)}"
+            f"i2l build-engines --models MODELS --engines {command_path(directory)}"
         )
 
 
@@ -26,7 +26,7 @@ class ManifestInvalid(EnginesError, ValueError):
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(
             f"{format_path(path)} cannot be used ({reason}): rebuild with: "
-            f"i2l build-engines --models MODELS --engines {format_path(path.parent)}"
+            f"i2l build-engines --models MODELS --engines {command_path(path.parent)}"
         )
 
 
@@ -36,7 +36,7 @@ class EngineFileDamaged(EnginesError, ValueError):
     def __init__(self, path: Path, directory: Path, reason: str) -> None:
         super().__init__(
             f"{format_path(path)} is not what the build wrote ({reason}): rebuild with: "
-            f"i2l build-engines --models MODELS --engines {format_path(directory)} --force"
+            f"i2l build-engines --models MODELS --engines {command_path(directory)} --force"
         )
 
 

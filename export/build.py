@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +30,8 @@ from .backends.plugin import write_plugin_graphs
 from .checkpoints.finding import find_checkpoints, require_fitting
 from .checkpoints.recognise import Checkpoint
 from .graphs.graphs import export_graphs, standalone_model
-from .packs.packs import PackPlan, plan_pack, write_pack
+from .packs.packs import write_pack
+from .packs.planning import PackPlan, plan_pack
 from .precisions.choosing import precision_for
 from .precisions.parallel import quantising_threads
 
@@ -98,7 +99,7 @@ def build_engines(
                 precision_reason=precision_reason or own_reason,
                 blocks_per_chunk=blocks_per_chunk,
                 versions={"i2l-engines": __version__, **packages},
-                created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
                 models={family: _model(checkpoints[family], plans[family]) for family in checkpoints},
                 graphs=graphs,
                 files={},

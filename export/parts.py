@@ -6,7 +6,7 @@ other's, each reading the checkpoints once.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,11 @@ from ..engines.directory.generations import FP8_FOLDER
 from ..machine.files import require_free
 from ..machine.progress import Report, silent
 from ..machine.wording import format_bytes
-from ..specs import DiffusionModel
+from ..specs import DiffusionModel, Family
 from .backends.cards import require_precision
 from .build import BuildResult, build_engines, build_key, choose_precision, current_manifest, packs_bytes, plan_packs
 from .checkpoints.finding import find_checkpoints
+from .checkpoints.recognise import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,35 @@ def plan_parts(precision: str, sms: Sequence[int]) -> tuple[Part, ...]:
     return tuple(part for part in (int8, fp8) if part.sms)
 
 
+@dataclass(frozen=True)
+class PlannedBuild:
+    """Packs that a build would write."""
+
+    precision: str
+    nbytes: int
+    replaced_bytes: int
+    """Of the packs there now, which go once the new ones are whole."""
+
+
+def planned_builds(
+    checkpoints: Mapping[Family, Checkpoint],
+    engines: Path,
+    parts: Sequence[Part],
+    *,
+    blocks_per_chunk: int = 1,
+    force: bool = False,
+) -> list[PlannedBuild]:
+    """What :func:`build_parts` would do: nothing for parts that are up to date."""
+    builds = []
+    for part in parts:
+        precision, current = choose_precision(part.precision)[0], current_manifest(engines / part.folder)
+        if force or current is None or current.build_key != build_key(checkpoints, precision, blocks_per_chunk):
+            old = sum(facts.nbytes for facts in current.files.values()) if current else 0
+            new = packs_bytes(plan_packs(checkpoints, precision, blocks_per_chunk))
+            builds.append(PlannedBuild(precision, new, old))
+    return builds
+
+
 def build_parts(
     models: Path,
     engines: Path,
@@ -72,15 +102,10 @@ def build_parts(
         CheckpointError, OutputUnwritable, DiskFull: as :func:`build_engines`.
     """
     checkpoints = find_checkpoints(models, adapter=adapter)
-    sizes = []
-    for part in parts:
-        precision, current = choose_precision(part.precision)[0], current_manifest(engines / part.folder)
-        if force or current is None or current.build_key != build_key(checkpoints, precision, blocks_per_chunk):
-            old = sum(facts.nbytes for facts in current.files.values()) if current else 0
-            sizes.append((precision, packs_bytes(plan_packs(checkpoints, precision, blocks_per_chunk)), old))
-    if len(sizes) > 1:
-        needed = peak_bytes([(new, old) for _, new, old in sizes])
-        packs = " and ".join(f"{format_bytes(new)} in {precision}" for precision, new, _ in sizes)
+    builds = planned_builds(checkpoints, engines, parts, blocks_per_chunk=blocks_per_chunk, force=force)
+    if len(builds) > 1:
+        needed = peak_bytes(builds)
+        packs = " and ".join(f"{format_bytes(build.nbytes)} in {build.precision}" for build in builds)
         log.info("building packs of %s; needs %s of free disk", packs, format_bytes(needed))
         require_free(engines, needed)
     return [
@@ -97,12 +122,12 @@ def build_parts(
     ]
 
 
-def peak_bytes(builds: Sequence[tuple[int, int]]) -> int:
-    """The free disk that builds in a row need, each ``(new bytes, old bytes)``; the old go once the new are whole."""
+def peak_bytes(builds: Sequence[PlannedBuild]) -> int:
+    """The free disk that builds in a row need."""
     peak = grown = 0
-    for new, old in builds:
-        peak = max(peak, grown + new)
-        grown += new - old
+    for build in builds:
+        peak = max(peak, grown + build.nbytes)
+        grown += build.nbytes - build.replaced_bytes
     return peak
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..engines.backends import detect_backends
 from ..engines.base import CardFacts
+from ..machine.memory import total_bytes
 from ..machine.wording import format_bytes
 from ..runtime.proof.telling import card_text
 
@@ -28,7 +29,7 @@ def diagnose() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": os.cpu_count(),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": total_bytes(),
         "backends": [
             {
                 "name": status.name,
@@ -61,11 +62,5 @@ def diagnosis_lines(facts: Mapping[str, Any]) -> Iterator[str]:
 
 def _extra_facts(name: str, commands: Sequence[str], modules: Sequence[str]) -> dict[str, Any]:
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    remedy = f"pip install 'i2l-engines[{name}]'" if missing else ""
+    remedy = f'pip install "i2l-engines[{name}]"' if missing else ""
     return {"name": name, "commands": list(commands), "missing": missing, "remedy": remedy}
-
-
-def _memory_bytes() -> int | None:
-    if not hasattr(os, "sysconf"):
-        return None
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -4,16 +4,15 @@ from pathlib import Path
 
 from ..engines.errors import EnginesError
 from ..machine.errors import I2LError
-from ..machine.wording import format_path
+from ..machine.wording import command_path, format_path
 
 
 class NothingToInspect(I2LError, ValueError):
-    """The path is neither a checkpoint, nor an engines directory, nor a LoRA."""
+    """The path is neither a checkpoint, nor an engines directory, nor a LoRA; ``what`` it is, if that can be told."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, what: str = "neither a checkpoint, nor an engines directory, nor a LoRA") -> None:
         super().__init__(
-            f"{format_path(path)} is neither a checkpoint, nor an engines directory, nor a LoRA: give one of those, or "
-            "a folder that holds checkpoints"
+            f"{format_path(path)} is {what}: give a checkpoint, an engines directory, a LoRA, or a folder of them"
         )
 
 
@@ -22,7 +21,7 @@ class TraceUnreadable(I2LError, ValueError):
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(
-            f"{format_path(path)} is not a trace ({reason}): make one with: i2l run ... --trace {format_path(path)}"
+            f"{format_path(path)} is not a trace ({reason}): make one with: i2l run ... --trace {command_path(path)}"
         )
 
 
@@ -32,6 +31,6 @@ class EnginesOfOtherCheckpoints(EnginesError, ValueError):
     def __init__(self, directory: Path, models: Path, family: str) -> None:
         super().__init__(
             f"{format_path(directory)} was built for another {family} than the one under {format_path(models)}: give "
-            f"the checkpoints it was built from, or rebuild with: i2l build-engines --models {format_path(models)} "
-            f"--engines {format_path(directory)}"
+            f"the checkpoints it was built from, or rebuild with: i2l build-engines --models {command_path(models)} "
+            f"--engines {command_path(directory)}"
         )

@@ -9,13 +9,14 @@ from ..engines.directory.generations import fp8_engines
 from ..engines.directory.integrity import check_files
 from ..engines.directory.manifest import MANIFEST, read_manifest
 from ..engines.tensorrt.plans import PlanFacts, planned_generations
-from ..export.checkpoints.errors import CheckpointError, CheckpointForeign
+from ..export.checkpoints.errors import CheckpointError, CheckpointForeign, CheckpointUnreadable
 from ..export.checkpoints.finding import checkpoint_paths, recognise_whole
 from ..export.checkpoints.recognise import describe, recognise
 from ..export.checkpoints.shards import join_shards
 from ..lora.errors import LoraUnreadable
 from ..lora.reading import describe_lora
 from ..machine.wording import format_bytes
+from ..runtime.pictures.files.formats import looks_like_picture
 from ..specs import spec_to_dict
 from .errors import NothingToInspect
 
@@ -29,25 +30,27 @@ def inspect_path(path: Path) -> dict[str, Any]:
         NothingToInspect: anything else.
     """
     if not path.exists():
-        raise NothingToInspect(path)
+        raise NothingToInspect(path, "not there")
     if (path / MANIFEST).is_file():
         return _engines_facts(path)
     if path.is_dir():
         return _folder_facts(path)
-    try:
-        return {"kind": "lora", **describe_lora(path)}
-    except LoraUnreadable:
-        pass
+    if facts := _lora_facts(path):
+        return facts
     try:
         return {"kind": "checkpoint", "models": [describe(recognise(path))]}
     except CheckpointForeign as error:
         raise NothingToInspect(path) from error
+    except CheckpointUnreadable as error:
+        if looks_like_picture(path):
+            raise NothingToInspect(path, "a picture") from error
+        raise
 
 
 def text_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     """The same for people: one fact a line, models as paragraphs."""
     for name, value in facts.items():
-        if name in {"models", "engines"}:
+        if name in {"models", "engines", "loras"}:
             for model in value:
                 yield ""
                 yield from text_lines({key: item for key, item in model.items() if item is not None})
@@ -58,7 +61,8 @@ def text_lines(facts: Mapping[str, Any]) -> Iterator[str]:
                 f"  {key}: {item if isinstance(item, str) else json.dumps(item)}" for key, item in value.items()
             )
         elif isinstance(value, list):
-            yield f"{name}:"
+            if value:
+                yield f"{name}:"
             yield from (f"  {item}" for item in value)
         else:
             yield f"{name}: {format_bytes(value) if name == 'nbytes' else value}"
@@ -102,13 +106,27 @@ def _plans_facts(plans: Mapping[str, PlanFacts]) -> str:
 
 
 def _folder_facts(path: Path) -> dict[str, Any]:
-    models = []
-    problems = []
+    models, loras, others, problems = [], [], [], []
     for shards in join_shards(checkpoint_paths(path)):
         try:
             models.append(describe(recognise_whole(shards)))
+        except CheckpointForeign as error:
+            if error.family:
+                problems.append(str(error))
+            elif facts := _lora_facts(shards[0]):
+                loras.append({name: value for name, value in facts.items() if name != "metadata"})
+            else:
+                others.append(str(shards[0].relative_to(path)))
         except CheckpointError as error:
             problems.append(str(error))
-    if not models and not problems:
+    if not models and not problems and not loras:
         raise NothingToInspect(path)
-    return {"kind": "checkpoints", "path": str(path), "models": models, "problems": problems}
+    found = {"models": models, "loras": loras, "others": others, "problems": problems}
+    return {"kind": "checkpoints" if models else "loras" if loras else "nothing whole", "path": str(path), **found}
+
+
+def _lora_facts(path: Path) -> dict[str, Any] | None:
+    try:
+        return {"kind": "lora", **describe_lora(path)}
+    except LoraUnreadable:
+        return None

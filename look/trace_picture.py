@@ -1,6 +1,7 @@
 """A trace file as a picture: the lanes above, memory over time below."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,13 @@ from matplotlib.figure import Figure
 from ..machine.files import atomic_path
 from .errors import TraceUnreadable
 
-COLOURS = {"prefetch": "tab:green", "copy": "tab:green", "acquire": "tab:orange", "run": "tab:blue"}
+KINDS = {
+    "prefetch": ("tab:green", "asks for weights ahead"),
+    "copy": ("tab:green", "brings weights to the card"),
+    "acquire": ("tab:orange", "waits for weights"),
+    "run": ("tab:blue", "computes a step"),
+}
+"""``first word of a span's name -> (its colour, what it is)``."""
 
 
 def draw_trace(source: Path, target: Path) -> None:
@@ -21,24 +28,49 @@ def draw_trace(source: Path, target: Path) -> None:
         OutputUnwritable: the picture cannot be written.
     """
     lanes, spans, memory = read_trace(source)
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True)
+    begin = min((e["ts"] for e in spans), default=0) / 1e6
     for row, lane in enumerate(lanes):
-        for kind, colour in COLOURS.items():
-            bars = [(e["ts"] / 1e6, e["dur"] / 1e6) for e in spans if e["tid"] == lane and e["name"].startswith(kind)]
-            above.broken_barh(bars, (row - 0.4, 0.8), color=colour, label=kind if bars else None)
+        for kind, (colour, meaning) in KINDS.items():
+            bars = [
+                (e["ts"] / 1e6 - begin, e["dur"] / 1e6)
+                for e in spans
+                if e["tid"] == lane and e["name"].startswith(kind)
+            ]
+            above.broken_barh(bars, (row - 0.4, 0.8), color=colour, label=f"{kind}: {meaning}" if bars else None)
     above.set_yticks(range(len(lanes)), list(lanes.values()))
-    above.legend(loc="upper left")
+    above.set_ylim(-0.5, len(lanes) + 0.2)
+    for name, first, last in models_of(spans):
+        middle = (first + last) / 2e6 - begin
+        above.annotate(name, (middle, len(lanes) - 0.35), ha="center", va="bottom", annotation_clip=False)
+        above.axvline(first / 1e6 - begin, color="0.7", linewidth=0.8)
     for name, value, label in (("memory", "weights", "weights held"), ("VRAM", "used", "VRAM used")):
-        points = [(e["ts"] / 1e6, e["args"][value] / 2**20) for e in memory if e["name"] == name]
+        points = [(e["ts"] / 1e6 - begin, e["args"][value] / 2**20) for e in memory if e["name"] == name]
         if points:
             below.step(*zip(*points, strict=True), where="post", label=label)
-    below.legend(loc="upper left")
+    below.set_ylim(bottom=0)
+    below.set_xlim(left=0)
     below.set_ylabel("MiB")
-    below.set_xlabel("seconds")
+    below.set_xlabel("seconds since the first chunk of weights was asked for")
+    figure.legend(loc="outside upper left", ncols=5, fontsize=8)
     with atomic_path(target) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+def models_of(spans: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float]]:
+    """``(model, begin, end)`` in microseconds, of each model's runs in a row: several passes are several entries."""
+    runs = [
+        (e["name"].split()[-1].split(".")[0], e["ts"], e["ts"] + e["dur"]) for e in spans if e["name"][:4] == "run "
+    ]
+    found: list[tuple[str, float, float]] = []
+    for name, begin, end in sorted(runs, key=lambda run: run[1]):
+        if found and found[-1][0] == name:
+            found[-1] = (name, found[-1][1], end)
+        else:
+            found.append((name, begin, end))
+    return found
 
 
 def read_trace(path: Path) -> tuple[dict[int, str], list[dict[str, Any]], list[dict[str, Any]]]:

@@ -14,6 +14,20 @@ class LoraUnreadable(I2LError, ValueError):
         super().__init__(f"{format_path(path)} is not a LoRA that i2l understands ({reason})")
 
 
+class LoraMissing(LoraUnreadable, FileNotFoundError):
+    """There is no such file."""
+
+    def __init__(self, path: Path) -> None:
+        I2LError.__init__(self, f"{format_path(path)} is not there: check the name and the folder")
+
+
+class NoLoras(I2LError, ValueError):
+    """A folder holds no LoRA."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"{format_path(folder)} holds no .safetensors file: give LoRA files, or a folder of them")
+
+
 class LoraNotFinite(I2LError, ValueError):
     """The LoRA holds a value that the file's dtype cannot."""
 

@@ -8,7 +8,7 @@ nothing. There is no alpha key, which means scale 1.0 everywhere; DiffSynth warn
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -151,7 +151,7 @@ def file_metadata(title: str, rank: int) -> dict[str, str]:
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": title,
-        "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "modelspec.resolution": "1024x1024",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(rank),

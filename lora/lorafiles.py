@@ -4,16 +4,36 @@ Joining is exact: the weight goes on A, then the ranks are put side by side, so 
 sum of the inputs' ``B @ A`` up to the rounding of the file's dtype. Where a LoRA has nothing it changes nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from ..engines.base import Array
-from .errors import LoraNamesUnknown, LorasDiffer, LorasForOthers
+from .errors import LoraNamesUnknown, LorasDiffer, LorasForOthers, NoLoras
 from .keys import AnyKeyFormat
 from .lora import CLAIMS, Dtype, Lora, joining_weights, model_metadata
 from .names import component, diffusion_model, place
 from .reading import LoraFile, one_rank
+
+
+def lora_paths(paths: Iterable[Path], output: Path) -> list[Path]:
+    """Replace every folder in ``paths`` by the safetensors files in it, by name, without ``output``.
+
+    Raises:
+        NoLoras: a folder holds none.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(p for p in path.glob("*.safetensors") if not p.name.startswith(".") and p.is_file())
+        others = [p for p in inside if not (output.exists() and p.samefile(output))]
+        if not others:
+            raise NoLoras(path)
+        found += others
+    return found
 
 
 def merge_loras(files: Sequence[LoraFile], weights: Sequence[float] | None = None) -> Lora:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from ..engines.base import Array
 from ..engines.directory.tensorfile import TensorInfo, read_header
-from .errors import LoraNotASum, LoraUnreadable
+from .errors import LoraMissing, LoraNotASum, LoraUnreadable
 from .keys import ParsedKeys, parse_keys
 from .lora import Dtype, Lora
 from .names import diffusion_model
@@ -189,6 +189,8 @@ def parsed_file(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str], Pars
     """
     try:
         tensors, metadata = read_header(path)
+    except FileNotFoundError as error:
+        raise LoraMissing(path) from error
     except OSError as error:
         raise LoraUnreadable(path, error.strerror or str(error)) from error
     except (SafetensorError, ValueError) as error:

@@ -19,7 +19,7 @@ class PackageMissing(I2LError, ImportError):
     """An optional dependency is not installed."""
 
     def __init__(self, package: str, purpose: str, extra: str) -> None:
-        super().__init__(f"{purpose} needs {package}, which is not installed: pip install 'i2l-engines[{extra}]'")
+        super().__init__(f'{purpose} needs {package}, which is not installed: pip install "i2l-engines[{extra}]"')
 
 
 class OutputUnwritable(I2LError, OSError):
@@ -27,6 +27,17 @@ class OutputUnwritable(I2LError, OSError):
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"cannot write {format_path(path)} ({reason}): choose another place")
+
+
+class OutputInUse(OutputUnwritable):
+    """Windows keeps what a program has open or mapped."""
+
+    def __init__(self, path: Path) -> None:
+        I2LError.__init__(
+            self,
+            f"{format_path(path)} is open in another program, so Windows does not let it be replaced: close that "
+            "program, such as ComfyUI, which keeps loaded LoRAs open, or choose another name",
+        )
 
 
 class DiskFull(I2LError, OSError):

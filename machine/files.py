@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import DiskFull, OutputUnwritable
+from .errors import DiskFull, OutputInUse, OutputUnwritable
+from .filenames import windows_problem
+from .platforms.windows import IN_USE
 
 UNWRITABLE = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT}
@@ -28,6 +30,8 @@ def explained_os_errors(path: Path) -> Iterator[None]:
     except (DiskFull, OutputUnwritable):
         raise
     except OSError as error:
+        if getattr(error, "winerror", None) in IN_USE and path.is_file():
+            raise OutputInUse(path) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(path, None, free_bytes(path)) from error
         if error.errno in UNWRITABLE:
@@ -67,6 +71,8 @@ def require_writable(path: Path) -> None:
 
 
 def _require_replaceable(path: Path) -> None:
+    if os.name == "nt" and (problem := windows_problem(path.name)):
+        raise OutputUnwritable(path, problem)
     if path.is_dir():
         raise OutputUnwritable(path, "it is a folder")
     if path.exists() and not path.is_file():  # root could replace /dev/null by a file

@@ -1,9 +1,13 @@
 """How much memory this process has needed, and how much there is."""
 
+import os
 import sys
 from pathlib import Path
 
 from .cgroups import memory_limit
+from .platforms import windows
+
+STATUS, MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")
 
 
 def peak_resident_bytes() -> int:
@@ -11,23 +15,37 @@ def peak_resident_bytes() -> int:
 
     ``VmHWM`` starts afresh at exec, while ``ru_maxrss`` can inherit the parent's size, so it is asked first.
     """
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    try:
-        import resource  # noqa: PLC0415 - absent on Windows
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    if sys.platform == "win32":
+        return windows.peak_working_set_bytes()
+    if (peak := _kib(STATUS, "VmHWM")) is not None:
+        return peak
+    import resource  # noqa: PLC0415 - absent on Windows
+
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
 
 
 def available_bytes() -> int | None:
     """What could be used without swapping, cached files included, within the container's limit; None where unknown."""
-    limits = [memory_limit()]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = meminfo.read_text(encoding="ascii").splitlines()
-        limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    if sys.platform == "win32":
+        memory = windows.memory_bytes()
+        return memory[1] if memory else None
+    limits = (memory_limit(), _kib(MEMINFO, "MemAvailable"))
     return min((limit for limit in limits if limit is not None), default=None)
+
+
+def total_bytes() -> int | None:
+    """The machine's memory; None where unknown."""
+    if sys.platform == "win32":
+        memory = windows.memory_bytes()
+        return memory[0] if memory else None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _kib(path: Path, name: str) -> int | None:
+    """A line ``NAME:  N kB`` of a file of /proc, in bytes; None if it is not there, as in gVisor."""
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

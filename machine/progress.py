@@ -1,12 +1,13 @@
-"""Progress: how long work tells it; on the terminal a bar where somebody watches, a line per stage where a log does."""
+"""Progress: how long work tells it; a bar where somebody watches, a line now and then in a log."""
 
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal, Protocol
 
-LINE_STEPS = 4
-"""Lines per stage in a log: at each quarter."""
+LINE_SECONDS = 10
+"""A log gets no line more often, so short work none at all."""
 
 
 class Report(Protocol):
@@ -53,15 +54,14 @@ def show_progress(unit: Literal["bytes", "steps"], *, quiet: bool = False) -> It
             yield report
 
 
-def log_lines() -> Report:
-    """A :class:`Report` that prints each stage at every quarter."""
-    last: tuple[str, int] = ("", -1)
+def log_lines(clock: Callable[[], float] = time.monotonic) -> Report:
+    """A :class:`Report` that prints where the work is, at most once in :data:`LINE_SECONDS`."""
+    last = clock()
 
     def report(stage: str, done: int, total: int) -> None:
         nonlocal last
-        now = (stage, LINE_STEPS * done // max(total, 1))
-        if now != last:
-            last = now
+        if clock() - last >= LINE_SECONDS:
+            last = clock()
             sys.stderr.write(f"{stage}: {100 * done // max(total, 1)} %\n")
 
     return report

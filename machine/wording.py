@@ -1,9 +1,14 @@
 """How things are said to people: bytes, paths, long lists."""
 
+import os
+import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 GIB = 1 << 30
+PLAIN = re.compile(r"[\w@%+=:,./\\-]+" if os.name == "nt" else r"[\w@%+=:,./-]+")
+"""Paths that no shell takes apart."""
 
 
 def format_bytes(count: int) -> str:
@@ -22,6 +27,17 @@ def format_path(path: Path) -> str:
         return f"~/{path.relative_to(Path.home())}"
     except (ValueError, RuntimeError):
         return str(path)
+
+
+def command_path(path: Path) -> str:
+    """A path in a command that a person copies: whole, as only some shells know ``~``, and quoted if it must be.
+
+    Double quotes serve sh, PowerShell and cmd.exe alike; what sh reads inside them gets its own quoting.
+    """
+    text = str(path)
+    if PLAIN.fullmatch(text):
+        return text
+    return shlex.quote(text) if os.name == "posix" and set(text) & set('"$`\\!') else f'"{text}"'
 
 
 def some(items: Sequence[str], shown: int = 8) -> str:

@@ -23,7 +23,7 @@ from ..machine.progress import Report, silent
 from .passes import ENCODERS, IMAGES_PER_PASS
 from .pictures.errors import FolderEmpty, ImageError
 from .pictures.files.formats import SUFFIXES
-from .pictures.listing import images_in
+from .pictures.listing import folders_of, images_in
 from .pictures.sources import ICC_KEY, colours_mark, images_mark, load_squares
 from .pipeline import Pipeline
 
@@ -78,25 +78,35 @@ class _Loaded:
     """What the header of its output must say."""
 
 
-def plan_jobs(folder: Path, output_dir: Path, per: Per) -> Plan:
+def plan_jobs(folder: Path, output_dir: Path, per: Per, *, recursive: bool = False) -> Plan:
     """One job for each image in ``folder``, or for each folder in it that holds images.
 
     An output is called like its image or folder; two images that differ only in their suffix keep it in the name.
+    ``recursive`` takes what lies deeper too, and the outputs lie in folders of the same names.
 
     Raises:
         FolderEmpty: there is nothing to do.
-        ImageUnreadable: a folder may not be looked into.
+        FolderUnreadable: a folder may not be looked into.
     """
+    jobs: list[Job] = []
+    skipped: list[Path] = []
     images, others = images_in(folder)
     if per == "image":
-        stems = Counter(image.stem.casefold() for image in images)
-        names = [image.stem if stems[image.stem.casefold()] == 1 else image.name for image in images]
-        jobs = [Job((image,), _output(output_dir, name)) for image, name in zip(images, names, strict=True)]
-        skipped = others
+        for place in folders_of(folder, recursive=recursive, without=output_dir):
+            images, others = images_in(place)
+            outputs = output_dir / place.relative_to(folder)
+            stems = Counter(image.stem.casefold() for image in images)
+            names = [image.stem if stems[image.stem.casefold()] == 1 else image.name for image in images]
+            jobs += [Job((image,), _output(outputs, name)) for image, name in zip(images, names, strict=True)]
+            skipped += [path for path in others if not (recursive and path.is_dir())]
     else:
-        inside = {path: images_in(path)[0] for path in others if path.is_dir()}
-        jobs = [Job(tuple(found), _output(output_dir, path.name)) for path, found in inside.items() if found]
-        skipped = [*images, *(path for path in others if not inside.get(path))]
+        skipped = [*images, *(path for path in others if not path.is_dir())]
+        for top in (path for path in others if path.is_dir()):
+            found = {p: images_in(p)[0] for p in folders_of(top, recursive=recursive, without=output_dir)}
+            filled = {place: tuple(inside) for place, inside in found.items() if inside}
+            skipped += [] if filled else [top]
+            for place, inside in filled.items():
+                jobs.append(Job(inside, _output(output_dir / place.relative_to(folder).parent, place.name)))
     if not jobs:
         raise FolderEmpty(folder, SUFFIXES, per_folder=per == "folder")
     return Plan(tuple(jobs), tuple(skipped))

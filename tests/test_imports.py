@@ -93,7 +93,8 @@ FOLDERS = ("comfy_host", "commands", "engines", "export", "look", "lora", "machi
 
 def sources() -> list[str]:
     """Every module of the package as a path from the root."""
-    paths = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
+    root = (path for path in ROOT.glob("*.py") if path.name != "setup.py")  # builds the wheel, and is not in it
+    paths = [*root, *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
     return sorted(path.relative_to(ROOT).as_posix() for path in paths)
 
 
@@ -286,13 +287,13 @@ def test_public_names_are_what_they_say() -> None:
 
 
 def test_every_error_is_at_the_door() -> None:
-    """What users catch is found in one place, whichever room raises it."""
+    """What users catch is found in one place, whichever room raises it; the nodes' stay in ComfyUI, as the nodes do."""
     from i2l import errors
 
     named = {
         node.name
         for path in sources()
-        if path.endswith("errors.py")
+        if path.endswith("errors.py") and not path.startswith("comfy_host/")
         for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body
         if isinstance(node, ast.ClassDef)
     }

@@ -7,11 +7,13 @@ from typing import Any
 
 import click
 
-from ..options import PATH, debug_option, json_option
+from ..options import ENGINES_VARIABLE, PATH, debug_option, json_option
+from ..telling import tell_environment
 
 
 @click.command()
-@click.option("--engines", type=PATH, metavar="DIR", help="An engines directory to check for use on this machine.")
+@click.option("--engines", type=PATH, metavar="DIR", envvar=ENGINES_VARIABLE, show_envvar=True,
+              callback=tell_environment, help="An engines directory to check for use on this machine.")  # fmt: skip
 @json_option
 @debug_option
 def doctor(engines: Path | None, *, as_json: bool) -> None:

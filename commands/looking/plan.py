@@ -1,6 +1,7 @@
 """``i2l plan``."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ...machine.wording import format_bytes
-from ..options import PATH, SIZE, debug_option, json_option, needs_extra
+from ..options import ENGINES_VARIABLE, PATH, SIZE, debug_option, json_option
+from ..telling import tell
 
 if TYPE_CHECKING:
     from ...engines.directory.manifest import Model
@@ -45,8 +47,11 @@ def plan(
 
     For each budget: what stays in VRAM, what is copied, and how long an image takes.
     """
+    if engines is None and preset is None and (value := os.environ.get(ENGINES_VARIABLE)):
+        engines = Path(value)
+        tell(f"--engines {value} (${ENGINES_VARIABLE})", err=True)
     if (engines is None) == (preset is None):
-        raise click.UsageError("give either --engines or --preset")
+        raise click.UsageError(f"give either --engines (or ${ENGINES_VARIABLE}) or --preset")
     found = models_of_engines(engines) if engines else {precision: models_of_preset(str(preset), precision)}
     tables = {
         name: [{"precision": name} | row for size in budgets for row in predicted(models, size, links, tflops, images)]
@@ -73,8 +78,7 @@ def models_of_engines(engines: Path) -> "dict[str, dict[Family, Model]]":
 
 def models_of_preset(preset: str, precision: str) -> "dict[Family, Model]":
     """What a build would make; needs no checkpoint."""
-    with needs_extra("export", "i2l plan --preset"):
-        from ...export.packs.packs import planned_model  # noqa: PLC0415
+    from ...export.packs.planning import planned_model  # noqa: PLC0415
     from ...specs import PRESETS  # noqa: PLC0415
 
     return {spec.family: planned_model(spec, precision) for spec in PRESETS[preset]}

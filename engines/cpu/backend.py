@@ -15,13 +15,13 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from ...machine.memory import available_bytes
+from ...machine.platforms.mapping import give_back, open_mapped, populate
 from ...machine.threads import default_threads
 from ...specs import FAMILIES, Family
 from ..base import Array, BackendStatus, Limits, Offer, Opened
 from ..device.residency import resident_chunks
 from ..directory.dtypes import ELEMENT_TYPES
 from ..directory.manifest import IMAGES_MEET, Chunk, Manifest, Model, Step
-from ..directory.mapping import give_back, open_mapped, populate
 from ..directory.tensorfile import TensorInfo
 from ..errors import OutOfDeviceMemory, ShapeMismatch
 from .converted import cpu_engines

@@ -21,9 +21,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ...machine.platforms.mapping import give_back, open_mapped, read_ahead
 from ..base import Array
 from ..directory.manifest import Model
-from ..directory.mapping import give_back, open_mapped, read_ahead
 from ..directory.tensorfile import PAD_PREFIX, TENSOR_ALIGN, Layout, LayoutWriter, TensorInfo, plan_layout
 from .rotation import rotate, rotation
 from .sums import LARGEST_PAIR, WEIGHT_LEVELS

@@ -28,7 +28,7 @@ def find_cuda() -> BackendStatus:
     if status := driver.without_driver("cuda"):
         return status
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        remedy = "pip uninstall onnxruntime && pip install 'i2l-engines[cuda]'"
+        remedy = 'pip uninstall onnxruntime, then pip install "i2l-engines[cuda]"'
         return BackendStatus("cuda", works=False, reason="onnxruntime is the build for the CPU", remedy=remedy)
     if status := driver.without_cuda_python("cuda"):
         return status

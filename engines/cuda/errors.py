@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...machine.errors import I2LError
-from ...machine.wording import format_path
+from ...machine.wording import command_path, format_path
 from ..errors import EnginesError
 
 
@@ -14,7 +14,7 @@ class CudaGraphsUnusable(EnginesError):
     def __init__(self, engines: Path, reason: str) -> None:
         super().__init__(
             f"{format_path(engines)} has no graphs that the cuda backend can use ({reason}): make them with: "
-            f"i2l build-engines --models MODELS --engines {format_path(engines)} --backend cuda"
+            f"i2l build-engines --models MODELS --engines {command_path(engines)} --backend cuda"
         )
 
 
@@ -24,5 +24,5 @@ class ProviderMissing(I2LError, RuntimeError):
     def __init__(self, provider: str, found: Sequence[str]) -> None:
         super().__init__(
             f"onnxruntime runs without {provider} here (it has {', '.join(found)}): put the GPU build in the place of "
-            "the CPU's: pip uninstall onnxruntime && pip install 'i2l-engines[cuda]', or use --backend cpu"
+            'the CPU\'s: pip uninstall onnxruntime, then pip install "i2l-engines[cuda]", or use --backend cpu'
         )

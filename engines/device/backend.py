@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+from ...machine.platforms.mapping import open_mapped
 from ...specs import Family
 from ..base import Array, Engine, Value
 from ..directory.manifest import Manifest
-from ..directory.mapping import open_mapped
 from ..errors import OutOfDeviceMemory, ShapeMismatch
 from .device import Device, Workspace
 from .residency import GraphMemory, Residency, plan_residency

@@ -21,7 +21,7 @@ def without_driver(name: str) -> BackendStatus | None:
 def without_cuda_python(name: str) -> BackendStatus | None:
     """Name the package of cuda-python that is used, if it is not there."""
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
-        reason, remedy = "cuda.bindings of cuda-python is not installed", f"pip install 'i2l-engines[{name}]'"
+        reason, remedy = "cuda.bindings of cuda-python is not installed", f'pip install "i2l-engines[{name}]"'
         return BackendStatus(name, works=False, reason=reason, remedy=remedy)
     return None
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 from safetensors import SafetensorError, safe_open
 
@@ -144,7 +144,7 @@ class LayoutWriter:
         self._file.write(data)
         self._hash.update(data)
 
-    def __enter__(self) -> "LayoutWriter":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

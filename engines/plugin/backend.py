@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ...machine.platforms.mapping import open_mapped
 from ...machine.wording import format_bytes
 from ...specs import Family
 from ..base import Array, Limits, Opened
 from ..device.residency import GraphMemory, Residency, Slots, plan_residency
 from ..directory.manifest import INTERMEDIATES, Chunk, Manifest
-from ..directory.mapping import open_mapped
 from ..errors import BackendUnavailable, EngineFileDamaged, OutOfDeviceMemory, ShapeMismatch
 from .graph_paths import graph_paths
 from .plugin_device import DeviceValue, PluginDevice

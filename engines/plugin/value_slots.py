@@ -15,10 +15,10 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ...machine.platforms.mapping import give_back
 from ...specs import Family
 from ..directory.dtypes import ELEMENT_TYPES
 from ..directory.manifest import Chunk, Model, Step, inputs_of
-from ..directory.mapping import give_back
 from ..directory.pieces import placed
 from ..directory.tensorfile import TensorInfo
 from ..errors import OutOfDeviceMemory

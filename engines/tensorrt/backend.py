@@ -48,7 +48,7 @@ def _without_tensorrt() -> BackendStatus | None:
     try:
         find_flavour()
     except PackageMissing:
-        reason, remedy = "tensorrt or tensorrt_rtx is not installed", "pip install 'i2l-engines[tensorrt]'"
+        reason, remedy = "tensorrt or tensorrt_rtx is not installed", 'pip install "i2l-engines[tensorrt]"'
         return BackendStatus("tensorrt", works=False, reason=reason, remedy=remedy)
     except (ImportError, OSError) as error:  # its libraries do not load
         remedy = "install it again, or use --backend cuda"

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ...machine.wording import format_path
+from ...machine.wording import command_path, format_path
 from ..errors import EnginesError
 
 
@@ -39,6 +39,6 @@ class PlanBuildFailed(EnginesError, RuntimeError):
 
 def _build_plans(engines: Path, target: str) -> str:
     return (
-        f"i2l build-engines --models MODELS --engines {format_path(engines)} --backend tensorrt --sm {target}, and "
+        f"i2l build-engines --models MODELS --engines {command_path(engines)} --backend tensorrt --sm {target}, and "
         "--sm for every other card that shall use the directory"
     )

@@ -13,7 +13,7 @@ from ...engines.directory.manifest import MANIFEST, Manifest, manifest_to_json
 from ...specs import Family
 from ..checkpoints.recognise import Checkpoint
 from ..graphs.graphs import export_graphs
-from ..packs.packs import plan_pack
+from ..packs.planning import plan_pack
 from ..precisions.choosing import precision_for
 
 

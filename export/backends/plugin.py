@@ -16,8 +16,9 @@ from ...engines.plugin.graph_paths import FORMS, PLUGIN_FOLDER
 from ...specs import Spec
 from ..checkpoints.weights import graph_weights
 from ..graphs.attention_forms import has_attention, with_attention
-from ..graphs.graphs import export_graphs, stored_tensors
+from ..graphs.graphs import export_graphs
 from ..precisions.choosing import plugin_precision, precision_for
+from ..precisions.storing import stored_tensors
 
 
 def write_plugin_graphs(

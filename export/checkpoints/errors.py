@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...machine.errors import I2LError
-from ...machine.wording import format_path, some
+from ...machine.wording import command_path, format_path, some
 from ...specs import DiffusionModel, Family
 
 
@@ -23,7 +23,7 @@ class CheckpointMissing(CheckpointError, FileNotFoundError):
         super().__init__(
             f"{files}no checkpoint for {' and '.join(families)} under {format_path(models)}: download it there "
             "(README, 'Real checkpoints'), or try synthetic ones with: "
-            f"i2l make-checkpoints {format_path(models)} --preset tiny"
+            f"i2l make-checkpoints {command_path(models)} --preset tiny"
         )
 
 

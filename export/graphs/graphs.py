@@ -19,8 +19,9 @@ from ...engines.directory.manifest import IMAGES_MEET
 from ...engines.directory.tensorfile import TensorInfo
 from ...specs import AdapterSpec, EncoderSpec, Spec
 from ..checkpoints.torch_dtypes import TORCH_DTYPES
-from ..checkpoints.weights import Matrix, Step, Weight, graph_weights
+from ..checkpoints.weights import Step, graph_weights
 from ..precisions.base import Precision
+from ..precisions.storing import stored_tensors
 from .modules import graph_modules
 
 OPSET = 23
@@ -49,18 +50,6 @@ def export_graphs(
         if not precision.images_meet and not name.endswith(".embed"):
             graph.metadata_props.add(key=IMAGES_MEET, value="no")
         yield name, graph
-
-
-def stored_tensors(weights: Sequence[Weight], precision: Precision) -> list[tuple[str, str, tuple[int, ...]]]:
-    """``(name, safetensors dtype, shape)`` of a graph's weights as the pack stores them, in file order."""
-    stored: list[tuple[str, str, tuple[int, ...]]] = []
-    for weight in weights:
-        if isinstance(weight, Matrix):
-            parts = precision.stored(weight.out_features, weight.in_features, weight.group)
-            stored += [(f"{weight.name}.{suffix}", dtype, shape) for suffix, dtype, shape in parts]
-        else:
-            stored.append((weight.name, "F32", weight.shape))
-    return stored
 
 
 def export_graph(

@@ -1,77 +1,30 @@
 """Packs: a checkpoint's tensors prepared for the graphs and written as a stream, never whole in memory.
 
-The layout is planned from the spec alone. Then each weight is read in pieces of whole rows, converted and appended. A
+The layout is planned (:mod:`.planning`). Then each weight is read in pieces of whole rows, converted and appended. A
 thread of its own hashes and writes, so that the disk and the quantiser work at the same time.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from ...engines.directory.manifest import Chunk, Model
-from ...engines.directory.manifest import Step as StepFacts
-from ...engines.directory.tensorfile import PAD_PREFIX, TENSOR_ALIGN, Layout, LayoutWriter, plan_layout
+from ...engines.directory.tensorfile import LayoutWriter
 from ...machine.files import explained_os_errors
-from ...specs import Spec
 from ..checkpoints.reader import stream_tensors
 from ..checkpoints.recognise import Checkpoint
-from ..checkpoints.weights import Matrix, Plain, Step, Weight, graph_weights, plan_steps
-from ..graphs.graphs import stored_tensors
+from ..checkpoints.weights import Matrix, Plain, Step, Weight, graph_weights
 from ..precisions.base import Precision, Rows
-from ..precisions.choosing import precision_for
 from .equalise import Gains, plan_gains
+from .planning import PackPlan
 from .stack import Stack
 
 QUEUE_PIECES = 64
 """Prepared pieces, of half a MiB to 2 MiB each, that may wait for the disk."""
-
-
-@dataclass(frozen=True)
-class PackPlan:
-    """A pack before it is written."""
-
-    layout: Layout
-    chunks: tuple[Chunk, ...]
-    steps: tuple[Step, ...]
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes that :func:`write_pack` tells of: without the header and the fillers."""
-        return sum(info.nbytes for name, info in self.layout.tensors.items() if not name.startswith(PAD_PREFIX))
-
-
-def plan_pack(spec: Spec, precision: Precision, blocks_per_chunk: int) -> PackPlan:
-    """Lay out a model's pack: steps in order of running, blocks grouped in chunks, each chunk on a page of its own."""
-    weights = graph_weights(spec)
-    groups = plan_steps(spec)
-    chunked = _grouped(groups, blocks_per_chunk)
-    entries = []
-    page_starts = set()
-    for chunk in chunked:
-        for step in chunk:
-            stored = stored_tensors(weights[step.graph], precision)
-            if step is chunk[0]:
-                page_starts.add(f"{step.name}.{stored[0][0]}")
-            entries += [(f"{step.name}.{name}", dtype, shape) for name, dtype, shape in stored]
-    layout = plan_layout(entries, {"format": "pt"}, align=TENSOR_ALIGN, page_starts=frozenset(page_starts))
-    chunks = []
-    for chunk in chunked:
-        infos = [info for step in chunk for name, info in layout.tensors.items() if name.startswith(f"{step.name}.")]
-        end = max(info.offset + info.nbytes for info in infos)
-        start = min(info.offset for info in infos)
-        chunks.append(Chunk(start, end - start, tuple(StepFacts(step.name, step.graph) for step in chunk)))
-    return PackPlan(layout, tuple(chunks), tuple(step for group in groups for step in group))
-
-
-def planned_model(spec: Spec, precision: str) -> Model:
-    """The model as a build's manifest would have it, without checkpoint or pack."""
-    plan = plan_pack(spec, precision_for(precision, spec), 1)
-    return Model(spec, "", plan.chunks, plan.layout.tensors, {})
 
 
 def write_pack(
@@ -85,7 +38,7 @@ def write_pack(
 
     Args:
         path: the new file.
-        plan: from :func:`plan_pack` with the same precision.
+        plan: from :func:`.planning.plan_pack` with the same precision.
         checkpoint: what it is made from.
         precision: how matrices are stored.
         advance: told the bytes handed to the disk.
@@ -163,7 +116,7 @@ class BackgroundWriter:
         self._writer.write(name, data.data)
         self._advance(data.nbytes)
 
-    def __enter__(self) -> "BackgroundWriter":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -172,18 +125,3 @@ class BackgroundWriter:
                 self._pending.popleft().result()
         finally:
             self._pool.shutdown(cancel_futures=True)
-
-
-def _grouped(groups: Sequence[Sequence[Step]], blocks_per_chunk: int) -> list[list[Step]]:
-    """Join neighbouring groups of blocks; embed and head stay chunks of their own."""
-    chunks: list[list[Step]] = []
-    size = 0
-    for group in groups:
-        alone = group[0].graph.endswith((".embed", ".head"))
-        if alone or size in {0, blocks_per_chunk}:
-            chunks.append(list(group))
-            size = 0 if alone else 1
-        else:
-            chunks[-1] += group
-            size += 1
-    return chunks

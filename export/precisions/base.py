@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from ...engines.cpu.sums import LARGEST_PAIR, WEIGHT_LEVELS
 from .parallel import in_threads
+from .storing import Storing
 
-Stored: TypeAlias = tuple[str, str, tuple[int, ...]]
-"""``(suffix, safetensors dtype, shape)``."""
 Weights: TypeAlias = Mapping[str, Tensor]
 Rows: TypeAlias = Callable[[int, int], Tensor]
 """``(first row, count) -> float32 [count, in_features]`` of the original matrix."""
@@ -32,8 +31,8 @@ SMALLEST = 1e-30
 """Keeps the scale of a row of zeros from being zero."""
 
 
-class Precision(Protocol):
-    """One way to keep matrices."""
+class Precision(Storing, Protocol):
+    """One way to keep matrices; how packs are laid out, says the protocol that it extends."""
 
     @property
     def equalised(self) -> bool:
@@ -43,10 +42,6 @@ class Precision(Protocol):
     @property
     def images_meet(self) -> bool:
         """Whether a picture's values may depend on the others of its batch, if only by the order of additions."""
-        ...
-
-    def stored(self, out_features: int, in_features: int, group: int | None = None) -> list[Stored]:
-        """The pack's tensors for a matrix, in file order; ``group``: rows that stay together, all by default."""
         ...
 
     def prepare(

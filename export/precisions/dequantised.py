@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from ...engines.directory.pieces import LARGEST_BYTES, cut_shapes, piece_names
-from .base import FloatLinear, Linear, Linears, Stored, Weights, product
+from .base import FloatLinear, Linear, Linears, Weights, product
 from .floats import Float
 from .left_int8 import LeftInt8
 from .linears import gemm
 from .rotated_int8 import RotatedInt8, RotatedInt8Linear
+from .storing import Stored
 from .torch_rotation import rotate
 
 ZERO_POINT = 128

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import SMALLEST, Kept, Linear, Rows, Stored, Weights, pieces, product, row_scales, row_starts
+from .base import SMALLEST, Kept, Linear, Rows, Weights, pieces, product, row_scales, row_starts
 from .linears import Compute, CudaScaledLinear, GpuLinear, dequantised
+from .storing import StoredFloat8
 
 
 @dataclass(frozen=True)
-class Float8(Kept):
+class Float8(StoredFloat8, Kept):
     """FP8 e4m3 ``[out, in]``, one float32 scale per output channel: ``w = q * scale``, ``scale = max|row| / 448``.
 
     Equalised for the sake of FP8 activations, and as the CPU runs it as int8 (engines/cpu/transcode.py).
@@ -19,9 +20,6 @@ class Float8(Kept):
 
     equalised: bool = True
     images_meet: bool = True
-
-    def stored(self, out_features: int, in_features: int, group: int | None = None) -> list[Stored]:  # noqa: ARG002
-        return [("weight", "F8_E4M3", (out_features, in_features)), ("scale", "F32", (out_features,))]
 
     def prepare(
         self,

@@ -7,20 +7,17 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.torch_dtypes import TORCH_DTYPES
-from .base import FloatLinear, Kept, Linear, Rows, Stored, row_starts
+from .base import FloatLinear, Kept, Linear, Rows, row_starts
 from .linears import Compute, CudaLinear, GpuLinear
+from .storing import StoredFloat
 
 
 @dataclass(frozen=True)
-class Float(Kept):
+class Float(StoredFloat, Kept):
     """float32 or bfloat16 as it came, ``[out, in]``. onnxruntime's CPU has no bfloat16 product: the graph casts."""
 
-    dtype: str
     equalised: bool = False
     images_meet: bool = True
-
-    def stored(self, out_features: int, in_features: int, group: int | None = None) -> list[Stored]:  # noqa: ARG002
-        return [("weight", self.dtype, (out_features, in_features))]
 
     def prepare(
         self,

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from ...engines.cpu.sums import WEIGHT_LEVELS
-from .base import SMALLEST, Kept, Linear, Linears, Rows, Stored, Weights, pieces, row_scales, row_starts
+from .base import SMALLEST, Kept, Linear, Linears, Rows, Weights, pieces, row_scales, row_starts
 from .linears import Compute, CudaScaledLinear, GpuLinear
-from .rotated_int8 import panel_width
+from .storing import StoredLeftInt8, panel_width
 
 
 @dataclass(frozen=True)
-class LeftInt8(Kept):
+class LeftInt8(StoredLeftInt8, Kept):
     """uint8 around 128 in panels ``[in / p, out, p]``, one scale per output channel: the adapter's form, for few rows.
 
     Such a product only waits for the weights. With the weights on the left onnxruntime reads them as they lie, at the
@@ -26,10 +26,6 @@ class LeftInt8(Kept):
 
     equalised: bool = False
     images_meet: bool = False
-
-    def stored(self, out_features: int, in_features: int, group: int | None = None) -> list[Stored]:  # noqa: ARG002
-        width = panel_width(in_features)
-        return [("weight", "U8", (in_features // width, out_features, width)), ("scale", "F32", (out_features,))]
 
     def prepare(
         self,

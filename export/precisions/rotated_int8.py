@@ -7,22 +7,14 @@ import torch
 from torch import Tensor
 
 from ...engines.cpu.sums import ACTIVATION_LEVELS
-from .base import SMALLEST, Kept, Linear, Rows, Stored, Weights, pieces, row_scales_for_exact_sums
+from .base import SMALLEST, Kept, Linear, Rows, Weights, pieces, row_scales_for_exact_sums
 from .linears import Compute, GpuLinear, dequantised
+from .storing import StoredRotatedInt8, panel_width
 from .torch_rotation import rotate, rotation
-
-PANEL = 128
-"""Output channels side by side in memory. onnxruntime packs the weights at every call, as they are inputs; narrow
-panels take half the time of whole rows with AMX, four fifths without (docs/adr/0001)."""
-
-
-def panel_width(group: int) -> int:
-    """The largest divisor of ``group``, the rows that stay together, up to :data:`PANEL`."""
-    return max(width for width in range(1, min(PANEL, group) + 1) if group % width == 0)
 
 
 @dataclass(frozen=True)
-class RotatedInt8(Kept):
+class RotatedInt8(StoredRotatedInt8, Kept):
     """int8 of the rotated matrix in panels ``[out / p, in, p]``, one scale per output channel: the encoders' form.
 
     The kernel wants ``[in, p]`` and signed weights (unsigned ones ran at half the speed). A panel crosses no head.
@@ -30,11 +22,6 @@ class RotatedInt8(Kept):
 
     equalised: bool = True
     images_meet: bool = False
-
-    def stored(self, out_features: int, in_features: int, group: int | None = None) -> list[Stored]:
-        width = panel_width(group or out_features)
-        panels = out_features // width
-        return [("weight", "I8", (panels, in_features, width)), ("scale", "F32", (panels, 1, width))]
 
     def prepare(
         self, rows: Rows, out_features: int, in_features: int, group: int | None = None

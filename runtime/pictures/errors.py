@@ -25,12 +25,31 @@ class ImageUnreadable(ImageError):
         super().__init__(f"{name} cannot be read as an image ({reason}): give a whole JPEG, PNG or WebP file")
 
 
+class ImageMissing(ImageUnreadable, FileNotFoundError):
+    """There is no such file."""
+
+    def __init__(self, name: str) -> None:
+        ImageError.__init__(self, f"{name} is not there: check the name and the folder")
+
+
+class FolderUnreadable(ImageUnreadable, OSError):
+    """A folder cannot be looked into."""
+
+    def __init__(self, folder: Path, error: OSError) -> None:
+        reason = f"{format_path(folder)} cannot be looked into ({error.strerror or error}): give another folder"
+        if isinstance(error, NotADirectoryError):
+            reason = f"{format_path(folder)} is a file, not a folder: give a folder, or for single pictures use i2l run"
+        elif isinstance(error, FileNotFoundError):
+            reason = f"{format_path(folder)} is not there: check the name of the folder"
+        ImageError.__init__(self, reason)
+
+
 class DecoderMissing(ImageError, ImportError):
     """The file is a picture, but the plugin that decodes its format is not installed."""
 
     def __init__(self, name: str, kind: str, package: str) -> None:
         super().__init__(
-            f"{name} is a {kind} picture, which needs {package}: pip install 'i2l-engines[pictures]' "
+            f'{name} is a {kind} picture, which needs {package}: pip install "i2l-engines[pictures]" '
             f"(in ComfyUI: pip install {package} in its Python)"
         )
 
@@ -58,7 +77,7 @@ class FolderEmpty(ImageError):
 
     def __init__(self, folder: Path, suffixes: Sequence[str], *, per_folder: bool = False) -> None:
         lacks = "no folder with images" if per_folder else "no image"
-        deeper = "give --per image for its own images" if per_folder else "folders inside it are not looked into"
+        deeper = "give --per image for its own images" if per_folder else "--recursive looks into folders inside it"
         super().__init__(
             f"{format_path(folder)} holds {lacks}: put pictures there (files that end in {', '.join(suffixes)}); "
             f"{deeper}"

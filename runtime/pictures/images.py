@@ -30,7 +30,7 @@ from PIL import ExifTags, Image, ImageFile
 
 from ...machine.wording import format_path
 from .colours import Profile, usable_profile
-from .errors import ImageAbsurd, ImageError, ImageUnreadable
+from .errors import ImageAbsurd, ImageError, ImageMissing, ImageUnreadable
 from .files import jpeg_ends, png_chunks
 from .files.formats import PREFIX, open_picture
 from .files.memory_limit import decode
@@ -88,7 +88,8 @@ def load_image(source: ImageSource, *, ignore_icc: bool = False) -> Image.Image:
         there.
 
     Raises:
-        ImageUnreadable: the file is absent, truncated, a directory or no picture, or the pixels have no agreed meaning.
+        ImageMissing: there is no such file.
+        ImageUnreadable: the file is truncated, a directory or no picture, or the pixels have no agreed meaning.
         DecoderMissing: the extra ``pictures`` would read it.
         ImageAbsurd: the shorter side is under 16 pixels, the longer one is over 20 times the shorter, or decoding takes
             more memory than :data:`.files.memory_limit.LIMIT_BYTES`. Files are judged by their header, before
@@ -149,6 +150,8 @@ def _pillow_errors(name: str) -> Iterator[None]:
             yield
         except ImageError:
             raise
+        except FileNotFoundError as error:
+            raise ImageMissing(name) from error
         except _DAMAGE as error:
             raise ImageUnreadable(name, _reason(error)) from error
         finally:

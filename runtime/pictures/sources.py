@@ -10,7 +10,7 @@ from .errors import ImageError, ImagesUnusable, NoImages
 from .images import ImageSource, load_image
 from .pixels import content_sha256, square_image
 
-ICC_KEY = "i2l.icc"
+ICC_KEY, IMAGES_KEY = "i2l.icc", "i2l.images"
 
 
 def as_several(images: Sequence[ImageSource] | ImageSource) -> list[ImageSource]:
@@ -62,4 +62,4 @@ def colours_mark(*, ignore_icc: bool) -> dict[str, str]:
 
 def images_mark(hashes: Iterable[str]) -> dict[str, str]:
     """The metadata entry that names a LoRA's images by their content."""
-    return {"i2l.images": ",".join(hashes)}
+    return {IMAGES_KEY: ",".join(hashes)}

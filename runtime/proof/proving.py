@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from ...engines.backends import offer_of
@@ -49,7 +49,7 @@ class Prover:
             cpu_ms_per_image=cpu.ms_per_image if cpu else None,
             cpu_estimated=bool(cpu and cpu.estimated),
             seconds=time.monotonic() - start + (cpu.seconds if cpu else 0.0),
-            made=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            made=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
     def cpu_time(self) -> FormOutcome | None:

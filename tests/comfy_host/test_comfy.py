@@ -21,13 +21,8 @@ from safetensors.torch import load_file
 
 from comfy_standins import Host, InterruptProcessingException, ModelPatcher
 from conftest import MakeEngines, MakeModels, graphs_once, picture
-from i2l.engines.cpu.backend import OrtEngine
-from i2l.engines.cpu.converted import CPU_FOLDER
-from i2l.errors import (
-    BackendUnavailable,
-    CheckpointMissing,
+from i2l.comfy_host.errors import (
     FilenameRefused,
-    ImageAbsurd,
     ImagesUnfit,
     LoraDataForeign,
     LoraNotApplied,
@@ -35,6 +30,9 @@ from i2l.errors import (
     NoPlaceForEngines,
     OutputOutside,
 )
+from i2l.engines.cpu.backend import OrtEngine
+from i2l.engines.cpu.converted import CPU_FOLDER
+from i2l.errors import BackendUnavailable, CheckpointMissing, ImageAbsurd
 from i2l.export.precisions.base import Precision
 from i2l.lora.lora import Lora
 from i2l.lora.reading import describe_lora

@@ -15,7 +15,7 @@ from i2l.cli import main
 from i2l.engines.device.predict import Card, overlapped, predict
 from i2l.engines.device.residency import Residency, estimated_memory, plan_residency
 from i2l.engines.directory.manifest import Model
-from i2l.export.packs.packs import planned_model
+from i2l.export.packs.planning import planned_model
 from i2l.machine.sizes import LARGEST, parse_budget, parse_size
 from i2l.machine.wording import GIB
 from i2l.specs import PRESETS, Family

@@ -17,13 +17,13 @@ from i2l.export.checkpoints.finding import find_checkpoints
 from i2l.export.checkpoints.recognise import SPEC_KEY, Checkpoint, recognise
 from i2l.export.checkpoints.shapes import tensor_shapes
 from i2l.export.checkpoints.weights import Matrix, Step, graph_weights, plan_steps
-from i2l.export.graphs.graphs import stored_tensors
 from i2l.export.graphs.modules import graph_modules
 from i2l.export.packs.equalise import FEEDS, WIDEST, plan_gains
 from i2l.export.packs.packs import prepared_weights
 from i2l.export.packs.stack import Stack
 from i2l.export.precisions import base as precision
 from i2l.export.precisions.floats import Float
+from i2l.export.precisions.storing import stored_tensors
 from i2l.specs import EncoderSpec, Family, spec_to_dict
 
 Models = Callable[..., Path]

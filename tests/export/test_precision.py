@@ -16,11 +16,12 @@ from i2l.engines.directory.dtypes import ELEMENT_TYPES
 from i2l.export.checkpoints.torch_dtypes import TORCH_DTYPES
 from i2l.export.graphs.graphs import export_graph
 from i2l.export.precisions import base as precision_module
-from i2l.export.precisions.base import Precision, Rows, Stored, Weights
+from i2l.export.precisions.base import Precision, Rows, Weights
 from i2l.export.precisions.float8 import Float8
 from i2l.export.precisions.floats import Float
 from i2l.export.precisions.left_int8 import LeftInt8
 from i2l.export.precisions.rotated_int8 import RotatedInt8
+from i2l.export.precisions.storing import Stored
 from i2l.export.precisions.torch_rotation import rotate, rotation
 from i2l.specs import EncoderSpec
 

@@ -19,10 +19,10 @@ from i2l.engines.directory.tensorfile import PAD_PREFIX, PAGE, TENSOR_ALIGN
 from i2l.export.checkpoints.finding import find_checkpoints
 from i2l.export.checkpoints.shapes import tensor_shapes
 from i2l.export.checkpoints.weights import Matrix, Step, graph_weights, plan_steps
-from i2l.export.graphs.graphs import stored_tensors
-from i2l.export.packs.packs import PackPlan, plan_pack
+from i2l.export.packs.planning import PackPlan, plan_pack
 from i2l.export.packs.stack import Stack, every
 from i2l.export.precisions.choosing import PRECISIONS, precision_for
+from i2l.export.precisions.storing import stored_tensors
 from i2l.specs import PRESETS, AdapterSpec, EncoderSpec, Spec
 
 SPECS: dict[str, Spec] = {f"{name}-{spec.family}": spec for name, preset in PRESETS.items() for spec in preset}

@@ -7,9 +7,12 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from conftest import MakeEngines
 from i2l.cli import main
-from i2l.look.plotting import components, norm_table, shortened, similarities, split_module
+from i2l.look.contact_sheet import pictures_of
+from i2l.look.plotting import components, norm_table, shortened, similarities, similarity_scale, split_module
 from i2l.lora.lora import Lora
+from i2l.lora.reading import read_factors
 
 MODULES = [
     *(f"layers.{i}.attention.to_q" for i in (10, 2)),
@@ -60,3 +63,43 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
         assert several.height > 2 * single.height
         assert len(single.convert("RGB").getcolors(1 << 20) or []) > 50  # axes, letters, a colour bar
     assert CliRunner().invoke(main, ["plot", paths[0], "--output", str(tmp_path / "x.txt")]).exit_code == 2
+
+
+def test_a_default_name_replaces_nothing(tmp_path: Path) -> None:
+    path = str(lora().save(tmp_path / "a.safetensors"))
+    for name in ("a.plot.png", "a-2.plot.png", "a-3.plot.png"):
+        result = CliRunner().invoke(main, ["plot", path], catch_exceptions=False)
+        assert (result.exit_code, result.stdout) == (0, f"drawn: {tmp_path / name}\n")
+
+
+def test_similarities_are_coloured_by_what_differs() -> None:
+    alike = np.array([[1, 0.97, 0.98], [0.97, 1, 0.99], [0.98, 0.99, 1]])
+    assert similarity_scale(alike) == (0.97, 0.99)
+    lowest, highest = similarity_scale(np.array([[1, 0.5], [0.5, 1]]))
+    assert (lowest, highest) == pytest.approx((0.48, 0.5))
+
+
+def test_a_contact_sheet_shows_what_a_lora_was_made_from(engines: MakeEngines, tmp_path: Path) -> None:
+    """Found by content, wherever it lies and whatever it is called: red made the first LoRA, blue the second."""
+    photos, loras = tmp_path / "photos", tmp_path / "loras"
+    for name, colour in (("deep/red", "#d01020"), ("blue", "#1020d0"), ("green", "#10d020")):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 30), colour).save(photos / f"{name}.png")
+    arguments = ["batch", str(photos), "--recursive", "--engines", str(engines("tiny", "fp32")), "--output-dir"]
+    assert CliRunner().invoke(main, [*arguments, str(loras)], catch_exceptions=False).exit_code == 0
+    files = [read_factors(loras / name, allow=frozenset()) for name in ("deep/red.safetensors", "blue.safetensors")]
+    found = pictures_of(files, [photos / "blue.png", photos / "green.png", photos / "deep" / "red.png"])
+    assert [[picture.getpixel((0, 0)) for picture in found[file.path]] for file in files] == [
+        [(0xD0, 0x10, 0x20)],
+        [(0x10, 0x20, 0xD0)],
+    ]
+    drawn = tmp_path / "sheet.png"
+    plot = ["plot", *(str(file.path) for file in files), "--output", str(drawn), "--contact-sheet"]
+    result = CliRunner().invoke(main, [*plot, str(photos)], catch_exceptions=False)
+    assert (result.exit_code, result.stderr) == (0, "")
+    with Image.open(drawn) as image:
+        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 24) or []}
+    assert {(0xD0, 0x10, 0x20), (0x10, 0x20, 0xD0)} <= colours
+    assert (0x10, 0xD0, 0x20) not in colours
+    result = CliRunner().invoke(main, [*plot, str(photos / "deep")], catch_exceptions=False)
+    assert result.stderr == f"no picture in {photos / 'deep'} is what made blue.safetensors\n"

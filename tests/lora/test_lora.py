@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
@@ -141,10 +141,10 @@ def header_metadata(path: Path) -> dict[str, Any]:
 
 
 def test_metadata_is_what_others_read(tmp_path: Path) -> None:
-    before = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    before = datetime.now(UTC).strftime("%Y-%m-%d")
     path = lora_from_factors(factors(3)).save(tmp_path / "my cat.safetensors")
     metadata = header_metadata(path)
-    assert metadata.pop("modelspec.date") in {before, datetime.now(timezone.utc).strftime("%Y-%m-%d")}
+    assert metadata.pop("modelspec.date") in {before, datetime.now(UTC).strftime("%Y-%m-%d")}
     assert metadata == {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",

@@ -51,7 +51,9 @@ def test_gram_matrices_give_what_the_products_give(rank: int, other: int, wide: 
     first, second = factors(rank, wide, tall, seed), factors(other, wide, tall, seed + 1)
     x, y = product(*first), product(*second)
     assert product_norm(first[1], first[0]) == pytest.approx(np.linalg.norm(x), rel=1e-9)
-    assert product_dot(first, second) == pytest.approx((x * y).sum(), abs=1e-9 * np.linalg.norm(x) * np.linalg.norm(y))
+    assert product_dot(first, second) == pytest.approx(
+        (x * y).sum(), abs=float(1e-9 * np.linalg.norm(x) * np.linalg.norm(y))
+    )
     # the difference of two near products cancels in the Gram matrix: half the digits of float64 are left
     assert product_error(first, second) == pytest.approx(np.linalg.norm(x - y) / np.linalg.norm(y), rel=1e-6, abs=1e-7)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from conftest import MakeEngines, picture
 from i2l.cli import main
 from i2l.errors import FolderEmpty
+from i2l.runtime.jobs import Per, plan_jobs
 from i2l.runtime.pictures.listing import list_images, natural_key, skipped_line
 from i2l.runtime.pipeline import open_engines
 
@@ -38,7 +39,42 @@ def test_images_come_in_natural_order_and_the_rest_is_named(folder: Path, tmp_pa
     found = list_images([single, folder])
     assert [path.name for path in found.images] == ["named-anyhow", "P2.JPG", "p10.png"]
     assert [path.name for path in found.skipped] == ["more", "notes.txt"]
-    assert "more, notes.txt" in skipped_line(found.skipped)
+    assert skipped_line(found.skipped) == (
+        "skipped 1 that is not a picture: notes.txt; 1 folder, which --recursive looks into: more"
+    )
+
+
+def test_recursive_takes_what_lies_deeper_once(folder: Path) -> None:
+    """Whatever links say: one leads back up, so a walk that followed it blindly would never end."""
+    picture(60, 60, seed=3).save(folder / "more" / "deep.png")
+    (folder / "more" / "again").symlink_to(folder)
+    (folder / ".hidden").mkdir()
+    picture(60, 60, seed=4).save(folder / ".hidden" / "secret.png")
+    found = list_images([folder], recursive=True)
+    assert [path.name for path in found.images] == ["P2.JPG", "p10.png", "deep.png"]
+    assert [path.name for path in found.skipped] == ["notes.txt"]
+    assert list_images([folder]).images == found.images[:2]
+
+
+@pytest.mark.parametrize(
+    ("per", "recursive", "outputs"),
+    [
+        ("image", False, ["P2", "p10"]),
+        ("image", True, ["P2", "p10", "more/deep", "more/most/deepest"]),
+        ("folder", False, ["more"]),
+        ("folder", True, ["more", "more/most"]),
+    ],
+)
+def test_jobs_of_folders(folder: Path, per: Per, recursive: bool, outputs: list[str]) -> None:
+    """The LoRAs may go into the folder itself: what lies there is no input."""
+    (folder / "more" / "most").mkdir()
+    picture(60, 60, seed=3).save(folder / "more" / "deep.png")
+    picture(60, 60, seed=4).save(folder / "more" / "most" / "deepest.png")
+    loras = folder / "loras"
+    loras.mkdir()
+    picture(60, 60, seed=5).save(loras / "drawn.plot.png")
+    plan = plan_jobs(folder, loras, per, recursive=recursive)
+    assert [str(job.output.relative_to(loras)) for job in plan.jobs] == [f"{o}.safetensors" for o in outputs]
 
 
 def test_a_folder_without_images_is_an_error(tmp_path: Path) -> None:

@@ -482,8 +482,8 @@ def test_no_picture(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "note.jpg").write_text("a thousand words")
     for source, reason in (
-        (tmp_path / "absent.jpg", "No such file"),
-        (str(tmp_path / "absent.jpg"), "No such file"),
+        (tmp_path / "absent.jpg", "is not there"),
+        (str(tmp_path / "absent.jpg"), "is not there"),
         (tmp_path, "Is a directory"),
         (tmp_path / "empty.jpg", "it is empty"),
         (tmp_path / "note.jpg", "no known picture format"),

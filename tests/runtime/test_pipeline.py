@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import mmap
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -20,8 +21,8 @@ from conftest import MakeEngines, picture
 from i2l.engines.cpu import backend as ort
 from i2l.engines.cpu.readahead import ReadAhead
 from i2l.engines.directory.manifest import Chunk, Step, read_manifest
-from i2l.engines.directory.mapping import give_back, read_ahead
 from i2l.errors import BackendUnavailable, BudgetTooSmall, EnginesMissing, NoImages, PipelineClosed, ShapeMismatch
+from i2l.machine.platforms.mapping import give_back, read_ahead
 from i2l.runtime.pipeline import Pipeline, open_engines
 from i2l.runtime.streamer import stream
 from i2l.specs import Family
@@ -309,6 +310,9 @@ def test_advice_covers_the_region_in_whole_pages(monkeypatch: pytest.MonkeyPatch
     """The kernel refuses a start that is not on a page; Apple's pages are 16 KiB, some ARM servers' 64 KiB."""
     told: list[tuple[int, int, int]] = []
 
+    if sys.platform == "win32":
+        pytest.skip("Windows has no such call")
+
     class Map(mmap.mmap):
         def madvise(self, advice: int, start: int = 0, length: int = 0) -> None:
             told.append((advice, start, length))
@@ -372,7 +376,7 @@ def test_a_named_backend_that_cannot_run_is_an_error(engines: MakeEngines, backe
 @pytest.mark.usefixtures("driver_alone")
 @pytest.mark.parametrize("backend", ["cuda", "tensorrt"])
 def test_the_remedy_for_a_missing_package_installs_it(engines: MakeEngines, backend: str) -> None:
-    with pytest.raises(BackendUnavailable, match=rf"pip install 'i2l-engines\[{backend}\]'"):
+    with pytest.raises(BackendUnavailable, match=rf"pip install \"i2l-engines\[{backend}\]\""):
         open_engines(engines("tiny", "fp32"), backend=backend)
 
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from i2l.engines.cpu import readahead
 from i2l.engines.cpu.backend import AHEAD_BYTES, bytes_ahead
 from i2l.engines.cpu.readahead import PIECE_BYTES, ReadAhead
-from i2l.engines.directory.mapping import open_mapped, populate
 from i2l.machine.memory import available_bytes
+from i2l.machine.platforms.mapping import is_cached, open_mapped, populate
 
 PIECES = 5
 Region = tuple[int, int]
@@ -39,7 +39,7 @@ class Reads:
         self.reader = ReadAhead(path, self.map, self.thread)
         monkeypatch.setattr(readahead, "populate", self.populate)
         monkeypatch.setattr(readahead, "give_back", lambda _, offset, nbytes: self.given_back.append((offset, nbytes)))
-        monkeypatch.setattr(self.reader, "_is_cached", lambda offset: offset // PIECE_BYTES in self.cached)
+        monkeypatch.setattr(readahead, "is_cached", lambda _, offset: offset // PIECE_BYTES in self.cached)
 
     def populate(self, _: mmap.mmap, offset: int, nbytes: int) -> None:
         self.began.set()
@@ -122,14 +122,16 @@ def test_cached_or_not_is_asked_of_the_system(tmp_path: Path) -> None:
     mapped = open_mapped(path)
     with ThreadPoolExecutor(1) as thread:
         reader = ReadAhead(path, mapped, thread)
-        if not reader._is_cached(0):
+        if not is_cached(reader._file, 0):
             pytest.skip("this file system does not tell")
         with path.open("rb") as file:
+            if sys.platform != "linux":
+                pytest.skip("Linux alone has this call")
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        dropped = not reader._is_cached(PIECE_BYTES - 1)
+        dropped = not is_cached(reader._file, PIECE_BYTES - 1)
         reader.begin(0, PIECE_BYTES)
         reader.wait(0)
-        assert reader._is_cached(PIECE_BYTES - 1)
+        assert is_cached(reader._file, PIECE_BYTES - 1)
         reader.close()
     mapped.close()
     if not dropped:
@@ -138,7 +140,7 @@ def test_cached_or_not_is_asked_of_the_system(tmp_path: Path) -> None:
 
 @linux
 def test_a_kernel_without_huge_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("i2l.engines.directory.mapping.HUGEPAGE", 12345)  # EINVAL, as where they are not built in
+    monkeypatch.setattr("i2l.machine.platforms.mapping.HUGEPAGE", 12345)  # EINVAL, as where they are not built in
     path = tmp_path / "pack"
     path.write_bytes(b"abc")
     mapped = open_mapped(path)

@@ -12,7 +12,7 @@ from i2l.engines.device.predict import graph_memory
 from i2l.engines.device.residency import GraphMemory, Residency, estimated_memory, plan_residency, spread
 from i2l.engines.directory.manifest import Chunk
 from i2l.errors import BudgetTooSmall
-from i2l.export.packs.packs import plan_pack, planned_model
+from i2l.export.packs.planning import plan_pack, planned_model
 from i2l.export.precisions.choosing import precision_for
 from i2l.machine.wording import GIB
 from i2l.specs import FAMILIES, PRESETS, Family

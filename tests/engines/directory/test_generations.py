@@ -20,7 +20,7 @@ from i2l.export import build
 from i2l.export.backends.cards import require_precision
 from i2l.export.build import build_engines
 from i2l.export.packs.packs import write_pack
-from i2l.export.parts import Part, build_parts, peak_bytes, plan_parts
+from i2l.export.parts import Part, PlannedBuild, build_parts, peak_bytes, plan_parts
 from i2l.look.inspection import inspect_path
 from i2l.machine import files
 
@@ -85,7 +85,7 @@ def test_which_precision_for_which_generation() -> None:
     ],
 )
 def test_disk_needed_by_builds_in_a_row(builds: list[tuple[int, int]], peak: int) -> None:
-    assert peak_bytes(builds) == peak
+    assert peak_bytes([PlannedBuild("int8", new, old) for new, old in builds]) == peak
 
 
 # --- which engines serve a card ----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,7 +157,7 @@ def read_only(own: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def touch(path: Path, *_: object, **__: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    if os.geteuid() == 0:
+    if sys.platform == "win32" or os.geteuid() == 0:
         monkeypatch.setattr(Path, "touch", touch)
     own.chmod(0o555)
     return own

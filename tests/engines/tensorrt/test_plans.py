@@ -35,10 +35,11 @@ from i2l.export.backends.cards import compute_dtype
 from i2l.export.backends.tensorrt import build_plans, gpu_graphs
 from i2l.export.checkpoints.finding import find_checkpoints
 from i2l.export.checkpoints.weights import graph_weights
-from i2l.export.graphs.graphs import export_graph, stored_tensors
+from i2l.export.graphs.graphs import export_graph
 from i2l.export.graphs.modules import graph_modules
-from i2l.export.packs.packs import planned_model
+from i2l.export.packs.planning import planned_model
 from i2l.export.precisions.choosing import gpu_precision
+from i2l.export.precisions.storing import stored_tensors
 from i2l.export.precisions.torch_rotation import rotate, rotation
 from i2l.export.reference import reference_steps
 from i2l.look.verification import step_error
@@ -435,6 +436,6 @@ def test_polygraphy_runs_a_standalone_step(engines: MakeEngines) -> None:
 
 def test_without_a_tensorrt_the_error_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(ImportError, match=r"pip install 'i2l-engines\[tensorrt\]'"):
+    with pytest.raises(ImportError, match=r"pip install \"i2l-engines\[tensorrt\]\""):
         find_flavour()
     assert str(Flavour("tensorrt_rtx", "1.7")) == "tensorrt_rtx 1.7"

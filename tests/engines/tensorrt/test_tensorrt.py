@@ -495,7 +495,7 @@ def test_without_cuda_python_the_extra_installs_it(play: Play, monkeypatch: pyte
     if real("tensorrt_rtx") is None:
         pytest.skip("tensorrt_rtx is not installed")
     with pytest.raises(
-        BackendUnavailable, match=r"cuda.bindings .* is not installed: pip install 'i2l-engines\[tensorrt\]'"
+        BackendUnavailable, match=r"cuda.bindings .* is not installed: pip install \"i2l-engines\[tensorrt\]\""
     ):
         backends.working_backend("tensorrt")
 

@@ -1,0 +1,85 @@
+"""What a pack stores of a matrix in each precision: names, dtypes and shapes, known without torch.
+
+A precision's class begins with the one here that lays its packs out; so `i2l plan` computes sizes where nothing else of
+a build is installed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from ...specs import Spec
+from ..checkpoints.weights import Matrix, Weight
+
+Stored: TypeAlias = tuple[str, str, tuple[int, ...]]
+"""``(suffix, safetensors dtype, shape)``."""
+PANEL = 128
+"""Output channels side by side in memory. onnxruntime packs the weights at every call, as they are inputs; narrow
+panels take half the time of whole rows with AMX, four fifths without (docs/adr/0001)."""
+
+
+class Storing(Protocol):
+    """How a precision lays out packs."""
+
+    def stored(self, out_features: int, in_features: int, group: int | None = None) -> list[Stored]:
+        """The pack's tensors for a matrix, in file order; ``group``: rows that stay together, all by default."""
+        ...
+
+
+def panel_width(group: int) -> int:
+    """The largest divisor of ``group``, the rows that stay together, up to :data:`PANEL`."""
+    return max(width for width in range(1, min(PANEL, group) + 1) if group % width == 0)
+
+
+@dataclass(frozen=True)
+class StoredFloat:
+    """The values as they are, ``[out, in]``."""
+
+    dtype: str
+
+    def stored(self, out_features: int, in_features: int, group: int | None = None) -> list[Stored]:  # noqa: ARG002
+        return [("weight", self.dtype, (out_features, in_features))]
+
+
+class StoredFloat8:
+    """FP8 ``[out, in]``, one scale per output channel."""
+
+    def stored(self, out_features: int, in_features: int, group: int | None = None) -> list[Stored]:  # noqa: ARG002
+        return [("weight", "F8_E4M3", (out_features, in_features)), ("scale", "F32", (out_features,))]
+
+
+class StoredLeftInt8:
+    """uint8 in panels of columns, one scale per output channel."""
+
+    def stored(self, out_features: int, in_features: int, group: int | None = None) -> list[Stored]:  # noqa: ARG002
+        width = panel_width(in_features)
+        return [("weight", "U8", (in_features // width, out_features, width)), ("scale", "F32", (out_features,))]
+
+
+class StoredRotatedInt8:
+    """int8 in panels of output channels, one scale for each of these."""
+
+    def stored(self, out_features: int, in_features: int, group: int | None = None) -> list[Stored]:
+        width = panel_width(group or out_features)
+        panels = out_features // width
+        return [("weight", "I8", (panels, in_features, width)), ("scale", "F32", (panels, 1, width))]
+
+
+def storing_for(name: str, spec: Spec) -> Storing:
+    """How the precision ``name`` lays out a model's packs; int8 differs for products of few rows."""
+    if name == "int8":
+        return StoredLeftInt8() if spec.family == "adapter" else StoredRotatedInt8()
+    kept: dict[str, Storing] = {"fp8": StoredFloat8(), "bf16": StoredFloat("BF16"), "fp32": StoredFloat("F32")}
+    return kept[name]
+
+
+def stored_tensors(weights: Sequence[Weight], storing: Storing) -> list[Stored]:
+    """``(name, safetensors dtype, shape)`` of a graph's weights as the pack stores them, in file order."""
+    stored: list[Stored] = []
+    for weight in weights:
+        if isinstance(weight, Matrix):
+            parts = storing.stored(weight.out_features, weight.in_features, weight.group)
+            stored += [(f"{weight.name}.{suffix}", dtype, shape) for suffix, dtype, shape in parts]
+        else:
+            stored.append((weight.name, "F32", weight.shape))
+    return stored
