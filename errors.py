@@ -4,10 +4,12 @@ Each stands beside what it is about, in a file called ``errors.py``; how they ar
 """
 
 from .comfy_host.errors import (
+    AdapterUnfit,
     FilenameRefused,
     ImagesUnfit,
     LoraDataForeign,
     LoraNotApplied,
+    ModelFilesMissing,
     NodePackIncomplete,
     NoPlaceForEngines,
     OutputOutside,
@@ -35,6 +37,7 @@ from .export.checkpoints.errors import (
     CheckpointIncomplete,
     CheckpointMismatch,
     CheckpointMissing,
+    CheckpointOfAnotherKind,
     CheckpointsUnfit,
     CheckpointUnreadable,
 )
@@ -63,6 +66,7 @@ from .runtime.pictures.errors import (
 
 __all__ = [
     "AdapterAmbiguous",
+    "AdapterUnfit",
     "BackendUnavailable",
     "BudgetTooSmall",
     "CheckpointAmbiguous",
@@ -71,6 +75,7 @@ __all__ = [
     "CheckpointIncomplete",
     "CheckpointMismatch",
     "CheckpointMissing",
+    "CheckpointOfAnotherKind",
     "CheckpointUnreadable",
     "CheckpointsUnfit",
     "CpuPacksUnwritable",
@@ -100,6 +105,7 @@ __all__ = [
     "LorasDiffer",
     "LorasForOthers",
     "ManifestInvalid",
+    "ModelFilesMissing",
     "NoImages",
     "NoPlaceForEngines",
     "NodePackIncomplete",

@@ -1,7 +1,6 @@
 """Pictures of LoRAs: where they act, and how alike they are."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,45 +12,13 @@ from numpy.typing import NDArray
 
 from ..lora.lora import Lora
 from ..lora.lorafiles import require_one_model
-from ..lora.lowrank import cosine, product_norm
+from ..lora.lowrank import cosine
+from ..lora.norms import NormTable, block_number, components, norm_table
 from ..lora.reading import LoraFile
 from ..machine.files import atomic_path
 
 TITLE_LETTERS = 32
 """Longer file names are cut in the middle."""
-
-
-@dataclass(frozen=True)
-class NormTable:
-    """The Frobenius norm of ``B @ A`` of every module."""
-
-    blocks: tuple[str, ...]
-    """Such as ``layers.7``: sorted by component, then by number."""
-    targets: tuple[str, ...]
-    """Such as ``attention.to_q``."""
-    norms: NDArray[np.float64]
-    """``[targets, blocks]``; NaN where a block has no such target."""
-
-
-def norm_table(lora: Lora) -> NormTable:
-    """Sort the norms of a LoRA's modules, called ``<component>.<index>.<target>``, into a table."""
-    places = {module: split_module(module) for module in lora.factors}
-    blocks = sorted(
-        {block for block, _ in places.values()}, key=lambda block: (block.rpartition(".")[0], _index(block))
-    )
-    targets = list(dict.fromkeys(target for _, target in places.values()))
-    norms = np.full((len(targets), len(blocks)), np.nan)
-    for module, (block, target) in places.items():
-        a, b = lora.factors[module]
-        norms[targets.index(target), blocks.index(block)] = product_norm(b, a)
-    return NormTable(tuple(blocks), tuple(targets), norms)
-
-
-def split_module(module: str) -> tuple[str, str]:
-    """``layers.7.attention.to_q`` is ``("layers.7", "attention.to_q")``: the block ends with the first number."""
-    parts = module.split(".")
-    index = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
-    return ".".join(parts[: index + 1]), ".".join(parts[index + 1 :])
 
 
 def similarities(loras: Sequence[Lora]) -> NDArray[np.float64]:
@@ -103,19 +70,11 @@ def shortened(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def components(blocks: Sequence[str]) -> Iterator[tuple[str, int, int]]:
-    """``(name, first column, last column)`` of each run of blocks of one component."""
-    names = [block.rpartition(".")[0] for block in blocks]
-    for name in dict.fromkeys(names):
-        columns = [index for index, other in enumerate(names) if other == name]
-        yield name, columns[0], columns[-1]
-
-
 def _heat_map(axis: Any, table: NormTable, highest: float) -> Any:
     palette = colormaps["viridis"].with_extremes(bad="0.85")
     image = axis.imshow(np.ma.masked_invalid(table.norms), cmap=palette, vmin=0, vmax=highest, aspect="auto")
     axis.set_yticks(range(len(table.targets)), table.targets)
-    axis.set_xticks(range(len(table.blocks)), [str(max(_index(block), 0)) for block in table.blocks], fontsize=7)
+    axis.set_xticks(range(len(table.blocks)), [str(max(block_number(block), 0)) for block in table.blocks], fontsize=7)
     axis.tick_params(length=0)
     for name, first, last in components(table.blocks):
         centre = ((first + last + 1) / 2 / len(table.blocks), 0)
@@ -135,8 +94,3 @@ def _similarity_map(axis: Any, values: NDArray[np.float64], names: Sequence[str]
         colour = "white" if abs(value) > 0.6 else "black"
         axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=8)
     axis.figure.colorbar(image, ax=axis, label="cosine", pad=0.01)
-
-
-def _index(block: str) -> int:
-    last = block.rpartition(".")[2]
-    return int(last) if last.isdecimal() else -1

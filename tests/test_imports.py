@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"engines.cpu"}
     | {"export.checkpoints", "export.precisions", "export.graphs", "export.packs", "export.backends"},
     "look": RUNNING | {"runtime", "engines.cpu", "engines.cuda", "engines.tensorrt", "export.checkpoints", "export"},
-    "comfy_host": DISK | {"runtime", "export.checkpoints", "export"},
+    "comfy_host": DISK | {"lora", "runtime", "export.checkpoints", "export"},
     "comfy_nodes": {"machine", "lora", "comfy_host"},
     "commands": RUNNING
     | {"runtime", "look", "engines.tensorrt"}
@@ -56,13 +56,15 @@ MAY_IMPORT: dict[str, set[str]] = {
 DOORS = {"", "errors"}
 """Open onto any room, and nobody inside goes through them: the public names."""
 ONLY_IN = {
-    "torch": {"export", "comfy_nodes"},
+    "torch": {"export", "comfy_nodes", "comfy_host.tensors"},
     "onnx": {"export"},
     "onnxscript": {"export"},
     "onnx_ir": {"export"},
     "matplotlib": {"look.plotting", "look.trace_picture"},
     "comfy": {"comfy_nodes", "comfy_host"},
+    "comfy_execution": {"comfy_host.node_text"},
     "folder_paths": {"comfy_host"},
+    "server": {"comfy_host.node_text"},
     "tensorrt": {"engines.tensorrt"},
     "tensorrt_rtx": {"engines.tensorrt"},
     "cuda": {"engines.device.card"},

@@ -8,8 +8,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 from i2l.cli import main
-from i2l.look.plotting import components, norm_table, shortened, similarities, split_module
+from i2l.look.plotting import shortened, similarities
 from i2l.lora.lora import Lora
+from i2l.lora.norms import components, norm_table, split_module
 
 MODULES = [
     *(f"layers.{i}.attention.to_q" for i in (10, 2)),
