@@ -6,7 +6,7 @@
         pipeline.lora_from_images(["photo.jpg"]).save("photo.safetensors")
 
 Importing this package imports nothing heavy: the names below are resolved at their first use. So does ComfyUI, for
-which this folder is a node pack: it asks for ``NODE_CLASS_MAPPINGS``, and nobody else does.
+which this folder is a node pack: it asks for ``NODE_CLASS_MAPPINGS`` and what belongs to it, and nobody else does.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ _HOMES = {
     "I2LError": "machine.errors",
     "NODE_CLASS_MAPPINGS": "comfy_nodes",
     "NODE_DISPLAY_NAME_MAPPINGS": "comfy_nodes",
+    "WEB_DIRECTORY": "comfy_nodes",
     "Lora": "lora.lora",
     "Pipeline": "runtime.pipeline",
     "open_engines": "runtime.pipeline",

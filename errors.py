@@ -28,6 +28,7 @@ from .export.checkpoints.errors import (
     CheckpointIncomplete,
     CheckpointMismatch,
     CheckpointMissing,
+    CheckpointOfAnotherKind,
     CheckpointsUnfit,
     CheckpointUnreadable,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "CheckpointIncomplete",
     "CheckpointMismatch",
     "CheckpointMissing",
+    "CheckpointOfAnotherKind",
     "CheckpointUnreadable",
     "CheckpointsUnfit",
     "CpuPacksUnwritable",

@@ -6,7 +6,6 @@ Engines are used if their build key says that they came from these checkpoints b
 """
 
 import logging
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,12 +13,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engines.directory.manifest import Manifest
-from ..export.checkpoints.errors import CheckpointMissing
-from ..machine.progress import Report
+from ..export.checkpoints.errors import (
+    TITLES,
+    CheckpointForeign,
+    CheckpointMissing,
+    CheckpointOfAnotherKind,
+)
 from ..machine.wording import format_path
 from ..specs import Family
-from .errors import NodePackIncomplete, NoPlaceForEngines
+from .errors import AdapterUnfit, ModelFilesMissing, NoPlaceForEngines
 from .folders import can_write
+from .node_text import Tell
+from .progress import comfy_report, of_build
+from .requirements import pack_requirements
 
 if TYPE_CHECKING:
     from ..export.checkpoints.recognise import Checkpoint
@@ -30,7 +36,7 @@ ENCODERS: tuple[Family, ...] = ("siglip2", "dinov3")
 
 
 def prepare_engines(
-    adapter: Path, roots: Sequence[Path], precision: str, report: Report, places: Sequence[Path] = ()
+    adapter: Path, roots: Sequence[Path], precision: str, tell: Tell, places: Sequence[Path] = ()
 ) -> tuple[Path, Manifest]:
     """The engines directory of an adapter and its manifest, built if there is none or it is out of date.
 
@@ -38,7 +44,7 @@ def prepare_engines(
         adapter: the adapter's checkpoint.
         roots: folders to look for the encoders in.
         precision: ``auto``, or what ``i2l build-engines --precision`` takes.
-        report: told the bytes of packs written, if any are.
+        tell: shows on the node what is built, if anything is.
         places: where engines may be and go, best first; by default in the first root.
 
     Raises:
@@ -48,12 +54,12 @@ def prepare_engines(
     """
     with pack_requirements():
         from ..export.build import build_engines, build_key, choose_precision, current_manifest  # noqa: PLC0415
-        from ..export.checkpoints.finding import find_checkpoints  # noqa: PLC0415
+        from ..export.checkpoints.weights import graph_weights  # noqa: PLC0415
     places = places or [roots[0] / FOLDER]
     name = f"{adapter.stem}-{choose_precision(precision)[0]}"
     manifests = {folder: current_manifest(folder) for place in places for folder in (place, place / name)}
     existing = {folder: m for folder, m in manifests.items() if m and precision in {"auto", m.precision}}
-    checkpoints = find_checkpoints(adapter, ("adapter",))
+    checkpoints: dict[Family, Checkpoint] = {"adapter": adapter_checkpoint(adapter)}
     try:
         checkpoints |= find_encoders(roots)
     except CheckpointMissing as error:
@@ -73,10 +79,30 @@ def prepare_engines(
         log.info("i2l: %s cannot be written, so engines go to %s", format_path(places[0]), format_path(place))
     log.info("i2l: no engines for %s yet: building them in %s, once", adapter.name, format_path(own))
     start = time.perf_counter()
+    graphs = sum(1 + len(graph_weights(checkpoint.spec)) for checkpoint in checkpoints.values())
+    bar = of_build(graphs * (2 if precision == "fp8" else 1))  # fp8 engines hold the CPU's graphs, too
     with quiet_exporters():
+        report = comfy_report(tell, bar, "building engines, once: ")
         manifest = build_engines(checkpoints, own, precision=precision, report=report).manifest
     log.info("i2l: built %s in %.0f s (%s)", format_path(own), time.perf_counter() - start, manifest.precision_reason)
     return own, manifest
+
+
+def adapter_checkpoint(adapter: Path) -> "Checkpoint":
+    """The adapter in a file.
+
+    Raises:
+        AdapterUnfit: the file is something else.
+        CheckpointError: it is an adapter, but not whole, or not one that i2l knows.
+    """
+    from ..export.checkpoints.finding import find_checkpoints  # noqa: PLC0415
+
+    try:
+        return find_checkpoints(adapter, ("adapter",))["adapter"]
+    except CheckpointForeign as error:
+        raise AdapterUnfit(adapter, error.what or "of a model that i2l does not know") from error
+    except CheckpointOfAnotherKind as error:
+        raise AdapterUnfit(adapter, TITLES[error.kind]) from error
 
 
 def find_encoders(roots: Sequence[Path]) -> "Mapping[Family, Checkpoint]":
@@ -93,7 +119,7 @@ def find_encoders(roots: Sequence[Path]) -> "Mapping[Family, Checkpoint]":
             return find_checkpoints(root, ENCODERS)
         except CheckpointMissing as error:
             missing.append(error)
-    raise missing[0]
+    raise ModelFilesMissing(missing[0].families, roots[0], missing[0].damaged) from missing[0]
 
 
 @contextmanager
@@ -108,13 +134,3 @@ def quiet_exporters() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-@contextmanager
-def pack_requirements() -> Iterator[None]:
-    """Turn the import error of a package into the command that installs the pack's requirements."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        requirements = Path(__file__).parents[1] / "requirements.txt"
-        raise NodePackIncomplete(error.name or str(error), requirements, sys.executable) from error

@@ -1,18 +1,50 @@
 """What is wrong in ComfyUI."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..export.checkpoints.errors import CheckpointError, CheckpointMissing
 from ..machine.errors import I2LError
 from ..machine.wording import format_path
+from ..specs import Family
+
+_ENCODERS, _ADAPTER = "DiffSynth-Studio/General-Image-Encoders/blob/main", "DiffSynth-Studio/Z-Image-i2L/blob/main"
+MODEL_FILES: Mapping[Family, tuple[str, str]] = {
+    "siglip2": ("CLIPS/SigLIP2-G384.safetensors", f"huggingface.co/{_ENCODERS}/SigLIP2-G384/model.safetensors"),
+    "dinov3": ("CLIPS/DINOv3-7B.safetensors", f"huggingface.co/{_ENCODERS}/DINOv3-7B/model.safetensors"),
+    "adapter": ("Z-Image/Z-Image-i2L.safetensors", f"huggingface.co/{_ADAPTER}/model.safetensors"),
+}
+"""Where a checkpoint goes below ``models/I2L`` (it may be called anything), and where it comes from."""
 
 
 class NodePackIncomplete(I2LError, ImportError):
-    """A package that the ComfyUI nodes need is not in ComfyUI's Python."""
+    """A package that the ComfyUI nodes need is not in ComfyUI's Python, or is too old."""
 
-    def __init__(self, package: str, requirements: Path, python: str) -> None:
+    def __init__(self, reason: str, command: str) -> None:
         super().__init__(
-            f"{package} is not installed in ComfyUI's Python: {python} -m pip install -r {format_path(requirements)}"
+            f"{reason} in ComfyUI's Python: close ComfyUI, run this in a terminal and start it again:\n{command}"
+        )
+
+
+class ModelFilesMissing(CheckpointMissing):
+    """Checkpoints are not in ComfyUI's folders: which files, where to, where from."""
+
+    def __init__(
+        self, families: Sequence[Family], root: Path, damaged: Sequence[CheckpointError] = (), chosen: str = ""
+    ) -> None:
+        super().__init__(families, root, damaged)
+        seen = f"{chosen} is not there; " if chosen else "".join(f"{error}; " for error in damaged)
+        wanted = "; ".join(f"put {source} to {root / name}" for name, source in map(MODEL_FILES.__getitem__, families))
+        self.args = (f"{seen}no checkpoint for {' and '.join(families)} under {root}: {wanted}",)
+
+
+class AdapterUnfit(CheckpointError, ValueError):
+    """The file that the Loader names is something else."""
+
+    def __init__(self, path: Path, what: str) -> None:
+        super().__init__(
+            f"{path.name} in {path.parent} is {what}, not Z-Image-i2L: choose another file in Z-Image i2L Loader, and "
+            "keep this one elsewhere"
         )
 
 

@@ -10,16 +10,18 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import folder_paths
 
-from ..export.checkpoints.errors import CheckpointMissing
-from .errors import FilenameRefused, OutputOutside
+from .errors import FilenameRefused, ModelFilesMissing, OutputOutside
 
 KIND = "I2L"
 """The name of the search path, and of the folder under ``models``."""
 ADAPTERS = "Z-Image"
 """The folder of the adapters in each of them."""
+ENCODERS = "CLIPS"
+"""The folder of the encoders."""
 DEFAULT_ADAPTER = "Z-Image-i2L.safetensors"
 EXTENSION = ".safetensors"
 OWN_USER = "__i2l"
@@ -27,8 +29,15 @@ OWN_USER = "__i2l"
 
 
 def register_folders() -> None:
-    """Tell ComfyUI of ``models/I2L``; what extra_model_paths.yaml named before stays."""
-    folder_paths.add_model_folder_path(KIND, str(Path(folder_paths.models_dir) / KIND))
+    """Tell ComfyUI of ``models/I2L``; what extra_model_paths.yaml named before stays.
+
+    The folders that files go into are made, so that nobody has to type their names; where that cannot be, nobody can
+    put files there either.
+    """
+    home = Path(folder_paths.models_dir) / KIND
+    folder_paths.add_model_folder_path(KIND, str(home))
+    for name in (ENCODERS, ADAPTERS):
+        can_write(home / name)
     _, extensions = folder_paths.folder_names_and_paths[KIND]
     extensions.add(EXTENSION)  # a new kind begins with an empty set, which lets every file through
 
@@ -49,11 +58,11 @@ def adapter_path(name: str) -> Path:
     """The file behind a name of :func:`adapter_names`.
 
     Raises:
-        CheckpointMissing: there is none.
+        ModelFilesMissing: there is none.
     """
     path = folder_paths.get_full_path(KIND, str(Path(ADAPTERS) / name))
     if path is None:
-        raise CheckpointMissing(["adapter"], model_roots()[0] / ADAPTERS)
+        raise ModelFilesMissing(["adapter"], model_roots()[0], chosen=name)
     return Path(path).absolute()
 
 
@@ -113,6 +122,14 @@ def _loras_folder(own: Path) -> Path:
     kinds = folder_paths.folder_names_and_paths
     others = [Path(path).resolve() for path in folder_paths.get_folder_paths("loras")] if "loras" in kinds else []
     return next((folder for folder in others if can_write(folder)), own)
+
+
+def new_preview() -> tuple[Path, dict[str, str]]:
+    """A free file in ComfyUI's temporary folder, and what an output node gives the frontend to show it."""
+    folder = Path(folder_paths.get_temp_directory())
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"i2l_{uuid4().hex[:12]}.png"
+    return folder / name, {"filename": name, "subfolder": "", "type": "temp"}
 
 
 def engine_folders(home: Path) -> list[Path]:

@@ -19,9 +19,8 @@ from comfy.patcher_extension import CallbacksMP
 from ..engines.directory.manifest import Manifest
 from ..machine.progress import Report, silent
 from ..machine.wording import format_path
-from .engines import pack_requirements
 from .folders import embeddings_folder
-from .progress import comfy_report
+from .requirements import pack_requirements
 
 if TYPE_CHECKING:
     from ..runtime.pipeline import Pipeline
@@ -47,6 +46,7 @@ class OpenPipelines:
         manifest: Manifest,
         backend: str,
         vram_budget_bytes: int | None,
+        opening: Report,
         report: Report,
         placeholder: Any,
     ) -> Iterator["Pipeline"]:
@@ -57,7 +57,8 @@ class OpenPipelines:
             manifest: its manifest.
             backend: ``auto`` or a backend's name.
             vram_budget_bytes: for a GPU backend; None leaves it to the pipeline.
-            report: told the steps done while the body runs; opening has the bar to itself.
+            opening: told what opening takes, as the conversion of fp8 engines for the CPU does, once.
+            report: told the steps done while the body runs.
             placeholder: a ``torch.nn.Module`` without weights, which stands for a newly opened pipeline in ComfyUI's
                 list of models.
         """
@@ -67,7 +68,7 @@ class OpenPipelines:
                 self.close()
                 with pack_requirements():
                     from ..runtime.pipeline import Pipeline  # noqa: PLC0415 - onnxruntime
-                self._report = comfy_report()  # fp8 engines are converted for the CPU here, once
+                self._report = opening
                 self._pipeline = Pipeline(
                     engines,
                     backend=backend,

@@ -1,7 +1,6 @@
 """Pictures of LoRAs: where they act, and how alike they are."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from PIL import Image, ImageOps
 
 from ..lora.lora import Lora
 from ..lora.lorafiles import require_one_model
-from ..lora.lowrank import cosine, product_norm
+from ..lora.lowrank import cosine
+from ..lora.norms import NormTable, block_number, components, norm_table
 from ..lora.reading import LoraFile
 from ..machine.files import atomic_path
 
@@ -30,44 +30,6 @@ ROW_INCHES, ROW_INCHES_OF_MANY = 0.3, 0.16
 NARROWEST = 0.02
 """Of the scale of similarities: less is noise."""
 THUMBNAIL = 256
-
-
-@dataclass(frozen=True)
-class NormTable:
-    """The Frobenius norm of ``B @ A`` of every module."""
-
-    blocks: tuple[str, ...]
-    """Such as ``layers.7``: sorted by component, then by number."""
-    targets: tuple[str, ...]
-    """Such as ``attention.to_q``."""
-    norms: NDArray[np.float64]
-    """``[targets, blocks]``; NaN where a block has no such target."""
-
-
-def norm_table(lora: Lora, norms: Mapping[str, float] | None = None) -> NormTable:
-    """Sort the norms of a LoRA's modules, called ``<component>.<index>.<target>``, into a table.
-
-    Args:
-        lora: modules with factors.
-        norms: of modules without.
-    """
-    sizes = {module: product_norm(b, a) for module, (a, b) in lora.factors.items()} | dict(norms or {})
-    places = {module: split_module(module) for module in sizes}
-    blocks = sorted(
-        {block for block, _ in places.values()}, key=lambda block: (block.rpartition(".")[0], _index(block))
-    )
-    targets = list(dict.fromkeys(target for _, target in places.values()))
-    table = np.full((len(targets), len(blocks)), np.nan)
-    for module, (block, target) in places.items():
-        table[targets.index(target), blocks.index(block)] = sizes[module]
-    return NormTable(tuple(blocks), tuple(targets), table)
-
-
-def split_module(module: str) -> tuple[str, str]:
-    """``layers.7.attention.to_q`` is ``("layers.7", "attention.to_q")``: the block ends with the first number."""
-    parts = module.split(".")
-    index = next((i for i, part in enumerate(parts) if part.isdecimal()), 0)
-    return ".".join(parts[: index + 1]), ".".join(parts[index + 1 :])
 
 
 def similarities(loras: Sequence[Lora]) -> NDArray[np.float64]:
@@ -165,14 +127,6 @@ def shortened(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def components(blocks: Sequence[str]) -> Iterator[tuple[str, int, int]]:
-    """``(name, first column, last column)`` of each run of blocks of one component."""
-    names = [block.rpartition(".")[0] for block in blocks]
-    for name in dict.fromkeys(names):
-        columns = [index for index, other in enumerate(names) if other == name]
-        yield name, columns[0], columns[-1]
-
-
 def similarity_scale(values: NDArray[np.float64]) -> tuple[float, float]:
     """``(lowest, highest)`` colour: what differs between LoRAs, at least 0.02 wide; each with itself is left out."""
     others = values[~np.eye(len(values), dtype=bool)]
@@ -186,7 +140,7 @@ def _heat_map(axis: Any, table: NormTable, scale: tuple[float, float], *, last: 
     palette = colormaps["viridis"].with_extremes(bad="0.85")
     image = axis.imshow(np.ma.masked_invalid(table.norms), cmap=palette, vmin=scale[0], vmax=scale[1], aspect="auto")
     axis.set_yticks(range(len(table.targets)), table.targets, fontsize=7)
-    labels = [str(max(_index(block), 0)) for block in table.blocks] if last else []
+    labels = [str(max(block_number(block), 0)) for block in table.blocks] if last else []
     axis.set_xticks(range(len(labels)), labels, fontsize=7)
     axis.tick_params(length=0)
     for name, first, last_column in components(table.blocks):
@@ -228,8 +182,3 @@ def _similarity_map(axis: Any, values: NDArray[np.float64], names: Sequence[str]
         text = "1" if row == column else f"{value:.{digits}f}"
         axis.text(column, row, text, ha="center", va="center", color="white" if dark else "black", fontsize=7)
     axis.figure.colorbar(image, ax=axis, label="cosine", pad=0.01)
-
-
-def _index(block: str) -> int:
-    last = block.rpartition(".")[2]
-    return int(last) if last.isdecimal() else -1

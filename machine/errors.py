@@ -14,6 +14,11 @@ from .wording import format_bytes, format_path
 class I2LError(Exception):
     """Base of every error that i2l raises on purpose."""
 
+    def __init_subclass__(cls) -> None:
+        """Call each ``i2l.errors.NAME``, where users find it: ComfyUI shows a class with its module, there a path."""
+        if cls.__module__.startswith(__name__.removesuffix("machine.errors")):
+            cls.__module__ = "i2l.errors"
+
 
 class PackageMissing(I2LError, ImportError):
     """An optional dependency is not installed."""

@@ -4,8 +4,9 @@ import os
 import sys
 import weakref
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -48,6 +49,9 @@ class Host:
         self.interrupt_at: int | None = None
         """Interrupt once the bar has moved so often."""
         self.loaded: list[weakref.ref[ModelPatcher]] = []
+        self.client_id: str | None = "a browser"
+        self.texts: list[str] = []
+        """What the running node showed, one after the other."""
 
     def unload_all_models(self) -> None:
         """Like ComfyUI's: it goes through a list of weak references, and none may die on the way."""
@@ -58,10 +62,15 @@ class Host:
             assert reference() is not None
         self.loaded.clear()
 
+    def send_progress_text(self, text: str, node_id: str, sid: str | None = None) -> None:
+        assert (node_id, sid) == ("7", self.client_id)
+        self.texts.append(text)
+
     def install(self) -> dict[str, ModuleType]:
         """Every stand-in by the name under which the nodes import it."""
-        modules = {name: ModuleType(name) for name in ("folder_paths", "comfy")}
-        for name in ("utils", "model_management", "model_patcher", "patcher_extension", "sd"):
+        names = ("folder_paths", "comfy", "server", "comfy_execution", "comfy_execution.utils")
+        modules = {name: ModuleType(name) for name in names}
+        for name in ("hooks", "lora", "utils", "model_management", "model_patcher", "patcher_extension", "sd"):
             modules[f"comfy.{name}"] = ModuleType(f"comfy.{name}")
             setattr(modules["comfy"], name, modules[f"comfy.{name}"])
         vars(modules["folder_paths"]).update(
@@ -73,6 +82,7 @@ class Host:
             get_full_path=self._full_path,
             get_output_directory=lambda: str(self.base / "output"),
             get_user_directory=lambda: str(self.base / "user"),
+            get_temp_directory=lambda: str(self.base / "temp"),
             get_save_image_path=self._save_path,
         )
         host = self
@@ -86,6 +96,7 @@ class Host:
 
         vars(modules["comfy.utils"]).update(ProgressBar=ProgressBar)
         vars(modules["comfy.model_management"]).update(
+            InterruptProcessingException=InterruptProcessingException,
             throw_exception_if_processing_interrupted=self._throw,
             get_torch_device=lambda: torch.device("cpu"),
             unet_offload_device=lambda: torch.device("cpu"),
@@ -94,6 +105,13 @@ class Host:
         vars(modules["comfy.model_patcher"]).update(ModelPatcher=ModelPatcher)
         vars(modules["comfy.patcher_extension"]).update(CallbacksMP=type("CallbacksMP", (), {"ON_DETACH": "on_detach"}))
         vars(modules["comfy.sd"]).update(load_lora_for_models=load_lora_for_models)
+        vars(modules["comfy.hooks"]).update(create_hook_lora=Hooks, EnumWeightTarget=EnumWeightTarget)
+        vars(modules["comfy.lora"]).update(
+            model_lora_keys_unet=lambda model, keys: {**keys, **dict.fromkeys(model)}, load_lora=load_lora
+        )
+        vars(modules["server"]).update(PromptServer=type("PromptServer", (), {"instance": self}))
+        running = SimpleNamespace(node_id="7")
+        vars(modules["comfy_execution.utils"]).update(get_executing_context=lambda: running)
         sys.modules.update(modules)
         return modules
 
@@ -125,6 +143,32 @@ class Host:
         assert path.resolve().is_relative_to(Path(folder).resolve())
         path.parent.mkdir(parents=True, exist_ok=True)
         return str(path.parent), path.name, 1, "", prefix
+
+
+class EnumWeightTarget(Enum):
+    """ComfyUI's own of this name."""
+
+    Model = "model"
+    Clip = "clip"
+
+
+class Hooks:
+    """Of a group of hooks with one for a LoRA: what it holds, and how it is asked whether it acts on a model."""
+
+    def __init__(self, lora: dict[str, torch.Tensor], strength_model: float, strength_clip: float) -> None:
+        self.weights, self.strengths = lora, (strength_model, strength_clip)
+        self.hooks = [self]
+        self.custom_should_register: Callable[..., bool] = lambda *_: True
+
+    def add_hook_patches(self, model: ModelPatcher, target: EnumWeightTarget) -> bool:
+        return self.custom_should_register(self, model, {}, {"target": target}, self)
+
+
+def load_lora(lora: dict[str, torch.Tensor], keys: dict[str, object], *, log_missing: bool) -> dict[str, object]:
+    """The modules of a LoRA that a model has; silent about the others."""
+    assert not log_missing
+    modules = {key.removeprefix("diffusion_model.").split(".lora_")[0] for key in lora}
+    return {module: lora for module in modules if module in keys}
 
 
 def load_lora_for_models(

@@ -57,7 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "export.checkpoints",
         "export",
     },
-    "comfy_host": DISK | {"runtime", "export.checkpoints", "export"},
+    "comfy_host": DISK | {"lora", "runtime", "export.checkpoints", "export"},
     "comfy_nodes": {"machine", "lora", "comfy_host"},
     "commands": RUNNING
     | {"runtime", "runtime.proof", "look", "engines.tensorrt"}
@@ -68,13 +68,15 @@ MAY_IMPORT: dict[str, set[str]] = {
 DOORS = {"", "errors"}
 """Open onto any room, and nobody inside goes through them: the public names."""
 ONLY_IN = {
-    "torch": {"export", "comfy_nodes"},
+    "torch": {"export", "comfy_nodes", "comfy_host.tensors"},
     "onnx": {"export"},
     "onnxscript": {"export"},
     "onnx_ir": {"export"},
     "matplotlib": {"look.plotting", "look.trace_picture"},
     "comfy": {"comfy_nodes", "comfy_host"},
+    "comfy_execution": {"comfy_host.node_text"},
     "folder_paths": {"comfy_host"},
+    "server": {"comfy_host.node_text"},
     "tensorrt": {"engines.tensorrt"},
     "tensorrt_rtx": {"engines.tensorrt"},
     "cuda": {"engines.device.calls"},

@@ -7,6 +7,9 @@ from ...machine.errors import I2LError
 from ...machine.wording import command_path, format_path, some
 from ...specs import DiffusionModel, Family
 
+TITLES: Mapping[Family, str] = {"siglip2": "SigLIP2-G384", "dinov3": "DINOv3-7B", "adapter": "an i2L adapter"}
+"""How people call the three models."""
+
 
 class CheckpointError(I2LError):
     """A checkpoint cannot be used."""
@@ -16,12 +19,21 @@ class CheckpointError(I2LError):
 
 
 class CheckpointMissing(CheckpointError, FileNotFoundError):
-    """No file under the models directory is one of the wanted models; files that may have been are named."""
+    """No file under the models directory is one of the wanted models; what is there instead is named."""
 
-    def __init__(self, families: Sequence[str], models: Path, damaged: Sequence[CheckpointError] = ()) -> None:
+    def __init__(
+        self,
+        families: Sequence[Family],
+        models: Path,
+        damaged: Sequence[CheckpointError] = (),
+        strangers: Sequence["CheckpointForeign"] = (),
+    ) -> None:
+        self.families, self.damaged = tuple(families), tuple(damaged)
         files = "".join(f"{error}; " for error in damaged)
+        seen = some([f"{s.path.name} is {s.what or 'another model'}" for s in strangers], shown=4)
         super().__init__(
-            f"{files}no checkpoint for {' and '.join(families)} under {format_path(models)}: download it there "
+            f"{files}no checkpoint for {' and '.join(families)} under {format_path(models)}"
+            f"{f' ({seen})' if seen else ''}: download it there "
             "(README, 'Real checkpoints'), or try synthetic ones with: "
             f"i2l make-checkpoints {command_path(models)} --preset tiny"
         )
@@ -42,11 +54,21 @@ class CheckpointForeign(CheckpointError, ValueError):
     """The file's tensors belong to no model that i2l knows."""
 
     def __init__(self, path: Path, tensors: int, what: str = "", family: Family | None = None) -> None:
-        self.family = family
+        self.path, self.what, self.family = path, what, family
         seems = f" ({what})" if what else ""
         super().__init__(
             f"{format_path(path)} holds {tensors} tensors of a model that i2l does not know{seems}: it needs "
             "SigLIP2-G384, DINOv3-7B and Z-Image-i2L (README, 'Real checkpoints')"
+        )
+
+
+class CheckpointOfAnotherKind(CheckpointError, ValueError):
+    """The one file that was named is another of the three models."""
+
+    def __init__(self, path: Path, kind: Family, wanted: Family) -> None:
+        self.family, self.kind = kind, kind
+        super().__init__(
+            f"{format_path(path)} is {TITLES[kind]}, not {TITLES[wanted]}: name the file of {TITLES[wanted]}"
         )
 
 

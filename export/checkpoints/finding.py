@@ -15,6 +15,7 @@ from .errors import (
     CheckpointError,
     CheckpointForeign,
     CheckpointMissing,
+    CheckpointOfAnotherKind,
     CheckpointsUnfit,
 )
 from .recognise import Checkpoint, recognise
@@ -36,7 +37,8 @@ def find_checkpoints(
         adapter: the diffusion model that the adapter must be for; by default whichever is there.
 
     Raises:
-        CheckpointMissing: a family has no file; damaged files that may have been one are named.
+        CheckpointMissing: a family has no file; damaged files that may have been one, and strangers, are named.
+        CheckpointError: ``models`` is one file, and is something else.
         CheckpointMismatch, CheckpointForeign, CheckpointUnreadable: one family has no file, but this one that looks
             like it.
         CheckpointAmbiguous: a family has several files of different content.
@@ -44,11 +46,12 @@ def find_checkpoints(
     """
     found: dict[Family, list[Checkpoint]] = {family: [] for family in families}
     errors: list[CheckpointError] = []
+    strangers: list[CheckpointForeign] = []
     for shards in join_shards(checkpoint_paths(models)):
         try:
             checkpoint = recognise_whole(shards)
         except CheckpointForeign as error:
-            errors += [error] if error.family else []
+            (errors if error.family else strangers).append(error)
         except CheckpointError as error:
             errors.append(error)
         else:
@@ -59,7 +62,10 @@ def find_checkpoints(
         damaged = [error for error in errors if error.family is None or error.family in missing]
         if [error.family for error in damaged] == missing[:1] == missing:
             raise damaged[0]
-        raise CheckpointMissing(missing, models, damaged)
+        if models.is_file():
+            others = [CheckpointOfAnotherKind(models, family, missing[0]) for family in FAMILIES if found.get(family)]
+            raise [*errors, *strangers, *others, CheckpointMissing(missing, models)][0]
+        raise CheckpointMissing(missing, models, damaged, strangers)
     for family in families:
         for_models = {c.spec.diffusion_model: c.path for c in found[family] if isinstance(c.spec, AdapterSpec)}
         if len(for_models) > 1:

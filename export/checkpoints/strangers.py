@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from ...engines.directory.tensorfile import TensorInfo
 from ...specs import PUBLISHED, AdapterSpec, Family, Spec
+from .errors import TITLES
 from .shapes import Shapes, tensor_shapes
 from .tensor_names import likeness, prefixes_of, resolved
 
@@ -15,7 +16,6 @@ KINDS = (
     ("a VAE", ("decoder.conv_in", "decoder.up.", "decoder.up_blocks", "decoder.middle")),
     ("a text encoder or a language model", ("self_attn.q_proj", "self_attn.k_proj", "token_embedding", "embed_tokens")),
 )
-TITLES = {"siglip2": "SigLIP2-G384", "dinov3": "DINOv3-7B"}
 QWEN_STYLE_COMPRESS = 64
 
 

@@ -17,25 +17,30 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from comfy_standins import Host, InterruptProcessingException, ModelPatcher
+from comfy_standins import EnumWeightTarget, Host, InterruptProcessingException, ModelPatcher
 from conftest import MakeEngines, MakeModels, graphs_once, picture
 from i2l.comfy_host.errors import (
+    MODEL_FILES,
+    AdapterUnfit,
     FilenameRefused,
     ImagesUnfit,
     LoraDataForeign,
     LoraNotApplied,
-    NodePackIncomplete,
     NoPlaceForEngines,
     OutputOutside,
 )
+from i2l.comfy_host.heat_map import CELL_HEIGHT, CELL_WIDTH, LEFT, TOP, VIRIDIS
 from i2l.engines.cpu.backend import OrtEngine
 from i2l.engines.cpu.converted import CPU_FOLDER
 from i2l.errors import BackendUnavailable, CheckpointMissing, ImageAbsurd
 from i2l.export.precisions.base import Precision
 from i2l.lora.lora import Lora
-from i2l.lora.reading import describe_lora
+from i2l.lora.norms import norm_table
+from i2l.lora.reading import describe_lora, read_lora
+from i2l.machine.wording import format_bytes
 from i2l.runtime.cache import FOLDER_VARIABLE, default_cache_folder
 from i2l.runtime.pipeline import Pipeline
 from i2l.specs import PRESETS, Spec
@@ -67,7 +72,7 @@ def host(home: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     host = Host(home)
     stay = {"comfy_standins", "i2l.comfy_host.errors"}  # what is raised must be what the tests imported
     for name in [*sys.modules]:
-        if name.startswith(("i2l.comfy_", "comfy", "folder_paths")) and name not in stay:
+        if name.startswith(("i2l.comfy_", "comfy", "folder_paths", "server")) and name not in stay:
             monkeypatch.delitem(sys.modules, name)
     for name, module in host.install().items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -83,12 +88,12 @@ def nodes(host: Host) -> ModuleType:
 
 @pytest.fixture
 def apply(nodes: ModuleType) -> Callable[..., Any]:
-    """``apply(images, strength, **widgets)`` through the loader, as ComfyUI calls nodes: in inference mode."""
+    """``(patched_model, lora_data) = apply(images, strength, **widgets)`` through the loader, in inference mode."""
     (path,) = nodes.PipelineLoader().load("Z-Image-i2L.safetensors")
 
     def call(images: torch.Tensor | None = None, strength: float = 1.0, **widgets: object) -> Any:
         with torch.inference_mode():
-            return nodes.Apply().apply(path, batch() if images is None else images, strength, **widgets)
+            return nodes.Apply().apply(path, batch() if images is None else images, strength, **widgets)[:2]
 
     return call
 
@@ -127,12 +132,12 @@ module = importlib.util.module_from_spec(spec)
 sys.modules[name] = module
 spec.loader.exec_module(module)
 assert hasattr(module, "NODE_CLASS_MAPPINGS") and not hasattr(module, "comfy_entrypoint")
-assert not hasattr(module, "WEB_DIRECTORY")
+assert (Path(root) / module.WEB_DIRECTORY / "docs" / "ZImageI2L_Apply.md").is_file()
 assert "onnxruntime" not in sys.modules  # starting ComfyUI must not pay for it
 loader, apply, save = (module.NODE_CLASS_MAPPINGS[f"ZImageI2L_{n}"]() for n in ("PipelineLoader", "Apply", "Save"))
 import torch
 (path,) = loader.load("Z-Image-i2L.safetensors")
-patched, data = apply.apply(path, torch.rand(2, 32, 32, 3), 1.0)
+patched, data, hooks = apply.apply(path, torch.rand(2, 32, 32, 3), 1.0)
 assert patched is None
 save.save(data, "from a pack")
 """
@@ -152,13 +157,12 @@ def test_the_contracts_of_saved_workflows_hold(nodes: ModuleType) -> None:
     assert dict(nodes.NODE_DISPLAY_NAME_MAPPINGS) == {
         "ZImageI2L_PipelineLoader": "\N{WRENCH} Z-Image i2L Loader",
         "ZImageI2L_Apply": "\N{ARTIST PALETTE} Z-Image i2L Apply",
-        "ZImageI2L_Save": "\N{FLOPPY DISK} Save LoRA",
+        "ZImageI2L_Save": "\N{FLOPPY DISK} Save Z-Image i2L LoRA",
     }
     loader, apply, save = (nodes.NODE_CLASS_MAPPINGS[name] for name in nodes.NODE_DISPLAY_NAME_MAPPINGS)
     assert {node.CATEGORY for node in (loader, apply, save)} == {"Z-Image-i2L"}
-    assert loader.INPUT_TYPES() == {
-        "required": {"model_filename": (["Z-Image-i2L.safetensors"], {"default": "Z-Image-i2L.safetensors"})}
-    }
+    names, options = loader.INPUT_TYPES()["required"]["model_filename"]
+    assert (names, options["default"]) == (["Z-Image-i2L.safetensors"], "Z-Image-i2L.safetensors")
     assert (loader.RETURN_TYPES, loader.RETURN_NAMES) == (("ZI2L_FILE",), ("z_image_file_path",))
     inputs = apply.INPUT_TYPES()
     assert {name: kind for name, (kind, *_) in inputs["required"].items()} == {
@@ -174,8 +178,8 @@ def test_the_contracts_of_saved_workflows_hold(nodes: ModuleType) -> None:
         ("use_cpu_for_vision", "BOOLEAN"),
         ("vram_optimization", "BOOLEAN"),
     ]
-    assert apply.RETURN_TYPES == ("MODEL", "lora_weights")
-    assert apply.RETURN_NAMES == ("patched_model", "lora_data")
+    assert apply.RETURN_TYPES[:2] == ("MODEL", "lora_weights")  # links of saved workflows count by position
+    assert apply.RETURN_NAMES[:2] == ("patched_model", "lora_data")
     assert {n: kind for n, (kind, *_) in save.INPUT_TYPES()["required"].items()} == {
         "lora_data": "lora_weights",
         "filename": "STRING",
@@ -275,7 +279,7 @@ def test_known_pictures_need_only_the_adapter(
     _, after = apply(batch(2), 0.5)
     for key, value in before.items():
         assert torch.equal(after[key], value * (0.5 if ".lora_A." in key else 1.0))
-    assert "rank 8 from 2 images (2 known before)" in caplog.text
+    assert "rank 8 from 2 pictures (2 known before)" in caplog.text
     assert host.progress[0][0] > 0
     assert host.progress[-1][0] == host.progress[-1][1]  # the bar ends where it ends after a whole run
 
@@ -404,15 +408,28 @@ def test_a_backend_that_cannot_run_is_an_error(
     assert nodes.open_pipelines._pipeline is None
 
 
-def test_an_adapter_that_is_not_there_is_an_error(nodes: ModuleType) -> None:
-    with pytest.raises(CheckpointMissing, match="Z-Image"):
+def test_an_adapter_that_is_not_there_is_named_with_its_place_and_its_source(nodes: ModuleType, home: Path) -> None:
+    with pytest.raises(CheckpointMissing) as caught:
         nodes.PipelineLoader().load("mine.safetensors")
+    place = home / "models" / "I2L" / "Z-Image" / "Z-Image-i2L.safetensors"
+    assert str(caught.value).startswith("mine.safetensors is not there; no checkpoint for adapter under ")
+    assert str(caught.value).endswith(f"put {MODEL_FILES['adapter'][1]} to {place}")
+    assert nodes.PipelineLoader.VALIDATE_INPUTS("mine.safetensors") == str(caught.value)  # before anything runs
 
 
-def test_a_file_that_is_no_adapter_is_an_error(nodes: ModuleType, home: Path) -> None:
-    encoder = home / "models" / "I2L" / "CLIPS" / "DINOv3-7B.safetensors"
-    with pytest.raises(CheckpointMissing, match="adapter"):
-        nodes.Apply().apply(str(encoder), batch(), 1.0)
+def test_a_file_that_is_no_adapter_is_named_for_what_it_is(nodes: ModuleType, home: Path) -> None:
+    adapters = home / "models" / "I2L" / "Z-Image"
+    original = adapters.resolve()
+    adapters.unlink()
+    shutil.copytree(original, adapters)
+    save_file({"layers.0.attention.to_q.lora_A.weight": torch.ones(4, 8)}, adapters / "my_lora.safetensors")
+    (adapters / "encoder.safetensors").symlink_to(home / "models" / "I2L" / "CLIPS" / "DINOv3-7B.safetensors")
+    for name, what in (("my_lora", "a LoRA"), ("encoder", "DINOv3-7B")):
+        with pytest.raises(AdapterUnfit, match=rf"^{name}.safetensors in \S+ is {what}, not Z-Image-i2L: choose "):
+            nodes.PipelineLoader().load(f"{name}.safetensors")
+        with pytest.raises(AdapterUnfit):  # a prompt of the API may name the path itself
+            nodes.Apply().apply(str(adapters / f"{name}.safetensors"), batch(), 1.0)
+    assert nodes.PipelineLoader.VALIDATE_INPUTS("Z-Image-i2L.safetensors") is True
 
 
 def test_extra_model_paths_are_searched(host: Host, home: Path) -> None:
@@ -505,6 +522,11 @@ def test_engines_are_built_on_first_use(
         built = [value for value, of in host.progress if of == total]
         assert built == sorted(built)
         assert 0.95 * total < built[-1] <= total  # the total counts headers and padding, which nobody reports
+        exporting = [text for text in host.texts if text.startswith("building engines, once: exporting ")]
+        assert len(exporting) > 8  # the bar and the text move with every graph
+        assert any(text.startswith("building engines, once: packing dinov3, bf16, ") for text in host.texts)
+        assert any(text.startswith("computing adapter, ") for text in host.texts)
+        assert re.fullmatch(r"rank 4 from 1 picture \(0 known before\) in [\d.]+ s", host.texts[-1])
         assert "building them in" in caplog.text
         assert set(data) == set(apply(precision="bf16")[1])
         assert caplog.text.count("building them in") == 1
@@ -540,15 +562,11 @@ def test_engines_serve_when_the_encoders_are_gone(
     assert len(data) == 2 * len(MODULES)
     assert "unchecked" in caplog.text
     (home / "models" / "I2L" / "engines").unlink()
-    with pytest.raises(CheckpointMissing):
+    with pytest.raises(CheckpointMissing) as caught:
         apply()
-
-
-@pytest.mark.usefixtures("host")
-def test_a_missing_package_names_the_command() -> None:
-    host_engines = importlib.import_module("i2l.comfy_host.engines")
-    with pytest.raises(NodePackIncomplete, match=re.escape("-m pip install -r")), host_engines.pack_requirements():
-        raise ModuleNotFoundError("No module named 'onnx'", name="onnx")
+    for family in ("siglip2", "dinov3"):
+        assert f"put {MODEL_FILES[family][1]} to {home / 'models' / 'I2L'}" in str(caught.value)
+    assert "make-checkpoints" not in str(caught.value)  # ComfyUI's Python has no i2l command
 
 
 def test_the_patched_model_carries_the_lora(apply: Callable[..., Any]) -> None:
@@ -571,6 +589,23 @@ def test_a_second_lora_on_the_same_model_counts_by_itself(apply: Callable[..., A
 def test_a_model_that_takes_a_part_is_an_error(apply: Callable[..., Any]) -> None:
     with pytest.raises(LoraNotApplied, match=f"only 1 of the LoRA's {len(MODULES)} modules"):
         apply(model=ModelPatcher({min(MODULES)}))
+
+
+def test_the_hooks_carry_the_lora_and_ask_for_a_model_that_takes_it_whole(nodes: ModuleType) -> None:
+    (path,) = nodes.PipelineLoader().load("Z-Image-i2L.safetensors")
+    _, data, hooks = nodes.Apply().apply(path, batch(), 1.0)
+    assert hooks.strengths == (1.0, 0.0)
+    assert {key: value for key, value in hooks.weights.items() if ".lora_A." in key}.keys() == {
+        f"diffusion_model.{module}.lora_A.weight" for module in MODULES
+    }
+    for module in MODULES:
+        up = hooks.weights[f"diffusion_model.{module}.lora_B.weight"]
+        assert torch.equal(up, data[f"{module}.lora_B.default.weight"])
+    model, clip = EnumWeightTarget.Model, EnumWeightTarget.Clip
+    assert hooks.add_hook_patches(ModelPatcher(MODULES), model)
+    assert hooks.add_hook_patches(ModelPatcher(set()), clip)  # a text encoder has none of its modules
+    with pytest.raises(LoraNotApplied, match=f"only 1 of the LoRA's {len(MODULES)} modules"):
+        hooks.add_hook_patches(ModelPatcher({min(MODULES)}), model)
 
 
 @pytest.fixture
@@ -654,10 +689,10 @@ def test_a_link_that_leads_out_is_refused(nodes: ModuleType, home: Path) -> None
         nodes.Save().save(data, "link/style")
 
 
-@pytest.mark.parametrize("name", ["factory", "instant_apply"])
-def test_example_workflows_hang_together(nodes: ModuleType, name: str) -> None:
-    workflow = json.loads((ROOT / "example_workflows" / f"{name}.json").read_text())
-    assert (ROOT / "example_workflows" / f"{name}.jpg").is_file()
+@pytest.mark.parametrize("path", sorted((ROOT / "example_workflows").glob("*.json")), ids=lambda path: path.stem)
+def test_example_workflows_hang_together(nodes: ModuleType, path: Path) -> None:
+    workflow = json.loads(path.read_text())
+    assert path.with_suffix(".jpg").is_file()
     by_id = {node["id"]: node for node in workflow["nodes"]}
     for number, source, out, target, into, kind in workflow["links"]:
         assert number in by_id[source]["outputs"][out]["links"]
@@ -669,19 +704,66 @@ def test_example_workflows_hang_together(nodes: ModuleType, name: str) -> None:
             inputs = {name: value for group in groups.values() for name, value in group.items()}
             defaults = [rest[0]["default"] for _, *rest in inputs.values() if rest and "default" in rest[0]]
             assert node["widgets_values"] == defaults
+            sockets = [slot["name"] for slot in node["inputs"]]
+            assert sockets == [name for name, (kind, *_) in inputs.items() if isinstance(kind, str) and name in sockets]
+            outputs = getattr(nodes.NODE_CLASS_MAPPINGS[node["type"]], "RETURN_NAMES", ())
+            assert tuple(out["name"] for out in node["outputs"]) == outputs
+        if node["type"].endswith("Loader"):
+            assert node["properties"]["models"][0]["name"] == node["widgets_values"][0]
 
 
-def test_requirements_are_the_project_s_without_torch() -> None:
-    project = (ROOT / "pyproject.toml").read_text()
-    blocks = [
-        re.search(rf"^{name} = \[(.*?)\]", project, re.MULTILINE | re.DOTALL)
-        for name in ("dependencies", "pictures", "export")
-    ]
-    wanted = [name for block in blocks if block for name in re.findall(r'"(.+?)"', block[1])]
-    assert "torch>=2.9" in wanted
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    found = [line for line in lines if line and not line.startswith("#")]
-    assert found == [line for line in wanted if not line.startswith("torch")]
+# --- what a person sees -------------------------------------------------------------------------------------------
+
+
+def test_save_shows_the_file_its_facts_and_where_it_acts(
+    apply: Callable[..., Any], nodes: ModuleType, host: Host, home: Path
+) -> None:
+    _, data = apply(batch(2), rank=3)
+    shown = nodes.Save().save(data, "portraits/style")["ui"]
+    path = home / "output" / "loras" / "portraits" / "style.safetensors"
+    size = format_bytes(path.stat().st_size)
+    assert host.texts[-1].startswith(f"{path}\nrank 3, {size} from 2 pictures (0 known before) in ")
+    assert "rank 8 reduced to 3: relative error of B @ A" in host.texts[-1]
+    (preview,) = shown["images"]
+    with Image.open(home / "temp" / preview["filename"]) as image:
+        norms = norm_table(read_lora(path).lora).norms
+        row, column = np.unravel_index(np.nanargmax(norms), norms.shape)
+        centre = (LEFT + int(column) * CELL_WIDTH + 4, TOP + int(row) * CELL_HEIGHT + 4)
+        assert image.getpixel(centre) == VIRIDIS[-1]
+
+
+def test_an_error_and_an_interrupt_stand_on_the_node(apply: Callable[..., Any], host: Host, nodes: ModuleType) -> None:
+    with pytest.raises(ImageAbsurd) as caught:
+        apply(torch.rand(1, 8, 8, 3))
+    assert host.texts[-1] == str(caught.value)
+    host.interrupt_at = len(host.progress) + 1
+    with pytest.raises(InterruptProcessingException):
+        apply()
+    assert host.texts[-1] == "interrupted"
+    with pytest.raises(LoraDataForeign) as foreign:
+        nodes.Save().save({}, "style")
+    assert host.texts[-1] == str(foreign.value)
+
+
+def test_a_prompt_of_the_api_has_nobody_to_tell(apply: Callable[..., Any], host: Host) -> None:
+    host.client_id = None
+    apply()
+    assert host.texts == []
+
+
+def test_every_socket_and_widget_says_what_it_is(nodes: ModuleType) -> None:
+    for name, node in nodes.NODE_CLASS_MAPPINGS.items():
+        inputs = {name: value for group in node.INPUT_TYPES().values() for name, value in group.items()}
+        assert [name for name, (_, *options) in inputs.items() if not (options and options[0].get("tooltip"))] == []
+        assert len(getattr(node, "OUTPUT_TOOLTIPS", ())) == len(node.RETURN_TYPES)
+        assert "image to lora" in node.SEARCH_ALIASES
+        page = (ROOT / nodes.WEB_DIRECTORY / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        assert page.startswith(f"# {nodes.NODE_DISPLAY_NAME_MAPPINGS[name][2:]}\n")
+        if name == "ZImageI2L_Apply":
+            words = set(page.split("**"))
+            assert (inputs.keys() | set(node.RETURN_NAMES)) - words == {"z_image_file_path"}  # the Loader's page has it
+    widgets = nodes.Apply.INPUT_TYPES()["optional"]
+    assert [name for name, (_, options) in widgets.items() if not options.get("advanced")] == ["model"]
 
 
 # --- what other nodes hand over ------------------------------------------------------------------------------------

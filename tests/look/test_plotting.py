@@ -10,8 +10,9 @@ from PIL import Image
 from conftest import MakeEngines
 from i2l.cli import main
 from i2l.look.contact_sheet import pictures_of
-from i2l.look.plotting import components, norm_table, shortened, similarities, similarity_scale, split_module
+from i2l.look.plotting import shortened, similarities, similarity_scale
 from i2l.lora.lora import Lora
+from i2l.lora.norms import components, norm_table, split_module
 from i2l.lora.reading import read_factors
 
 MODULES = [
