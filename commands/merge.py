@@ -12,6 +12,7 @@ from .options import (
     LORA_DTYPES,
     PATH,
     debug_option,
+    force_option,
     json_option,
     key_format_option,
     lora_output_option,
@@ -30,6 +31,7 @@ from .options import (
 @click.option("--dtype", type=LORA_DTYPES, show_default="as the inputs, or fp32 if they differ",
               help="Of the values in the LoRA file.")  # fmt: skip
 @key_format_option
+@force_option
 @json_option
 @debug_option
 def merge(
@@ -40,6 +42,7 @@ def merge(
     dtype: Literal["bf16", "fp16", "fp32"] | None,
     key_format: Literal["comfyui", "diffsynth"],
     *,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Join LoRAs into one, exactly.
@@ -53,9 +56,12 @@ def merge(
     from ..lora.lorafiles import common_dtype, merge_loras, require_names  # noqa: PLC0415
     from ..lora.lowrank import reduce_lora  # noqa: PLC0415
     from ..lora.reading import read_lora  # noqa: PLC0415
+    from ..lora.replacing import LORA  # noqa: PLC0415
     from ..machine.files import require_writable  # noqa: PLC0415
+    from ..machine.outputs import require_output  # noqa: PLC0415
 
     require_writable(output)
+    require_output(output, LORA, inputs=loras, force=force)
     files = [read_lora(path) for path in loras]
     for file in files:
         require_names(file, key_format)
@@ -65,7 +71,7 @@ def merge(
     if reduce_rank:
         merged, reduction = reduce_lora(merged, reduce_rank)
     dtype = dtype or common_dtype(files)
-    merged.save(output, dtype=dtype, key_format=key_format)
+    merged.save(output, dtype=dtype, key_format=key_format, force=force)
     facts = {"output": str(output), "rank": merged.rank, "modules": len(merged.factors), "dtype": dtype}
     if as_json:
         click.echo(json.dumps(facts | ({"rank_reduction": reduction.to_dict()} if reduction else {})))

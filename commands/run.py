@@ -17,6 +17,7 @@ from .options import (
     debug_option,
     dtype_option,
     engines_option,
+    force_option,
     ignore_icc_option,
     json_option,
     key_format_option,
@@ -51,6 +52,7 @@ from .tracing import trace_option, traced
 @key_format_option
 @ignore_icc_option
 @no_cache_option
+@force_option
 @trace_option
 @json_option
 @debug_option
@@ -71,6 +73,7 @@ def run(
     *,
     ignore_icc: bool,
     no_cache: bool,
+    force: bool,
     trace: Path | None,
     as_json: bool,
 ) -> None:
@@ -81,8 +84,10 @@ def run(
     if not images:
         raise click.UsageError(str(NoImages()))
     require_gpu_for_budget(backend, vram_budget_bytes)
+    from ..lora.replacing import LORA  # noqa: PLC0415
     from ..machine.files import require_writable  # noqa: PLC0415
     from ..machine.memory import peak_resident_bytes  # noqa: PLC0415
+    from ..machine.outputs import require_output  # noqa: PLC0415
     from ..runtime.pictures.listing import list_images, skipped_line  # noqa: PLC0415
     from ..runtime.pipeline import Pipeline  # noqa: PLC0415
 
@@ -91,12 +96,11 @@ def run(
         click.echo(skipped_line(chosen.skipped), err=True)
     require_weights(weights, len(chosen.images), "image")
     images = chosen.images
-    if output.exists() and any(image.exists() and image.samefile(output) for image in images):
-        raise click.UsageError(f"{format_path(output)} is an input: give another --output")
     require_writable(output)
+    require_output(output, LORA, inputs=images, force=force)
     cache = cache_folder(no_cache=no_cache)
     with (
-        traced(trace) as tracing,
+        traced(trace, images) as tracing,
         show_progress("steps", quiet=as_json) as report,
         Pipeline(
             engines,
@@ -118,7 +122,7 @@ def run(
             with pipeline.timings.stage("reduce rank"):
                 lora, reduction = reduce_lora(lora, reduce_rank)
         with pipeline.timings.stage("save"):
-            lora.save(output, dtype=dtype, key_format=key_format)
+            lora.save(output, dtype=dtype, key_format=key_format, force=force)
         vram = pipeline.vram
     seconds = pipeline.timings.seconds
     facts = {

@@ -15,7 +15,8 @@ from ..lora.lora import Lora
 from ..lora.lorafiles import require_one_model
 from ..lora.lowrank import cosine, product_norm
 from ..lora.reading import LoraFile
-from ..machine.files import atomic_path
+from ..machine.outputs import DRAWING, DRAWN_BY, output_path, require_output
+from ..machine.wording import printable
 
 TITLE_LETTERS = 32
 """Longer file names are cut in the middle."""
@@ -64,8 +65,9 @@ def plot_loras(files: Sequence[LoraFile], output: Path) -> None:
 
     Raises:
         LorasForOthers, LorasDiffer: they are not for the same diffusion model.
-        OutputUnwritable, DiskFull: nothing is left half written.
+        OutputMisnamed, OutputTaken, OutputUnwritable, DiskFull: nothing is left half written.
     """
+    require_output(output, DRAWING, inputs=[file.path for file in files])
     for other in files[1:]:
         require_one_model(files[0], other)
     tables = [norm_table(file.lora) for file in files]
@@ -83,8 +85,10 @@ def plot_loras(files: Sequence[LoraFile], output: Path) -> None:
         figure.colorbar(image, ax=axis, label="norm of B @ A", pad=0.01)
     if len(files) > 1:
         _similarity_map(axes[-1], similarities([file.lora for file in files]), names_of(files))
-    with atomic_path(output) as temporary:
-        figure.savefig(temporary, dpi=130, format=output.suffix[1:].lower())
+    form = output.suffix[1:].lower()
+    with output_path(output, DRAWING) as temporary:
+        mark = {"Software" if form == "png" else "Creator": DRAWN_BY}
+        figure.savefig(temporary, dpi=130, format=form, metadata=mark)
 
 
 def names_of(files: Sequence[LoraFile]) -> list[str]:
@@ -99,6 +103,7 @@ def names_of(files: Sequence[LoraFile]) -> list[str]:
 def shortened(name: str) -> str:
     """A name of at most :data:`TITLE_LETTERS` letters, and nothing that the drawing would take for a formula."""
     half = TITLE_LETTERS // 2 - 2
+    name = printable(name)
     name = name if len(name) <= TITLE_LETTERS else f"{name[:half]}...{name[-half:]}"
     return name.replace("$", r"\$")
 

@@ -4,7 +4,9 @@ A finished output is known by what stands in its own header (the contents of its
 dtype and keys), so there is no state beside the files: deleting one makes it again, and so does changing its image.
 """
 
-from collections import Counter
+import hashlib
+import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,7 @@ from ..lora.errors import LoraNotFinite, LoraUnreadable
 from ..lora.keys import KeyFormat
 from ..lora.lora import DTYPES, Dtype
 from ..lora.reading import describe_lora
-from ..machine.errors import OutputUnwritable
+from ..machine.errors import OutputTaken, OutputUnwritable
 from ..machine.progress import Report, silent
 from .passes import ENCODERS, IMAGES_PER_PASS
 from .pictures.errors import FolderEmpty, ImageError
@@ -28,6 +30,9 @@ from .pictures.sources import ICC_KEY, colours_mark, images_mark, load_squares
 from .pipeline import Pipeline
 
 Per: TypeAlias = Literal["image", "folder"]
+SUFFIX = ".safetensors"
+NAME_BYTES = 255 - len(SUFFIX)
+"""What file systems allow for a name, without the suffix of a LoRA."""
 UNITS = 100
 """Progress per image: a pass over a small group takes a minute on a slow machine, and must be seen to move."""
 
@@ -81,7 +86,7 @@ class _Loaded:
 def plan_jobs(folder: Path, output_dir: Path, per: Per) -> Plan:
     """One job for each image in ``folder``, or for each folder in it that holds images.
 
-    An output is called like its image or folder; two images that differ only in their suffix keep it in the name.
+    An output is called like its image or folder, see :func:`output_names`.
 
     Raises:
         FolderEmpty: there is nothing to do.
@@ -89,13 +94,14 @@ def plan_jobs(folder: Path, output_dir: Path, per: Per) -> Plan:
     """
     images, others = images_in(folder)
     if per == "image":
-        stems = Counter(image.stem.casefold() for image in images)
-        names = [image.stem if stems[image.stem.casefold()] == 1 else image.name for image in images]
-        jobs = [Job((image,), _output(output_dir, name)) for image, name in zip(images, names, strict=True)]
+        names = output_names(images)
+        jobs = [Job((image,), output_dir / name) for image, name in zip(images, names, strict=True)]
         skipped = others
     else:
         inside = {path: images_in(path)[0] for path in others if path.is_dir()}
-        jobs = [Job(tuple(found), _output(output_dir, path.name)) for path, found in inside.items() if found]
+        having = [path for path, found in inside.items() if found]
+        names = output_names(having, folders=True)
+        jobs = [Job(tuple(inside[path]), output_dir / name) for path, name in zip(having, names, strict=True)]
         skipped = [*images, *(path for path in others if not inside.get(path))]
     if not jobs:
         raise FolderEmpty(folder, SUFFIXES, per_folder=per == "folder")
@@ -176,8 +182,41 @@ def run_jobs(
     return result
 
 
-def _output(output_dir: Path, name: str) -> Path:
-    return output_dir / f"{name}.safetensors"
+def output_names(paths: Sequence[Path], *, folders: bool = False) -> list[str]:
+    """A name for the LoRA of each picture or folder, no two alike on any file system, the same at every run.
+
+    A picture gives its name without the suffix; where that is another's too, its name; where that is taken as well, or
+    too long for a file, a part of it and a hash of all of it.
+    """
+    forms = [[path.name if folders else path.stem, path.name, _hashed(path.name)] for path in paths]
+    level = [0] * len(paths)
+    while True:
+        names = [form[step] for form, step in zip(forms, level, strict=True)]
+        groups: dict[str, list[int]] = {}
+        for index, name in enumerate(names):
+            groups.setdefault(_folded(name), []).append(index)
+        moved = {index for index, name in enumerate(names) if len(os.fsencode(name)) > NAME_BYTES}
+        for members in groups.values():
+            if len(members) > 1:
+                least = min(level[index] for index in members)
+                moved |= {index for index in members if level[index] == least}
+        moved -= {index for index in moved if level[index] == 2}
+        if not moved:
+            return [f"{name}{SUFFIX}" for name in names]
+        for index in moved:
+            level[index] += 1
+
+
+def _folded(name: str) -> str:
+    """Equal for names that some file system takes for one."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _hashed(name: str) -> str:
+    digest, kept = hashlib.sha256(os.fsencode(name)).hexdigest()[:8], name
+    while len(os.fsencode(kept)) > NAME_BYTES - len(digest) - 1:
+        kept = kept[:-1]
+    return f"{kept}-{digest}"
 
 
 def _load(pipeline: Pipeline, job: Job, strength: float, *, ignore_icc: bool) -> _Loaded:
@@ -193,11 +232,11 @@ def _is_finished(path: Path, marks: Mapping[str, str], dtype: Dtype, key_format:
     try:
         facts = describe_lora(path)
     except LoraUnreadable as error:
-        raise OutputUnwritable(path, "it is there already, and no LoRA") from error
+        raise OutputTaken(path, "there already, and no LoRA") from error
     metadata = facts["metadata"]
     assert isinstance(metadata, dict)
     if not marks.keys() - {ICC_KEY} <= metadata.keys():  # 0.x files before profiles were read do not have that one
-        raise OutputUnwritable(path, "it is there already, and not from `i2l batch` or `i2l run`")
+        raise OutputTaken(path, "there already, and not from `i2l batch` or `i2l run`")
     same_form = (facts["dtype"], facts["key_format"]) == (DTYPES[dtype], key_format)
     return same_form and marks.items() <= metadata.items()
 

@@ -13,12 +13,15 @@ from ..engines.backends import choose_backend, offer_of
 from ..engines.base import Backend, Limits, Opened
 from ..engines.directory.integrity import check_files
 from ..engines.directory.manifest import Manifest, read_manifest
-from ..engines.errors import OutOfDeviceMemory
+from ..engines.errors import EnginesError, OutOfDeviceMemory
+from ..machine.errors import OutputUnwritable
 from ..machine.wording import format_bytes
 from .errors import EnginesReplaced, PipelineClosed
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+REBUILDS = 20
+"""So many in a row may take a build away before it is opened."""
 
 
 class OpenEngines:
@@ -35,13 +38,28 @@ class OpenEngines:
 
     def __init__(self, path: Path, *, backend: str, limits: Limits) -> None:
         self.path = path
-        self._for_cpu: Manifest = read_manifest(path)
         self._limits = limits
-        self.name, self.reason = choose_backend(backend)
-        check_files(path, self._for_cpu)
-        self._may_fall_back = backend == "auto" and self.name != "cpu"
-        self._standby: Opened | None = None
         self._backend: Backend | None = None
+        self._standby: Opened | None = None
+        self.name, self.reason = choose_backend(backend)
+        for tries_left in reversed(range(REBUILDS)):
+            self._for_cpu: Manifest = read_manifest(path)
+            try:
+                self._open_build(backend)
+                break
+            except (EnginesError, OutputUnwritable, FileNotFoundError):
+                self.close()
+                if not tries_left or read_manifest(path).build == self._for_cpu.build:
+                    raise
+
+    def _open_build(self, backend: str) -> None:
+        """Open the build that was the directory's a moment ago.
+
+        The manifest changes in one move, so each look at it finds a whole build; but a rebuild may take it away.
+        """
+        limits = self._limits
+        check_files(self.path, self._for_cpu)
+        self._may_fall_back = backend == "auto" and self.name != "cpu"
         if self._may_fall_back and self._for_cpu.precision != "fp8":  # files opened, no session made: 0.2 ms
             self._standby = self._open("cpu")
         if self.name == "cpu" and limits.vram.budget_bytes is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ...specs import Family
 from ..base import Array, Engine, Value
+from ..directory.integrity import fingerprint
 from ..directory.manifest import Manifest
 from ..directory.mapping import open_mapped
 from ..errors import OutOfDeviceMemory, ShapeMismatch
@@ -53,6 +54,7 @@ class DeviceBackend:
         self._engines: dict[str, Engine] = {}
         folder = directory / manifest.build
         self._maps = {family: open_mapped(folder / model.pack) for family, model in manifest.models.items()}
+        self.fingerprint = fingerprint(directory, [pack.opened for pack in self._maps.values()])
         chunks = {family: model.chunks for family, model in manifest.models.items()}
         packs = {family: memoryview(pack) for family, pack in self._maps.items()}
         plan = partial(plan_residency, chunks, graphs)
@@ -77,6 +79,8 @@ class DeviceBackend:
         return self._engines[graph]
 
     def store(self, family: Family) -> DeviceStore:
+        """The weights of a model, if its pack is still the one that was opened."""
+        self._maps[family].require_unchanged()
         return self._weights.stores[family]
 
     def value(self, array: Array) -> Value:

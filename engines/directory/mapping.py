@@ -7,9 +7,13 @@ system knows no such pieces, the advice changes nothing.
 """
 
 import mmap
+import os
 import sys
+import weakref
 from contextlib import suppress
 from pathlib import Path
+
+from ..errors import EngineFileChanged
 
 WILLNEED: int | None = getattr(mmap, "MADV_WILLNEED", None)
 DONTNEED: int | None = getattr(mmap, "MADV_DONTNEED", None)
@@ -19,10 +23,30 @@ POPULATE_READ = 22 if sys.platform == "linux" else None
 """Linux's ``MADV_POPULATE_READ``, which Python's mmap does not name."""
 
 
-def open_mapped(path: Path) -> mmap.mmap:
-    """A file in the process's address space, read-only, in large pieces where the system can."""
+class MappedFile(mmap.mmap):
+    """A file in the process's address space, read-only, that can tell whether it is still the file that was opened.
+
+    A mapped file that is cut short ends the process at the first touch of what is gone, without a word; one that is
+    written over gives other numbers. Asking before each use leaves only what happens during it.
+    """
+
+    path: Path
+    opened: os.stat_result
+    _file: int
+
+    def require_unchanged(self) -> None:
+        """Raise :class:`EngineFileChanged` if somebody has written the file since."""
+        now = os.fstat(self._file)
+        if (now.st_size, now.st_mtime_ns) != (self.opened.st_size, self.opened.st_mtime_ns):
+            raise EngineFileChanged(self.path)
+
+
+def open_mapped(path: Path) -> MappedFile:
+    """Map a file, in large pieces where the system can."""
     with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = MappedFile(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped.path, mapped.opened, mapped._file = path, os.fstat(file.fileno()), os.dup(file.fileno())  # noqa: SLF001
+    weakref.finalize(mapped, os.close, mapped._file)  # noqa: SLF001
     with suppress(OSError):  # a kernel without huge pages
         _advise(mapped, HUGEPAGE, 0, len(mapped))
     return mapped

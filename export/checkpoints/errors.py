@@ -18,12 +18,25 @@ class CheckpointError(I2LError):
 class CheckpointMissing(CheckpointError, FileNotFoundError):
     """No file under the models directory is one of the wanted models; files that may have been are named."""
 
-    def __init__(self, families: Sequence[str], models: Path, damaged: Sequence[CheckpointError] = ()) -> None:
+    def __init__(
+        self, families: Sequence[str], models: Path, damaged: Sequence[CheckpointError] = (), *, empty: bool = False
+    ) -> None:
         files = "".join(f"{error}; " for error in damaged)
+        # Who has one real checkpoint must not be led to random ones.
+        synthetic = f", or try synthetic ones with: i2l make-checkpoints {format_path(models)} --preset tiny"
         super().__init__(
             f"{files}no checkpoint for {' and '.join(families)} under {format_path(models)}: download it there "
-            "(README, 'Real checkpoints'), or try synthetic ones with: "
-            f"i2l make-checkpoints {format_path(models)} --preset tiny"
+            f"(README, 'Real checkpoints'){synthetic if empty else ''}"
+        )
+
+
+class FolderInUse(CheckpointError, FileExistsError):
+    """Synthetic checkpoints do not go where there are others."""
+
+    def __init__(self, directory: Path, found: Path) -> None:
+        super().__init__(
+            f"{format_path(directory)} holds {format_path(found)}, which is no synthetic checkpoint: give a folder of "
+            "its own to make-checkpoints"
         )
 
 
@@ -36,6 +49,13 @@ class CheckpointUnreadable(CheckpointError, ValueError):
             f"{format_path(path)} is not a whole safetensors file ({reason}), such as half of a download: "
             "download it again"
         )
+
+
+class CheckpointLocked(CheckpointError, OSError):
+    """The system does not let this user read the file."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{format_path(path)} cannot be read ({reason}): let this user read it")
 
 
 class CheckpointForeign(CheckpointError, ValueError):
@@ -84,6 +104,17 @@ class CheckpointMismatch(CheckpointError, ValueError):
         if not missing and not misshapen:  # a whole file, of something else or in another packing
             remedy = "give the published file, or a copy in F32, F16, BF16 or FP8 (README, 'Checkpoints')"
         super().__init__(f"{format_path(path)} looks like {family}, but {'; '.join(parts)}: {remedy}")
+
+
+class CheckpointNotFinite(CheckpointError, ValueError):
+    """Weights are no numbers, or too large to be stored: every picture would give the same LoRA, or none."""
+
+    def __init__(self, path: Path, step: str, wrong: Mapping[str, int]) -> None:
+        tensors = [f"{name} ({count} value{'s' * (count != 1)})" for name, count in wrong.items()]
+        what = (
+            f"is NaN or infinite in {some(tensors)}" if wrong else f"has weights in {step} that are too large to store"
+        )
+        super().__init__(f"{format_path(path)} {what}: download it again")
 
 
 class CheckpointAmbiguous(CheckpointError, ValueError):

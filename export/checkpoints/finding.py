@@ -59,7 +59,7 @@ def find_checkpoints(
         damaged = [error for error in errors if error.family is None or error.family in missing]
         if [error.family for error in damaged] == missing[:1] == missing:
             raise damaged[0]
-        raise CheckpointMissing(missing, models, damaged)
+        raise CheckpointMissing(missing, models, damaged, empty=next(checkpoint_paths(models), None) is None)
     for family in families:
         for_models = {c.spec.diffusion_model: c.path for c in found[family] if isinstance(c.spec, AdapterSpec)}
         if len(for_models) > 1:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...machine.wording import format_path
+from ...machine.wording import format_path, printable
 from .errors import FolderEmpty, ImageUnreadable
 from .files.formats import SUFFIXES, looks_like_picture
 
@@ -50,7 +50,8 @@ def images_in(folder: Path) -> tuple[list[Path], list[Path]]:
         entries = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=natural_key)
     except OSError as error:
         raise ImageUnreadable(format_path(folder), error.strerror or str(error)) from error
-    images = [path for path in entries if not path.is_dir() and looks_like_picture(path)]
+    # Opening a pipe waits for whoever writes into it; a link to nothing is somebody's picture.
+    images = [path for path in entries if (path.is_file() or not path.exists()) and looks_like_picture(path)]
     taken = set(images)
     return images, [path for path in entries if path not in taken]
 
@@ -63,6 +64,6 @@ def natural_key(path: Path) -> tuple[tuple[tuple[int, str], ...], str]:
 
 def skipped_line(skipped: Sequence[Path], wanted: str = "a picture", shown: int = 3) -> str:
     """One sentence about what was passed over."""
-    names = ", ".join(path.name for path in skipped[:shown])
+    names = ", ".join(printable(path.name) for path in skipped[:shown])
     more = f" and {len(skipped) - shown} more" if len(skipped) > shown else ""
     return f"skipped {len(skipped)} that {'is' if len(skipped) == 1 else 'are'} not {wanted}: {names}{more}"

@@ -10,12 +10,17 @@ from typing import IO
 
 from PIL import Image
 
+from ....machine.wording import format_bytes
 from ..errors import DecoderMissing, ImageUnreadable
+from .memory_limit import LIMIT_BYTES
+from .splicing import size_of
 
 PREFIX = 32
 """First bytes that tell a format."""
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "QOI")
 """Pillow's names of the formats that it reads by itself and that are read here."""
+READ_WHOLE = frozenset({"WEBP", "AVIF"})
+"""Of these, those whose reader begins with all bytes of the file; so do the plugins'."""
 PLUGINS: Mapping[str, str] = {"HEIC": "pillow-heif", "JPEG XL": "pillow-jxl-plugin"}
 """Formats that need a plugin, and its name."""
 SUFFIXES = (
@@ -117,11 +122,14 @@ def open_picture(file: IO[bytes], name: str) -> Image.Image:
     prefix = file.read(PREFIX)
     file.seek(0)
     if kind := plugin_format(prefix):
+        _require_bytes(file, name)
         return _opened_by_plugin(file, name, kind)
     Image.init()
     for kind in FORMATS:
         factory, accept = Image.OPEN[kind]
         if accept is None or accept(prefix[:16]) is True:
+            if kind in READ_WHOLE:
+                _require_bytes(file, name)
             return factory(file, "")
     suffix = Path(name).suffix.lower()
     if suffix in FOREIGN or prefix.startswith(b"8BPS"):
@@ -141,6 +149,12 @@ def _opened_by_plugin(file: IO[bytes], name: str, kind: str) -> Image.Image:
         return JXLImageFile(file, "")
     except ModuleNotFoundError as error:
         raise DecoderMissing(name, kind, PLUGINS[kind]) from error
+
+
+def _require_bytes(file: IO[bytes], name: str) -> None:
+    """Refuse a file whose reader takes it whole into memory, twice, before it knows what it is."""
+    if (nbytes := size_of(file)) > LIMIT_BYTES // 2:
+        raise ImageUnreadable(name, f"its file has {format_bytes(nbytes)}, more than are read into memory at once")
 
 
 def _avif(prefix: bytes) -> bool:
