@@ -10,7 +10,7 @@ COMFYUI ?= ../ComfyUI
 COMFYUI_PYTHON ?= $(COMFYUI)/venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit test-cpus test-comfyui test-gpu format bench-cpu bench-peers bench-gpu clean
+.PHONY: help setup demo test lint types unit soak fuzz audit test-cpus test-comfyui test-gpu format bench-cpu bench-peers bench-gpu clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -39,10 +39,20 @@ lint: setup  ## ruff
 	$(BIN)/ruff format --check .
 
 types: setup  ## mypy, strict
-	MYPYPATH=.typecheck:tests:tests/export:benchmarks $(BIN)/mypy -p i2l
+	MYPYPATH=.typecheck:tests:tests/export:tests/faults:benchmarks $(BIN)/mypy -p i2l
 
 unit: setup  ## pytest
 	$(BIN)/python -m pytest
+
+soak: setup  ## Kills at every file-system call, signals, a full disk, 500 LoRAs of one pipeline: docs/reliability.md
+	I2L_FAULTS=long $(BIN)/python -m pytest tests/faults/test_crashes.py tests/faults/test_soak.py
+
+fuzz: setup  ## Thousands of damaged manifests, headers, pictures and files (I2L_SEED=number: other ones)
+	I2L_FAULTS=long $(BIN)/python -m pytest tests/faults/test_fuzz.py
+
+audit: setup  ## Known vulnerabilities of what is installed, where pip-audit's service can be reached
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/python -m pip_audit --skip-editable
 
 test-cpus: $(CPUS)/.ready  ## The same LoRA on other CPUs, which qemu emulates; on Debian, x86-64
 	$(BIN)/python -m pytest -m cpus tests/test_cpus.py

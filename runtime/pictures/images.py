@@ -33,7 +33,7 @@ from ...machine.wording import format_path
 from .colours import Profile, usable_profile
 from .errors import ImageAbsurd, ImageError, ImageUnreadable
 from .files import jpeg_ends, png_chunks
-from .files.formats import PREFIX, open_picture
+from .files.formats import PREFIX, open_picture, require_bytes
 from .files.memory_limit import decode
 from .files.tiff_tags import Greys, read_greys
 
@@ -48,7 +48,7 @@ shorter side 1024 would need memory in proportion."""
 _FLOAT_SLACK = 1e-6
 """How far outside [0, 1] a float array may stray by rounding."""
 
-BAND_ROWS = 256
+BAND_ROWS = 64
 """Rows that are converted at once where that takes more than the picture and its outcome."""
 JPEG_BEGINNING = b"\xff\xd8\xff"
 TIFF_BEGINNINGS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -131,6 +131,7 @@ def _from_file(file: IO[bytes], name: str, *, ignore_icc: bool) -> Image.Image:
 
 
 def _from_jpeg(file: IO[bytes], name: str, *, ignore_icc: bool) -> Image.Image:
+    require_bytes(file, name)  # its end may be looked for
     if not jpeg_ends.is_padded(file):
         try:
             return _to_rgb(open_picture(file, name), name, ignore_icc=ignore_icc, own=True)

@@ -1,6 +1,8 @@
 """What goes wrong on purpose: file-system calls that end the process, rotten bits, doctored manifests."""
 
+import builtins
 import hashlib
+import io
 import json
 import os
 import re
@@ -21,24 +23,24 @@ from i2l.engines.directory.manifest import MANIFEST, manifest_to_json, read_mani
 from i2l.export.build_folder import commit
 from i2l.lora.lora import Lora
 
-CRASH = """
-import builtins, io, os, signal
-def arm(countdown, dead_signal):
-    # Any file-system call that changes something may be the last one.
-    left = [countdown]
-    def watched(real):
-        def call(*arguments, **options):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), dead_signal)
+
+def arm(countdown: int, number: int) -> None:
+    """End this process with a signal at its ``countdown``-th call to the file system that may change something."""
+    left = countdown
+
+    def watched(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), number)
             return real(*arguments, **options)
+
         return call
+
     for name in ("open", "mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "remove"):
         setattr(os, name, watched(getattr(os, name)))
     io.open = builtins.open = watched(io.open)
-    return left
-"""
-"""``arm(n, signal)``: the process gets the signal at its n-th call; ``left[0]`` counts down."""
 
 
 def run_python(code: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:

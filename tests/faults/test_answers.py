@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -25,7 +25,6 @@ from i2l.errors import (
     I2LError,
     ImageUnreadable,
     LoraUnreadable,
-    NothingToInspect,
     ShapeMismatch,
     ThreadsInvalid,
     TraceUnreadable,
@@ -41,6 +40,9 @@ from i2l.runtime.pictures.listing import list_images
 from i2l.runtime.pipeline import Pipeline, open_engines
 from i2l.specs import PRESETS, spec_from_dict, spec_to_dict
 from injectors import i2l_process, names, no_traceback, run_python, small_lora
+
+LONG = os.environ.get("I2L_FAULTS") == "long"
+KINDS = ("webp", "avif", "jpg", "gif", "ppm", "png", "bmp", "tif", "qoi", "jp2")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,7 @@ def test_what_is_no_file_is_refused_without_being_opened(odd: Path) -> None:
         (load_image, ImageUnreadable),
         (read_lora, LoraUnreadable),
         (read_trace, TraceUnreadable),
-        (inspect_path, NothingToInspect),
+        (inspect_path, CheckpointLocked),
         (recognise, CheckpointLocked),
     ]
     for read, error in cases:
@@ -115,7 +117,14 @@ sys.exit(subprocess.run(["bash", "-c", shell, sys.executable, *sys.argv[2:]]).re
 
 
 @pytest.mark.parametrize(
-    "streams", ["2>&-", "2>/dev/full", ">&-", ">/dev/full", ">&- 2>&- <&-", "2> >(:)", ">/dev/full 2>/dev/full"]
+    "streams",
+    [
+        "2>&-",
+        ">&- 2>&- <&-",
+        "2> >(:)",
+        ">/dev/full 2>/dev/full",
+        *([">&-", ">/dev/full", "2>/dev/full"] if LONG else []),
+    ],
 )
 def test_closed_and_full_streams_stop_no_work(engines: MakeEngines, photo: Path, tmp_path: Path, streams: str) -> None:
     run = ("run", photo, "--engines", engines("tiny", "int8"), "--output", tmp_path / "x.safetensors", "--no-cache")
@@ -159,7 +168,8 @@ def test_deep_json_beside_a_lora_is_said(tmp_path: Path) -> None:
 # --- 24: control characters ----------------------------------------------------------------------------------------
 
 
-@given(st.text())
+@settings(max_examples=40, deadline=None)
+@given(st.text(max_size=40))
 def test_printed_text_does_nothing_to_a_terminal(text: str) -> None:
     shown = printable(text)
     assert shown.isprintable()
@@ -195,7 +205,7 @@ print((peak() - before) / pixels)
 """
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "I;16", "RGB", "turned"])
+@pytest.mark.parametrize("mode", ["RGBA", "I;16", "turned"])
 def test_a_picture_takes_the_memory_that_the_limit_counts(tmp_path: Path, mode: str) -> None:
     """At most 8 bytes a pixel, observed 6.3 (I;16) to 8.1; RGBA took 19 before. The limit allows 187 million pixels."""
     picture(40, 40).save(tmp_path / "small.png")
@@ -220,7 +230,7 @@ except ImageError as error:
 """
 
 
-@pytest.mark.parametrize("kind", ["webp", "avif", "gif", "ppm", "jpg", "png", "bmp", "tif", "qoi", "jp2"])
+@pytest.mark.parametrize("kind", KINDS if LONG else KINDS[:3])
 def test_a_sparse_file_is_refused_or_read_within_a_gigabyte(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"x.{kind}"
     if kind == "qoi":
@@ -232,8 +242,8 @@ def test_a_sparse_file_is_refused_or_read_within_a_gigabyte(tmp_path: Path, kind
     done = run_python(SPARSE, path)
     assert done.returncode == 0, done.stderr[-500:]
     assert time.monotonic() - start < 60
-    if kind in {"webp", "avif"}:
-        assert "3.00 GiB, more than are read" in done.stdout
+    if kind in {"webp", "avif", "jpg"}:
+        assert "3.00 GiB, more than are read at once" in done.stdout
 
 
 # --- 26: arguments of the Python API -------------------------------------------------------------------------------
@@ -275,7 +285,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("limit", [6, 8, 12, 14, 18])
+@pytest.mark.parametrize("limit", [8, 12, 18])
 def test_few_descriptors_are_a_sentence(engines: MakeEngines, photo: Path, tmp_path: Path, limit: int) -> None:
     run = ("run", photo, "--engines", engines("tiny", "int8"), "--output", tmp_path / "x.safetensors", "--no-cache")
     done = run_python(DESCRIPTORS, limit, *run)
@@ -303,7 +313,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_to_be_downloaded(
 # --- 23: Ctrl-C ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("after_ms", [5, 30, 60, 120, 200, 300, 450, 600])
+@pytest.mark.parametrize("after_ms", [5, 30, 60, 120, 200, 300, 450, 600] if LONG else [20, 120, 350])
 def test_ctrl_c_is_quiet_while_it_imports_and_while_it_works(
     engines: MakeEngines, photo: Path, tmp_path: Path, after_ms: int
 ) -> None:
@@ -343,7 +353,7 @@ DOCTORED = [
 @pytest.mark.parametrize(("family", "change"), DOCTORED)
 def test_a_spec_that_no_model_can_have_is_refused(family: str, change: dict[str, Any]) -> None:
     spec = next(spec for spec in PRESETS["tiny"] if spec.family == family)
-    with pytest.raises(ValueError, match=f"{next(iter(change))} is"):
+    with pytest.raises(ValueError, match=r" is .* which does not fit"):
         spec_from_dict({**spec_to_dict(spec), **change})
 
 
@@ -371,7 +381,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("command", ["run", "doctor", "inspect", "plot", "merge", "url"])
+@pytest.mark.parametrize("command", ["run", "doctor", "inspect", "plot", "merge", "url"] if LONG else ["run", "url"])
 def test_nothing_opens_a_socket(engines: MakeEngines, photo: Path, tmp_path: Path, command: str) -> None:
     a = small_lora(1).save(tmp_path / "a.safetensors")
     run = ["--engines", engines("tiny", "int8"), "--output", tmp_path / "x.safetensors"]

@@ -122,14 +122,14 @@ def open_picture(file: IO[bytes], name: str) -> Image.Image:
     prefix = file.read(PREFIX)
     file.seek(0)
     if kind := plugin_format(prefix):
-        _require_bytes(file, name)
+        require_bytes(file, name)
         return _opened_by_plugin(file, name, kind)
     Image.init()
     for kind in FORMATS:
         factory, accept = Image.OPEN[kind]
         if accept is None or accept(prefix[:16]) is True:
             if kind in READ_WHOLE:
-                _require_bytes(file, name)
+                require_bytes(file, name)
             return factory(file, "")
     suffix = Path(name).suffix.lower()
     if suffix in FOREIGN or prefix.startswith(b"8BPS"):
@@ -151,10 +151,10 @@ def _opened_by_plugin(file: IO[bytes], name: str, kind: str) -> Image.Image:
         raise DecoderMissing(name, kind, PLUGINS[kind]) from error
 
 
-def _require_bytes(file: IO[bytes], name: str) -> None:
-    """Refuse a file whose reader takes it whole into memory, twice, before it knows what it is."""
+def require_bytes(file: IO[bytes], name: str) -> None:
+    """Refuse a file that is read whole, by some readers twice into memory, before it is known what it holds."""
     if (nbytes := size_of(file)) > LIMIT_BYTES // 2:
-        raise ImageUnreadable(name, f"its file has {format_bytes(nbytes)}, more than are read into memory at once")
+        raise ImageUnreadable(name, f"its file has {format_bytes(nbytes)}, more than are read at once")
 
 
 def _avif(prefix: bytes) -> bool:
