@@ -9,7 +9,7 @@ COMFYUI ?= ../ComfyUI
 COMFYUI_PYTHON ?= $(COMFYUI)/venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit test-cpus test-comfyui test-gpu format bench-cpu bench-peers bench-gpu clean
+.PHONY: help setup demo test lint types unit soak fuzz audit test-cpus test-comfyui test-gpu format bench-cpu bench-peers bench-gpu clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -43,7 +43,7 @@ lint: setup  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: export MYPYPATH := .typecheck:tests:tests/export:tests/engines/standin:benchmarks
+types: export MYPYPATH := .typecheck:tests:tests/export:tests/engines/standin:tests/faults:benchmarks
 types: setup  ## mypy, strict; our own code also as Windows and macOS see it
 	$(BIN)/mypy -p i2l
 	$(BIN)/mypy -p i2l --platform win32 --config-file .ci/mypy-elsewhere.ini --cache-dir .mypy_cache/win32
@@ -51,6 +51,16 @@ types: setup  ## mypy, strict; our own code also as Windows and macOS see it
 
 unit: setup  ## pytest
 	$(BIN)/python -m pytest
+
+soak: setup  ## Kills at every file-system call, signals, a full disk, 500 LoRAs of one pipeline: docs/reliability.md
+	I2L_FAULTS=long $(BIN)/python -m pytest tests/faults/test_crashes.py tests/faults/test_soak.py
+
+fuzz: setup  ## Thousands of damaged manifests, headers, pictures and files (I2L_SEED=number: other ones)
+	I2L_FAULTS=long $(BIN)/python -m pytest tests/faults/test_fuzz.py
+
+audit: setup  ## Known vulnerabilities of what is installed, where pip-audit's service can be reached
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/python -m pip_audit --skip-editable
 
 test-cpus: $(CPUS)/.ready  ## The same LoRA on other CPUs, which qemu emulates; on Debian, x86-64
 	$(BIN)/python -m pytest -m cpus tests/test_cpus.py

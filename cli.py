@@ -3,12 +3,13 @@
 Heavy imports stay inside the commands, so that ``--help`` answers at once.
 """
 
-import errno
+import io
 import logging
 import os
+import signal
 import sys
 import traceback
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -28,9 +29,50 @@ from .commands.merge import merge
 from .commands.options import DEBUG
 from .commands.prove import prove
 from .commands.run import run
-from .machine.errors import I2LError, StandardOutputUnwritable
+from .machine.errors import I2LError, StandardOutputUnwritable, SystemRefused
 
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+LOOKING = frozenset({"plan", "inspect", "verify", "doctor"})
+"""Commands whose work is what they print."""
+INTERRUPTED = 128 + signal.SIGINT
+"""What a shell makes of a program that Ctrl-C has ended."""
+
+
+class Lenient(io.FileIO):
+    """A standard stream on a full disk or a closed pipe: what cannot be written is noted, and stops no work."""
+
+    failure: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        if self.failure is None:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self.failure = error
+        return len(data)
+
+
+def lenient_streams() -> Lenient | None:
+    """Make standard streams that always take what is written; return the one of standard output.
+
+    One that is closed becomes the null device: else the first file that is opened would take its number, and whatever
+    writes to standard error would write into a LoRA. Streams that somebody else has put there stay.
+    """
+    if sys.stdout is not sys.__stdout__ or sys.stderr is not sys.__stderr__:
+        return None
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    sys.stderr = _text(Lenient(2, "w", closefd=False), sys.stderr)
+    output = Lenient(1, "w", closefd=False)
+    sys.stdout = _text(output, sys.stdout)
+    return output
+
+
+def _text(raw: Lenient, before: TextIO | None) -> TextIO:
+    encoding, errors = (before.encoding, before.errors) if before else ("utf-8", "backslashreplace")
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=before is None or before.isatty())
 
 
 class Commands(click.Group):
@@ -40,27 +82,52 @@ class Commands(click.Group):
         return list(self.commands)
 
     def main(self, *args: Any, **options: Any) -> Any:
-        """As click's, which lets a closed pipe pass quietly; a full disk behind standard output is explained.
-
-        Every other file is written where a full disk becomes :class:`DiskFull`, so nothing else can fail like this.
-        """
+        """As click's, with streams that stop no work; a full disk behind standard output is explained at the end."""
+        if (output := lenient_streams()) is None:
+            return super().main(*args, **options)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             return super().main(*args, **options)
-        except OSError as error:
-            if error.errno not in FULL or error.filename is not None:
+        except SystemExit as ending:
+            sys.stdout.flush()
+            if (failure := output.failure) is None:
                 raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter writes the rest at its end
-            click.echo(f"error: {StandardOutputUnwritable(os.strerror(error.errno))}", err=True)
-            sys.exit(1)
+            quiet = isinstance(failure, BrokenPipeError)
+            if not quiet:
+                click.echo(f"error: {StandardOutputUnwritable(failure.strerror or str(failure))}", err=True)
+            sys.exit(ending.code or sys.argv[1] in LOOKING)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except I2LError as error:
-            if ctx.meta.get(DEBUG):
-                traceback.print_exc()
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(1)
+        except (KeyboardInterrupt, BrokenPipeError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise  # click ends quietly
+            failure: BaseException = error
+        except (I2LError, OSError, MemoryError, ImportError) as error:
+            failure = explained(error)
+        if isinstance(failure, KeyboardInterrupt):
+            ctx.exit(INTERRUPTED)
+        if ctx.meta.get(DEBUG):
+            traceback.print_exception(failure)
+        click.echo(f"error: {failure}", err=True)
+        return ctx.exit(1)
+
+
+def explained(error: Exception) -> BaseException:
+    """An error with a sentence of ours; what came while a library was imported is what the library made of it."""
+    if isinstance(error, I2LError):
+        return error
+    cause: BaseException | None = error
+    if isinstance(error, ImportError):
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, KeyboardInterrupt):
+            return cause
+        if not isinstance(cause, OSError):
+            raise error
+    refused = SystemRefused(cause)
+    refused.__cause__ = error
+    return refused
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

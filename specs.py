@@ -153,6 +153,9 @@ class Preset:
         return iter((self.siglip2, self.dinov3, self.adapter))
 
 
+LARGEST_IMAGE = 1024
+"""Pixels on a side of the square that encoders see at most a part of."""
+LARGEST_EPS, LARGEST_THETA = 1e-2, 1e8
 PRESETS: Mapping[str, Preset] = {
     "tiny": Preset(
         siglip2=EncoderSpec("siglip2", hidden=64, depth=2, heads=4, intermediate=128, image_size=64),
@@ -226,4 +229,24 @@ def spec_from_dict(values: Mapping[str, Any]) -> Spec:
             raise ValueError(f"{field.name} is {value!r}, not a count")
         if field.type is float and not (type(value) in (int, float) and 0 <= value < math.inf):
             raise ValueError(f"{field.name} is {value!r}, not a number")
-    return kind(**values)
+    spec = kind(**values)
+    _require_sound(spec)
+    return spec
+
+
+def _require_sound(spec: Spec) -> None:
+    """Raise :class:`ValueError` for numbers that no model of these kinds can have, each by itself a good number."""
+    if isinstance(spec, AdapterSpec):
+        rules = {"refiners": spec.diffusion_model == "z-image" or spec.refiners == 0}
+    else:
+        whole_heads = spec.hidden % spec.heads == 0
+        rules = {
+            "heads": whole_heads and (spec.family == "siglip2" or spec.head_dim % 4 == 0),  # RoPE turns pairs, in 2-D
+            "image_size": spec.image_size % spec.patch == 0 and spec.image_size <= LARGEST_IMAGE,
+            "registers": spec.family == "dinov3" or spec.registers == 0,
+            "norm_eps": 0 < spec.norm_eps <= LARGEST_EPS,
+            "rope_theta": 1 <= spec.rope_theta <= LARGEST_THETA,
+        }
+    for name, sound in rules.items():
+        if not sound:
+            raise ValueError(f"{name} is {getattr(spec, name)!r}, which does not fit the rest of {spec}")

@@ -53,7 +53,8 @@ def prepare_engines(
         NodePackIncomplete: a package that building needs is not installed.
     """
     with pack_requirements():
-        from ..export.build import build_engines, build_key, choose_precision, current_manifest  # noqa: PLC0415
+        from ..export.build import build_engines, build_key, choose_precision  # noqa: PLC0415
+        from ..export.build_folder import current_manifest  # noqa: PLC0415
         from ..export.checkpoints.weights import graph_weights  # noqa: PLC0415
     places = places or [roots[0] / FOLDER]
     name = f"{adapter.stem}-{choose_precision(precision)[0]}"

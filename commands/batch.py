@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from ..machine.progress import show_progress
-from ..machine.wording import format_path
+from ..machine.wording import format_path, printable
 from .options import (
     PATH,
     backend_option,
@@ -88,7 +88,7 @@ def batch(
     is listed at the end, with exit code 1.
     """
     require_gpu_for_budget(backend, vram_budget_bytes, device)
-    from ..machine.files import explained_os_errors  # noqa: PLC0415
+    from ..machine.files import explained_os_errors, remove_leftovers  # noqa: PLC0415
     from ..runtime.jobs import BatchProgress, plan_jobs, run_jobs  # noqa: PLC0415
     from ..runtime.pictures.listing import skipped_beside_folders, skipped_line  # noqa: PLC0415
     from ..runtime.pipeline import Pipeline  # noqa: PLC0415
@@ -102,6 +102,7 @@ def batch(
         return
     with explained_os_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output_dir)
     with show_progress("steps", quiet=as_json or is_quiet()) as report:
         progress = BatchProgress(report)
         cache = cache_folder(no_cache=no_cache)
@@ -137,7 +138,7 @@ def batch(
             f"{len(result.finished_before)} finished before, {counted(result.from_cache, 'embedding')} from the cache"
         )
     for output, error in result.failed:
-        click.echo(f"failed: {output.name}: {error}", err=True)
+        click.echo(f"failed: {printable(output.name)}: {error}", err=True)
     if result.failed:
         click.echo(f"error: {len(result.failed)} of {len(plan.jobs)} LoRAs were not made", err=True)
         raise click.exceptions.Exit(1)

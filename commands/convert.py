@@ -7,7 +7,7 @@ from typing import Literal
 import click
 
 from ..machine.wording import format_bytes, format_path
-from .options import LORA_DTYPES, PATH, debug_option, json_option, lora_output_option, tell_left_out
+from .options import LORA_DTYPES, PATH, debug_option, force_option, json_option, lora_output_option, tell_left_out
 from .telling import quiet_option, tell
 
 FORMATS = ("comfyui", "diffsynth", "diffusers", "peft", "kohya", "bare")
@@ -20,6 +20,7 @@ FORMATS = ("comfyui", "diffsynth", "diffusers", "peft", "kohya", "bare")
               help="comfyui loads everywhere; the others are for loaders that want their own.")  # fmt: skip
 @click.option("--dtype", type=LORA_DTYPES, show_default="as the input; bf16 for FP8",
               help="Of the values in the LoRA file.")  # fmt: skip
+@force_option
 @json_option
 @quiet_option
 @debug_option
@@ -29,6 +30,7 @@ def convert(
     key_format: Literal["comfyui", "diffsynth", "diffusers", "peft", "kohya", "bare"],
     dtype: Literal["bf16", "fp16", "fp32"] | None,
     *,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Write a LoRA in the form a loader needs.
@@ -38,16 +40,17 @@ def convert(
     from ..lora.lora import Lora  # noqa: PLC0415
     from ..lora.lorafiles import require_names, without_claims  # noqa: PLC0415
     from ..lora.reading import read_lora  # noqa: PLC0415
+    from ..lora.replacing import LORA  # noqa: PLC0415
     from ..machine.files import require_writable  # noqa: PLC0415
+    from ..machine.outputs import require_output  # noqa: PLC0415
 
     file = read_lora(lora)
     require_names(file, key_format)
-    if output.exists() and output.samefile(lora):
-        raise click.UsageError(f"{format_path(output)} is the input: give another --output")
     require_writable(output)
+    require_output(output, LORA, inputs=[lora], force=force)
     tell_left_out(file)
     dtype = dtype or file.dtype
-    Lora(file.lora.factors, without_claims(file)).save(output, dtype=dtype, key_format=key_format)
+    Lora(file.lora.factors, without_claims(file)).save(output, dtype=dtype, key_format=key_format, force=force)
     facts = {"output": str(output), "modules": len(file.lora.factors), "rank": file.lora.rank, "dtype": dtype}
     if as_json:
         click.echo(json.dumps(facts | {"key_format": key_format}))

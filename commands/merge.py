@@ -12,6 +12,7 @@ from .options import (
     LORA_DTYPES,
     PATH,
     debug_option,
+    force_option,
     json_option,
     key_format_option,
     lora_output_option,
@@ -31,6 +32,7 @@ from .telling import quiet_option, tell
 @click.option("--dtype", type=LORA_DTYPES, show_default="as the inputs, or fp32 if they differ",
               help="Of the values in the LoRA file.")  # fmt: skip
 @key_format_option
+@force_option
 @json_option
 @quiet_option
 @debug_option
@@ -42,6 +44,7 @@ def merge(
     dtype: Literal["bf16", "fp16", "fp32"] | None,
     key_format: Literal["comfyui", "diffsynth"],
     *,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Join LoRAs into one, exactly.
@@ -52,13 +55,16 @@ def merge(
     from ..lora.lorafiles import common_dtype, lora_paths, merge_loras, require_names  # noqa: PLC0415
     from ..lora.lowrank import reduce_lora  # noqa: PLC0415
     from ..lora.reading import read_lora  # noqa: PLC0415
+    from ..lora.replacing import LORA  # noqa: PLC0415
     from ..machine.files import require_writable  # noqa: PLC0415
+    from ..machine.outputs import require_output  # noqa: PLC0415
 
     paths = lora_paths(loras, output)
     if len(paths) < 2:
         raise click.UsageError("merging takes two LoRA files or more, or a folder of them")
     require_weights(weights, len(paths), "LoRA")
     require_writable(output)
+    require_output(output, LORA, inputs=paths, force=force)
     files = [read_lora(path) for path in paths]
     for file in files:
         require_names(file, key_format)
@@ -68,7 +74,7 @@ def merge(
     if reduce_rank:
         merged, reduction = reduce_lora(merged, reduce_rank)
     dtype = dtype or common_dtype(files)
-    merged.save(output, dtype=dtype, key_format=key_format)
+    merged.save(output, dtype=dtype, key_format=key_format, force=force)
     facts = {"output": str(output), "rank": merged.rank, "modules": len(merged.factors), "dtype": dtype}
     if as_json:
         click.echo(json.dumps(facts | ({"rank_reduction": reduction.to_dict()} if reduction else {})))

@@ -160,6 +160,9 @@ def require_gpu_for_budget(backend: str, vram_budget_bytes: int | None, device: 
             raise click.UsageError(f"{option} has no effect on --backend cpu: leave one of the two out")
 
 
+force_option = click.option(
+    "--force", is_flag=True, help="Replace --output also if it is a LoRA that something else wrote."
+)
 no_cache_option = click.option(
     "--no-cache",
     is_flag=True,

@@ -18,6 +18,7 @@ from .options import (
     device_option,
     dtype_option,
     engines_option,
+    force_option,
     ignore_icc_option,
     json_option,
     key_format_option,
@@ -58,6 +59,7 @@ from .tracing import trace_option, traced
 @recursive_option
 @ignore_icc_option
 @no_cache_option
+@force_option
 @trace_option
 @json_option
 @quiet_option
@@ -82,6 +84,7 @@ def run(
     recursive: bool,
     ignore_icc: bool,
     no_cache: bool,
+    force: bool,
     trace: Path | None,
     as_json: bool,
 ) -> None:
@@ -92,8 +95,10 @@ def run(
     if not images:
         raise click.UsageError(str(NoImages()))
     require_gpu_for_budget(backend, vram_budget_bytes, device)
+    from ..lora.replacing import LORA  # noqa: PLC0415
     from ..machine.files import require_writable  # noqa: PLC0415
     from ..machine.memory import peak_resident_bytes  # noqa: PLC0415
+    from ..machine.outputs import require_output  # noqa: PLC0415
     from ..runtime.pictures.listing import list_images, skipped_line  # noqa: PLC0415
     from ..runtime.pipeline import Pipeline  # noqa: PLC0415
 
@@ -102,12 +107,11 @@ def run(
         tell(skipped_line(chosen.skipped), err=True)
     require_weights(weights, len(chosen.images), "image")
     images = chosen.images
-    if output.exists() and any(image.exists() and image.samefile(output) for image in images):
-        raise click.UsageError(f"{format_path(output)} is an input: give another --output")
     require_writable(output)
+    require_output(output, LORA, inputs=images, force=force)
     cache = cache_folder(no_cache=no_cache)
     with (
-        traced(trace) as tracing,
+        traced(trace, images) as tracing,
         show_progress("steps", quiet=as_json or is_quiet()) as report,
         Pipeline(
             engines,
@@ -131,7 +135,7 @@ def run(
             with pipeline.timings.stage("reduce rank"):
                 lora, reduction = reduce_lora(lora, reduce_rank)
         with pipeline.timings.stage("save"):
-            lora.save(output, dtype=dtype, key_format=key_format)
+            lora.save(output, dtype=dtype, key_format=key_format, force=force)
         vram = pipeline.vram
     seconds = pipeline.timings.seconds
     facts = {

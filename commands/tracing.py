@@ -1,7 +1,7 @@
 """``--trace``: a file of what a run did, or a picture of it."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ..machine.files import require_writable
+from ..machine.outputs import DRAWN_TRACE, require_output
 from .options import PATH, needs_extra
 
 if TYPE_CHECKING:
@@ -26,18 +27,20 @@ def trace_option(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextmanager
-def traced(path: Path | None) -> "Iterator[Trace | None]":
-    """Yield a trace that is written to ``path`` at the end, or None if there is no path."""
+def traced(path: Path | None, inputs: Sequence[Path]) -> "Iterator[Trace | None]":
+    """Yield a trace that is written to ``path`` at the end, or None if there is no path; never over an input."""
     if path is None:
         yield None
         return
     if path.suffix not in {".json", ".png"}:
         raise click.UsageError(f"--trace writes .json or .png files, not {path.suffix or path.name!r}")
+    from ..runtime.trace import TRACE, Trace  # noqa: PLC0415
+
     require_writable(path)
+    require_output(path, TRACE if path.suffix == ".json" else DRAWN_TRACE, inputs=inputs)
     if path.suffix == ".png":
         with needs_extra("plot", "--trace with a picture"):
             from ..look.trace_picture import draw_trace  # noqa: PLC0415
-    from ..runtime.trace import Trace  # noqa: PLC0415
 
     trace = Trace()
     yield trace

@@ -75,6 +75,8 @@ class Backend(Protocol):
     """Where the computing happens."""
 
     name: str
+    fingerprint: str
+    """Which files the packs are, see :func:`.directory.integrity.fingerprint`: embeddings are kept for these alone."""
 
     def engine(self, graph: str) -> Engine:
         """The engine of a graph, made at the first call."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..machine.errors import I2LError
-from ..machine.wording import command_path, format_bytes, format_path
+from ..machine.wording import command_path, format_bytes, format_path, printable
 
 
 class EnginesError(I2LError):
@@ -37,6 +37,42 @@ class EngineFileDamaged(EnginesError, ValueError):
         super().__init__(
             f"{format_path(path)} is not what the build wrote ({reason}): rebuild with: "
             f"i2l build-engines --models MODELS --engines {command_path(directory)} --force"
+        )
+
+
+class EngineFileUnreadable(EnginesError, OSError):
+    """A file of the engines directory cannot be read by this user, or at all."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{format_path(path)} cannot be read ({reason}): let this user read it, and look at the disk")
+
+
+class EngineFileChanged(EnginesError, RuntimeError):
+    """A pack is not what it was when it was opened."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{format_path(path)} was changed while it was in use, so nothing is made of it: start again, and if it is "
+            "damaged, rebuild with: i2l build-engines ... --force"
+        )
+
+
+class EngineFailed(EnginesError, RuntimeError):
+    """A graph cannot be opened or run."""
+
+    def __init__(self, graph: str, reason: str) -> None:
+        super().__init__(
+            f"the graph {printable(graph)} does not run ({printable(reason)[:200]}): look at the engines with: "
+            "i2l doctor --engines ENGINES --full"
+        )
+
+
+class FolderNotEngines(EnginesError, FileExistsError):
+    """Engines are to be built in a folder that holds something else."""
+
+    def __init__(self, directory: Path, found: Path) -> None:
+        super().__init__(
+            f"{format_path(directory)} holds {printable(found.name)}, which is not of engines: give a folder of its own"
         )
 
 

@@ -2,11 +2,7 @@
 
 import hashlib
 import json
-import logging
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -14,19 +10,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .. import __version__
-from ..engines.cpu.converted import PLAN_FOLDER, remove_cpu_engines
-from ..engines.directory.generations import fp8_engines, remove_fp8_engines
-from ..engines.directory.integrity import file_facts, record_checked
-from ..engines.directory.manifest import FORMAT, MANIFEST, FileFacts, Manifest, Model, manifest_to_json, read_manifest
-from ..engines.errors import EnginesError
-from ..engines.plugin.graph_paths import PLUGIN_FOLDER
-from ..machine.files import atomic_path, explained_os_errors, require_free
+from ..engines.directory.hashing import FileFacts
+from ..engines.directory.integrity import file_facts
+from ..engines.directory.manifest import FORMAT, Manifest, Model
 from ..machine.progress import Report, silent
-from ..machine.wording import format_bytes, format_path
-from ..specs import FAMILIES, DiffusionModel, Family
+from ..specs import DiffusionModel, Family
 from .backends.build_lock import only_build
 from .backends.cpu import write_cpu_plan
 from .backends.plugin import write_plugin_graphs
+from .build_folder import clear_up, commit, new_build_folder, up_to_date
 from .checkpoints.finding import find_checkpoints, require_fitting
 from .checkpoints.recognise import Checkpoint
 from .graphs.graphs import export_graphs, standalone_model
@@ -35,8 +27,6 @@ from .packs.planning import PackPlan, plan_pack
 from .precisions.choosing import precision_for
 from .precisions.parallel import quantising_threads
 
-log = logging.getLogger(__name__)
-BUILD_PREFIX = "build-"
 BUILD_VERSION = 7
 """Raised whenever the same inputs give other engines, so that an old directory is rebuilt."""
 
@@ -82,6 +72,7 @@ def build_engines(
     require_fitting(checkpoints)
     key = build_key(checkpoints, precision, blocks_per_chunk)
     if not force and (current := up_to_date(engines, key)):
+        clear_up(engines, current)
         return BuildResult(current, rebuilt=False)
     with only_build(engines):
         if not force and (current := up_to_date(engines, key)):  # built by another process while this one waited
@@ -90,7 +81,7 @@ def build_engines(
         with quantising_threads(), new_build_folder(engines, packs_bytes(plans)) as folder:
             progress = _Progress(report, sum(plan.weight_bytes for plan in plans.values()))
             graphs = write_graphs(folder, checkpoints, plans, precision, progress)
-            hashes = write_packs(folder, checkpoints, plans, precision, progress)
+            packs = write_packs(folder, checkpoints, plans, precision, progress)
             packages = {name: version(name) for name in ("torch", "onnx", "onnxscript")}
             manifest = Manifest(
                 build=folder.name,
@@ -106,7 +97,7 @@ def build_engines(
             )
             if precision == "fp8":
                 write_cpu_plan(folder, manifest, checkpoints, progress.tell)
-            manifest = replace(manifest, files=_files(folder, hashes))
+            manifest = replace(manifest, files=_files(folder, packs))
             commit(engines, manifest)
         return BuildResult(manifest, rebuilt=True)
 
@@ -149,43 +140,6 @@ def build_key(checkpoints: Mapping[Family, Checkpoint], precision: str, blocks_p
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def up_to_date(engines: Path, key: str) -> Manifest | None:
-    """The manifest of engines that this build would only make again, or None."""
-    current = current_manifest(engines)
-    return current if current and current.build_key == key else None
-
-
-def current_manifest(engines: Path) -> Manifest | None:
-    """The manifest of an existing directory whose files are all there, or None if it must be built."""
-    try:
-        manifest = read_manifest(engines)
-    except EnginesError:
-        return None
-    folder = engines / manifest.build
-    complete = all((folder / name).is_file() for name in manifest.files)
-    return manifest if complete else None
-
-
-@contextmanager
-def new_build_folder(engines: Path, nbytes: int) -> Iterator[Path]:
-    """A fresh folder inside ``engines``, removed again if the body fails; leftovers of dead builds go first.
-
-    The caller is the only build in ``engines``.
-    """
-    with explained_os_errors(engines):
-        remove_other_builds(engines, keep=(current.build,) if (current := current_manifest(engines)) else ())
-        require_free(engines, nbytes)
-        folder = engines / f"{BUILD_PREFIX}{uuid.uuid4().hex[:8]}"
-        folder.mkdir()
-    try:
-        with explained_os_errors(engines):
-            yield folder
-    finally:
-        current = current_manifest(engines)
-        if current is None or current.build != folder.name:  # once the manifest names it, it stays whatever happens
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def write_graphs(
     folder: Path,
     checkpoints: Mapping[Family, Checkpoint],
@@ -220,37 +174,14 @@ def write_packs(
     plans: Mapping[Family, PackPlan],
     precision: str,
     progress: "_Progress",
-) -> dict[str, str]:
-    """Write the packs; return ``path in the build folder -> SHA-256``."""
-    hashes = {}
+) -> dict[str, FileFacts]:
+    """Write the packs; return their facts by their paths in the build folder."""
+    packs = {}
     for family, checkpoint in checkpoints.items():
         progress.stage = f"packing {family}, {precision}"
         path, kept = pack_path(family), precision_for(precision, checkpoint.spec)
-        hashes[path] = write_pack(folder / path, plans[family], checkpoint, kept, progress.advance)
-    return hashes
-
-
-def commit(engines: Path, manifest: Manifest) -> None:
-    """Make the new build the directory's build, then remove the old one."""
-    record_checked(engines, manifest)
-    with atomic_path(engines / MANIFEST) as temporary:
-        temporary.write_text(manifest_to_json(manifest), encoding="utf-8")
-    remove_other_builds(engines, keep=(manifest.build,))
-    remove_cpu_engines(engines, but_of=manifest.build)
-    if fp8_engines(engines) is None and (nbytes := remove_fp8_engines(engines)):
-        log.info(
-            "removed the fp8 engines in %s, which are of other checkpoints: %s",
-            format_path(engines),
-            format_bytes(nbytes),
-        )
-
-
-def remove_other_builds(engines: Path, keep: tuple[str, ...]) -> None:
-    """Remove the folders of replaced and of dead builds; a folder that holds anything else is somebody else's."""
-    ours = {"graphs", PLAN_FOLDER, PLUGIN_FOLDER, *FAMILIES}
-    for folder in engines.glob(f"{BUILD_PREFIX}*"):
-        if folder.is_dir() and folder.name not in keep and {p.name for p in folder.iterdir()} <= ours:
-            shutil.rmtree(folder, ignore_errors=True)  # a file in use may resist: the next build tries again
+        packs[path] = write_pack(folder / path, plans[family], checkpoint, kept, progress.advance)
+    return packs
 
 
 def pack_path(family: Family) -> str:
@@ -268,12 +199,12 @@ def _model(checkpoint: Checkpoint, plan: PackPlan) -> Model:
     return Model(checkpoint.spec, pack_path(checkpoint.spec.family), plan.chunks, plan.layout.tensors, source)
 
 
-def _files(folder: Path, hashes: Mapping[str, str]) -> dict[str, FileFacts]:
+def _files(folder: Path, packs: Mapping[str, FileFacts]) -> dict[str, FileFacts]:
     """The facts of every file; the packs were hashed while they were written."""
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         name = path.relative_to(folder).as_posix()
-        files[name] = FileFacts(path.stat().st_size, hashes[name]) if name in hashes else file_facts(path)
+        files[name] = packs.get(name) or file_facts(path)
     return files
 
 

@@ -17,7 +17,8 @@ from ..machine.progress import Report, silent
 from ..machine.wording import format_bytes
 from ..specs import DiffusionModel, Family
 from .backends.cards import require_precision
-from .build import BuildResult, build_engines, build_key, choose_precision, current_manifest, packs_bytes, plan_packs
+from .build import BuildResult, build_engines, build_key, choose_precision, packs_bytes, plan_packs
+from .build_folder import current_manifest
 from .checkpoints.finding import find_checkpoints
 from .checkpoints.recognise import Checkpoint
 

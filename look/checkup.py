@@ -4,6 +4,7 @@ The checks are those of the runtime itself, so what passes here runs: the files'
 of fp8 packs, and every plan against the key that the runtime would ask for.
 """
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,8 @@ from typing import Any
 
 from ..engines.backends import detect_backends
 from ..engines.base import Limits
-from ..engines.cpu.converted import CPU_FOLDER, bytes_to_convert
+from ..engines.cpu.converted import CPU_FOLDER, bytes_to_convert, cpu_graphs
+from ..engines.cpu.fitting import require_runnable
 from ..engines.cuda.graph_files import checked_graphs, graphs_folder
 from ..engines.directory.architectures import GENERATIONS
 from ..engines.directory.generations import FP8_FOLDER, fp8_engines
@@ -22,26 +24,36 @@ from ..engines.tensorrt.plans import PLANS, PlanFacts, checked_plan, planned_gen
 from ..machine.errors import DiskFull, I2LError
 from ..machine.files import free_bytes, require_free
 from ..machine.memory import available_bytes
-from ..machine.wording import format_bytes, format_path
+from ..machine.wording import GIB, format_bytes, format_path
 from ..runtime.opening import decider
 from ..runtime.proof.telling import card_text, verdict
 
 
-def check_engines(directory: Path) -> dict[str, Any]:
+def check_engines(directory: Path, *, full: bool = False) -> dict[str, Any]:
     """What a directory gives this machine.
 
+    Args:
+        directory: the engines directory.
+        full: hash every file again, which takes as long as reading them.
+
     Returns:
-        ``path``; ``problem``, why the CPU cannot run it, or None; and unless it cannot be read: ``precision``,
-        ``packs_bytes``, ``convert_bytes`` that the first run on a CPU writes, ``free_disk_bytes``,
-        ``available_memory_bytes``, ``gpus`` with a ``problem`` each, ``proofs`` of the cards, and ``leftovers``, which
-        nothing uses.
+        ``path``; ``problem``, why the CPU cannot run it, or None; with ``full`` ``hashed_bytes`` and
+        ``hashed_seconds``; and unless it cannot be read: ``precision``, ``packs_bytes``, ``convert_bytes`` that the
+        first run on a CPU writes, ``free_disk_bytes``, ``available_memory_bytes``, ``gpus`` with a ``problem`` each,
+        ``proofs`` of the cards, and ``leftovers``, which nothing uses.
     """
     facts: dict[str, Any] = {"path": str(directory), "problem": None}
     try:
         manifest = read_manifest(directory)
-        check_files(directory, manifest)
+        start = time.perf_counter()
+        hashed = check_files(directory, manifest, again=full)
         inner = fp8_engines(directory)
+        if inner and full:
+            hashed += check_files(inner, read_manifest(inner), again=True)
+        if full:
+            facts |= {"hashed_bytes": hashed, "hashed_seconds": round(time.perf_counter() - start, 3)}
         convert_bytes = bytes_to_convert(directory, manifest)
+        require_runnable(*cpu_graphs(directory, manifest))
     except EnginesError as error:
         return facts | {"problem": str(error)}
     try:
@@ -68,6 +80,9 @@ def check_lines(facts: Mapping[str, Any]) -> Iterator[str]:
         return
     packs = f"{facts['precision']}, packs of {format_bytes(facts['packs_bytes'])}"
     yield f"engines {name}: {'no' if facts['problem'] else 'usable on this CPU'} ({packs})"
+    if "hashed_bytes" in facts:
+        rate = facts["hashed_bytes"] / GIB / max(facts["hashed_seconds"], 1e-3)
+        yield f"  every byte as it was written: {format_bytes(facts['hashed_bytes'])} hashed, {rate:.2f} GiB/s"
     if facts["precision"] == "fp8":
         needs = f"the first run converts them to int8, once: {format_bytes(facts['convert_bytes'])} of disk"
         free = f"{format_bytes(facts['free_disk_bytes'])} free"

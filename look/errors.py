@@ -1,10 +1,11 @@
 """What cannot be looked at."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..engines.errors import EnginesError
 from ..machine.errors import I2LError
-from ..machine.wording import command_path, format_path
+from ..machine.wording import command_path, format_path, some
 
 
 class NothingToInspect(I2LError, ValueError):
@@ -33,4 +34,14 @@ class EnginesOfOtherCheckpoints(EnginesError, ValueError):
             f"{format_path(directory)} was built for another {family} than the one under {format_path(models)}: give "
             f"the checkpoints it was built from, or rebuild with: i2l build-engines --models {command_path(models)} "
             f"--engines {command_path(directory)}"
+        )
+
+
+class ComparisonNotFinite(EnginesError, ValueError):
+    """Engines and reference cannot be compared: one of them computes what is no number."""
+
+    def __init__(self, steps: Sequence[str]) -> None:
+        super().__init__(
+            f"the comparison gives no number in {some(steps)}: the checkpoints or the engines hold NaN or infinity; "
+            "download the checkpoints again, and rebuild with: i2l build-engines ... --force"
         )

@@ -15,7 +15,7 @@ from ..export.checkpoints.recognise import describe, recognise
 from ..export.checkpoints.shards import join_shards
 from ..lora.errors import LoraUnreadable
 from ..lora.reading import describe_lora
-from ..machine.wording import format_bytes
+from ..machine.wording import format_bytes, printable
 from ..runtime.pictures.files.formats import looks_like_picture
 from ..specs import spec_to_dict
 from .errors import NothingToInspect
@@ -58,14 +58,15 @@ def text_lines(facts: Mapping[str, Any]) -> Iterator[str]:
             if value:
                 yield f"{name}:"
             yield from (
-                f"  {key}: {item if isinstance(item, str) else json.dumps(item)}" for key, item in value.items()
+                f"  {printable(key)}: {printable(item) if isinstance(item, str) else json.dumps(item)}"
+                for key, item in value.items()
             )
         elif isinstance(value, list):
             if value:
                 yield f"{name}:"
-            yield from (f"  {item}" for item in value)
+            yield from (f"  {printable(str(item))}" for item in value)
         else:
-            yield f"{name}: {format_bytes(value) if name == 'nbytes' else value}"
+            yield f"{name}: {format_bytes(value) if name == 'nbytes' else printable(str(value))}"
 
 
 def _engines_facts(directory: Path) -> dict[str, Any]:

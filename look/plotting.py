@@ -16,7 +16,8 @@ from ..lora.lorafiles import require_one_model
 from ..lora.lowrank import cosine
 from ..lora.norms import NormTable, block_number, components, norm_table
 from ..lora.reading import LoraFile
-from ..machine.files import atomic_path
+from ..machine.outputs import DRAWING, DRAWN_BY, output_path, require_output
+from ..machine.wording import printable
 
 TITLE_LETTERS = 32
 """Longer file names are cut in the middle."""
@@ -56,8 +57,9 @@ def plot_loras(
 
     Raises:
         LorasForOthers, LorasDiffer: they are not for the same diffusion model.
-        OutputUnwritable, DiskFull: nothing is left half written.
+        OutputMisnamed, OutputTaken, OutputUnwritable, DiskFull: nothing is left half written.
     """
+    require_output(output, DRAWING, inputs=[file.path for file in files])
     for other in files[1:]:
         require_one_model(files[0], other)
     tables = [norm_table(file.lora, file.norms) for file in files]
@@ -89,8 +91,10 @@ def plot_loras(
     figure.suptitle(MEANING, fontsize=9, x=0.01, ha="left")
     if several:
         _similarity_map(axes[-1, -1], similarities([file.lora for file in files]), names_of(files))
-    with atomic_path(output) as temporary:
-        figure.savefig(temporary, dpi=130, format=output.suffix[1:].lower())
+    form = output.suffix[1:].lower()
+    with output_path(output, DRAWING) as temporary:
+        mark = {"Software" if form == "png" else "Creator": DRAWN_BY}
+        figure.savefig(temporary, dpi=130, format=form, metadata=mark)
 
 
 def scale_of(tables: Sequence[NormTable]) -> tuple[float, float]:
@@ -123,6 +127,7 @@ def names_of(files: Sequence[LoraFile]) -> list[str]:
 def shortened(name: str) -> str:
     """A name of at most :data:`TITLE_LETTERS` letters, and nothing that the drawing would take for a formula."""
     half = TITLE_LETTERS // 2 - 2
+    name = printable(name)
     name = name if len(name) <= TITLE_LETTERS else f"{name[:half]}...{name[-half:]}"
     return name.replace("$", r"\$")
 

@@ -8,7 +8,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from ..machine.files import atomic_path
+from ..machine.files import regular_file_problem
+from ..machine.outputs import DRAWN_BY, DRAWN_TRACE, output_path, require_output
 from .errors import TraceUnreadable
 
 KINDS = {
@@ -25,8 +26,9 @@ def draw_trace(source: Path, target: Path) -> None:
 
     Raises:
         TraceUnreadable: the file is no trace of i2l.
-        OutputUnwritable: the picture cannot be written.
+        OutputMisnamed, OutputTaken, OutputUnwritable: the picture cannot be written.
     """
+    require_output(target, DRAWN_TRACE, inputs=[source])
     lanes, spans, memory = read_trace(source)
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -55,8 +57,8 @@ def draw_trace(source: Path, target: Path) -> None:
     below.set_ylabel("MiB")
     below.set_xlabel("seconds since the first chunk of weights was asked for")
     figure.legend(loc="outside upper left", ncols=5, fontsize=8)
-    with atomic_path(target) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    with output_path(target, DRAWN_TRACE) as temporary:
+        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": DRAWN_BY})
 
 
 def models_of(spans: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float]]:
@@ -75,11 +77,13 @@ def models_of(spans: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, floa
 
 def read_trace(path: Path) -> tuple[dict[int, str], list[dict[str, Any]], list[dict[str, Any]]]:
     """``(lane number -> name, spans, memory counters)`` of a trace file."""
+    if problem := regular_file_problem(path):
+        raise TraceUnreadable(path, problem)
     try:
         events = json.loads(path.read_bytes())["traceEvents"]
         lanes = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
         spans = [event for event in events if event["ph"] == "X"]
         memory = [event for event in events if event["ph"] == "C"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TraceUnreadable(path, str(error)) from error
     return lanes, spans, memory

@@ -5,6 +5,8 @@ the LoRA by ``B @ A`` per module, as that is what changes the diffusion model. A
 a massive one, so the worst token is given too.
 """
 
+import math
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,14 +16,16 @@ import numpy as np
 from PIL import Image
 
 from ..engines.base import Array
+from ..engines.directory.integrity import check_files
 from ..engines.directory.manifest import read_manifest
 from ..lora.lora import Lora, factors_by_module, lora_from_factors
 from ..lora.lowrank import product_error
 from ..machine.progress import Report, silent
+from ..machine.wording import GIB, format_bytes
 from ..runtime.pictures.images import ImageSource
 from ..runtime.pipeline import Pipeline
 from ..specs import AdapterSpec, Family
-from .errors import EnginesOfOtherCheckpoints
+from .errors import ComparisonNotFinite, EnginesOfOtherCheckpoints
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,9 @@ class Verification:
     """Median over modules of the relative error of ``B @ A``."""
     lora_worst: float
     lora_worst_module: str
+    hashed_bytes: int
+    """Of the engines: every file was compared with its hash first."""
+    hashed_seconds: float
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,6 +69,7 @@ def verify_engines(
 
     Raises:
         CheckpointError, EnginesError, ImageError: an input cannot be used.
+        ComparisonNotFinite: an error is no number, as what is compared is none.
     """
     from ..export.checkpoints.finding import find_checkpoints  # noqa: PLC0415 - torch is needed only here
     from ..export.reference import reference_steps  # noqa: PLC0415
@@ -69,6 +77,9 @@ def verify_engines(
     adapter = read_manifest(engines).models["adapter"].spec
     assert isinstance(adapter, AdapterSpec)
     checkpoints = find_checkpoints(models, adapter=adapter.diffusion_model)
+    start = time.perf_counter()
+    hashed = check_files(engines, read_manifest(engines), again=True)
+    seconds = time.perf_counter() - start
     recorded: dict[str, dict[str, Array]] = {}
     with Pipeline(engines, backend=backend) as pipeline:
         for family, checkpoint in checkpoints.items():
@@ -97,6 +108,9 @@ def verify_engines(
         report("comparing with float32", done, total)
     errors = lora_errors(lora, lora_from_factors(factors))
     worst = max(errors, key=lambda module: errors[module])
+    found = {**{error.step: error.relative_error for error in steps}, **errors}
+    if odd := [step for step, error in found.items() if not math.isfinite(error)]:
+        raise ComparisonNotFinite(odd)
     return Verification(
         precision=precision,
         backend=name,
@@ -105,6 +119,8 @@ def verify_engines(
         lora_median=float(np.median(list(errors.values()))),
         lora_worst=errors[worst],
         lora_worst_module=worst,
+        hashed_bytes=hashed,
+        hashed_seconds=round(seconds, 3),
     )
 
 
@@ -132,6 +148,8 @@ def lora_errors(found: Lora, wanted: Lora) -> dict[str, float]:
 
 def summary(verification: Verification) -> Iterator[str]:
     """What a person wants to read: first, middle and last steps of each encoder, and the LoRA."""
+    rate = verification.hashed_bytes / GIB / max(verification.hashed_seconds, 1e-3)
+    yield f"every file as it was written: {format_bytes(verification.hashed_bytes)} hashed, {rate:.2f} GiB/s"
     yield f"{'step':<24}{'cosine':>12}{'rel. error':>12}{'worst token':>13}"
     for family in ("siglip2", "dinov3"):
         steps = [error for error in verification.steps if error.step.startswith(f"{family}.")]

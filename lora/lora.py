@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 
 from ..engines.base import Array
 from ..engines.directory.tensorfile import LayoutWriter, plan_layout
-from ..machine.files import atomic_path
+from ..machine.files import remove_leftovers
+from ..machine.outputs import output_path
 from ..specs import DiffusionModel
 from .errors import LoraNotFinite, StrengthInvalid, WeightsMismatch
 from .keys import AnyKeyFormat, written_keys
 from .names import diffusion_model
+from .replacing import LORA
 
 Dtype: TypeAlias = Literal["bf16", "fp16", "fp32"]
 MODEL_METADATA: Mapping[DiffusionModel, dict[str, str]] = {
@@ -59,10 +61,16 @@ class Lora:
         """``module -> [out, in]`` of the weight that it changes."""
         return {module: (b.shape[0], a.shape[1]) for module, (a, b) in self.factors.items()}
 
-    def save(self, path: Path | str, *, dtype: Dtype = "bf16", key_format: AnyKeyFormat = "comfyui") -> Path:
+    def save(
+        self, path: Path | str, *, dtype: Dtype = "bf16", key_format: AnyKeyFormat = "comfyui", force: bool = False
+    ) -> Path:
         """Write the file, whole or not at all. What it is for is read from its modules if the metadata does not say.
 
+        A LoRA that i2l wrote is replaced, another one with ``force``, and nothing else.
+
         Raises:
+            OutputMisnamed: the name does not end in ``.safetensors``.
+            OutputTaken: something is there that is not replaced.
             OutputUnwritable, DiskFull: nothing is left half written.
             LoraNotFinite: a value is not finite, or beyond what ``dtype`` holds.
         """
@@ -78,9 +86,10 @@ class Lora:
         claims = {} if self.metadata.keys() & set(CLAIMS) else model_metadata(diffusion_model(self.shapes))
         layout = plan_layout(
             ((name, DTYPES[dtype], factor.shape) for name, factor in tensors.items()),
-            file_metadata(path.stem, self.rank) | claims | self.metadata,
+            file_metadata(path.stem, self.rank) | {"i2l.dtype": dtype} | claims | self.metadata,
         )
-        with atomic_path(path) as temporary, LayoutWriter(temporary, layout) as writer:
+        remove_leftovers(path.parent)
+        with output_path(path, LORA, force=force) as temporary, LayoutWriter(temporary, layout) as writer:
             for name, factor in tensors.items():
                 writer.write(name, converted(name, factor, dtype).tobytes())
         return path

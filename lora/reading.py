@@ -244,5 +244,5 @@ def _scales(path: Path, metadata: Mapping[str, str]) -> Scales:
         alpha = config.get("lora_alpha")
         rslora, dora = bool(config.get("use_rslora")), bool(config.get("use_dora"))
         return Scales(None if alpha is None else float(alpha), patterns, rslora, dora)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise LoraUnreadable(path, f"its config does not parse: {error}") from error

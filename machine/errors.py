@@ -6,6 +6,8 @@ prints that sentence after ``error:`` and exits with 1; the Python API raises it
 exception that a Python programmer would catch.
 """
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from .wording import format_bytes, format_path
@@ -45,6 +47,28 @@ class OutputInUse(OutputUnwritable):
         )
 
 
+class ThreadsInvalid(I2LError, ValueError):
+    """No machine has so many threads, or so few."""
+
+    def __init__(self, threads: object, most: int) -> None:
+        super().__init__(f"threads is {threads!r}: give a whole number from 1 to {most}, or none for one for each core")
+
+
+class OutputTaken(OutputUnwritable, FileExistsError):
+    """What is there already must not be replaced."""
+
+    def __init__(self, path: Path, what: str, *, forcible: bool = False) -> None:
+        force = ", or give --force (force=True) to replace it" if forcible else ""
+        I2LError.__init__(self, f"{format_path(path)} is {what}, which is not replaced: choose another place{force}")
+
+
+class OutputMisnamed(I2LError, ValueError):
+    """A file's name promises another format than it would have."""
+
+    def __init__(self, path: Path, noun: str, suffixes: Sequence[str]) -> None:
+        super().__init__(f"{format_path(path)} cannot be {noun}: give it a name that ends in {' or '.join(suffixes)}")
+
+
 class DiskFull(I2LError, OSError):
     """The disk has no room for what is to be written."""
 
@@ -54,6 +78,16 @@ class DiskFull(I2LError, OSError):
             f"no room on the disk of {format_path(path)} ({need}{format_bytes(free_bytes)} free): free some space or "
             "choose a directory on another disk"
         )
+
+
+class SystemRefused(I2LError, OSError):
+    """The system has no more of something, or will not give it."""
+
+    def __init__(self, cause: BaseException | None) -> None:
+        path = getattr(cause, "filename", None)
+        where = f" ({format_path(Path(os.fsdecode(path)))})" if isinstance(path, str | bytes) else ""
+        reason = "not enough memory" if isinstance(cause, MemoryError) else getattr(cause, "strerror", None) or cause
+        super().__init__(f"the system refuses: {reason}{where}: see what is full or limited; --debug shows where")
 
 
 class StandardOutputUnwritable(I2LError, OSError):

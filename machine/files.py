@@ -1,14 +1,22 @@
 """Files that appear whole or not at all.
 
-A file is written beside its final place and moved over it when it is complete, so that a crash, a full disk or Ctrl-C
-leaves what was there before. The temporary file is made first, so an unwritable folder is found before any work.
+A file is written beside its final place, handed to the disk and moved over that place when it is complete, so that a
+crash, a full disk, Ctrl-C or a loss of power leaves what was there before. The temporary file is made first, so an
+unwritable folder is found before any work. Its name is random: two threads do not meet in it, and nobody who may write
+in the folder can lay a link there beforehand. A process that is killed leaves it; whoever writes there next removes it.
 """
 
 import errno
+import hashlib
 import os
+import platform
+import re
+import secrets
 import shutil
+import stat
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import DiskFull, OutputInUse, OutputUnwritable
@@ -20,6 +28,8 @@ UNWRITABLE = frozenset(
     | {errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG, errno.EINVAL, errno.EBUSY}
 )
 """What the operating system says of a place that cannot be written."""
+LEFTOVER = re.compile(r"\.i2l-(?P<host>[0-9a-f]{6})-(?P<pid>[0-9]{1,10})-[0-9a-f]{16}\.part")
+LEFTOVER_SECONDS = 24 * 3600
 
 
 @contextmanager
@@ -50,12 +60,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     with explained_os_errors(path):
         _require_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        temporary.touch()
+        temporary = create_temporary(path.parent)
     try:
         with explained_os_errors(path):
             yield temporary
+            sync_file(temporary)
             temporary.replace(path)
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -64,10 +75,101 @@ def require_writable(path: Path) -> None:
     """Find out before any work whether ``path`` can be written; raises like :func:`atomic_path`, leaves nothing."""
     with explained_os_errors(path):
         _require_replaceable(path)
-        folder = next(p for p in path.absolute().parents if p.exists())
-        probe = folder / f".{path.name}.{os.getpid()}.probe"
-        probe.touch()
-        probe.unlink()
+        with suppress(FileNotFoundError):
+            path.lstat()  # the system says here that a name is too long
+        create_temporary(next(p for p in path.absolute().parents if p.exists())).unlink()
+
+
+def create_temporary(folder: Path) -> Path:
+    """Make an empty file in ``folder`` that no other thread, process or user has made; its length fits every disk."""
+    path = folder / f".i2l-{_host()}-{os.getpid()}-{secrets.token_hex(8)}.part"
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o666))
+    return path
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of processes that are dead, or older than a day where that cannot be known."""
+    with suppress(OSError):  # a folder that is not there, or not ours: then so is what lies in it
+        for entry in list(os.scandir(folder)):
+            if (name := LEFTOVER.fullmatch(entry.name)) and _is_dead(name["host"], int(name["pid"]), entry):
+                with suppress(OSError):
+                    Path(entry).unlink()
+
+
+def _is_dead(host: str, pid: int, entry: "os.DirEntry[str]") -> bool:
+    if time.time() - entry.stat(follow_symlinks=False).st_mtime > LEFTOVER_SECONDS:
+        return True
+    if host != _host() or os.name == "nt":  # a number of another machine, or a system where asking ends the process
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
+
+
+def _host() -> str:
+    """Tells machines and containers apart, which count their processes alike."""
+    return hashlib.sha256(platform.node().encode("utf-8", "replace")).hexdigest()[:6]
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the bytes of a file are on the disk; on macOS also through the disk's own cache."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        _sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk; where a system knows no such thing, nothing happens."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """:func:`sync_file` for all files below a folder, and :func:`sync_folder` for all folders."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            sync_file(Path(place) / name)
+        sync_folder(Path(place))
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        if os.name == "posix":
+            import fcntl  # noqa: PLC0415 - absent on Windows
+
+            if (full := getattr(fcntl, "F_FULLFSYNC", None)) is not None:
+                with suppress(OSError):  # a disk that is mounted over a network
+                    fcntl.fcntl(descriptor, full)
+                    return
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EPERM}:
+            raise
+
+
+def regular_file_problem(path: Path) -> str:
+    """Why ``path`` cannot be read as a file; empty if it can be tried.
+
+    Opening a named pipe waits for somebody who writes into it: so it is not opened.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        return error.strerror or str(error)
+    if stat.S_ISREG(mode):
+        return ""
+    return os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "it is a pipe, a socket or a device, not a file"
 
 
 def _require_replaceable(path: Path) -> None:

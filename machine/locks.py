@@ -5,6 +5,8 @@ whoever waits has it open: were it removed, a third process would lock another f
 it, whatever the umask of who made it: else only that user could ever build in a folder that several may write.
 """
 
+import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,3 +37,34 @@ def exclusive(path: Path, *, waiting: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+class OneUser:
+    """Something that one thread uses at a time, in the process that made it.
+
+    Args:
+        busy: the error for another thread that does not wait.
+        in_child: the error for a process that was forked since: it has the memory, but none of the threads.
+    """
+
+    def __init__(self, busy: Callable[[], Exception], in_child: Callable[[], Exception]) -> None:
+        self._busy, self._in_child = busy, in_child
+        self._lock = threading.RLock()
+        self._process = os.getpid()
+
+    @property
+    def in_child(self) -> bool:
+        """Whether this process was forked since."""
+        return os.getpid() != self._process
+
+    @contextmanager
+    def using(self) -> Iterator[None]:
+        """Use it; the thread that does may do so again inside."""
+        if self.in_child:
+            raise self._in_child()
+        if not self._lock.acquire(blocking=False):
+            raise self._busy()
+        try:
+            yield
+        finally:
+            self._lock.release()

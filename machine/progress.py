@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Literal, Protocol
 
 LINE_SECONDS = 10
@@ -25,7 +25,7 @@ def show_progress(unit: Literal["bytes", "steps"], *, quiet: bool = False) -> It
     """Yield a :class:`Report` that draws on standard error; nothing is drawn if ``quiet``."""
     if quiet:
         yield silent
-    elif not sys.stderr.isatty():
+    elif sys.stderr is None or not sys.stderr.isatty():  # none: a program without a console, such as pythonw
         yield log_lines()
     else:
         from rich.console import Console  # noqa: PLC0415 - `i2l --help` must not pay for it
@@ -62,6 +62,7 @@ def log_lines(clock: Callable[[], float] = time.monotonic) -> Report:
         nonlocal last
         if clock() - last >= LINE_SECONDS:
             last = clock()
-            sys.stderr.write(f"{stage}: {100 * done // max(total, 1)} %\n")
+            with suppress(OSError, ValueError, AttributeError):  # closed, full or none: the work goes on
+                sys.stderr.write(f"{stage}: {100 * done // max(total, 1)} %\n")
 
     return report

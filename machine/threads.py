@@ -9,8 +9,16 @@ import os
 from pathlib import Path
 
 from .cgroups import cpu_quota
+from .errors import ThreadsInvalid
 
+MOST_THREADS = 1024
 SYSTEM_CPUS = Path("/sys/devices/system/cpu")
+
+
+def require_threads(threads: int | None) -> None:
+    """Raise :class:`ThreadsInvalid` unless this is a number of threads that can be started."""
+    if threads is not None and not (type(threads) is int and 1 <= threads <= MOST_THREADS):
+        raise ThreadsInvalid(threads, MOST_THREADS)
 
 
 def default_threads() -> int:

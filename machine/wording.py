@@ -24,9 +24,14 @@ def format_bytes(count: int) -> str:
 def format_path(path: Path) -> str:
     """A path with the home directory written as ``~``."""
     try:
-        return f"~/{path.relative_to(Path.home())}"
+        return printable(f"~/{path.relative_to(Path.home())}")
     except (ValueError, RuntimeError):
-        return str(path)
+        return printable(str(path))
+
+
+def printable(text: str) -> str:
+    """Text that does nothing to a terminal: control characters, and bytes that are no text, as escapes."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def command_path(path: Path) -> str:

@@ -2,8 +2,11 @@
 
 An embedding is 5632 values (22 KiB) and takes nearly all the time of a run. Its key is a hash of what it depends on:
 the 1024 x 1024 square that both encoders look at, the contents of the encoders' packs and graphs, the precision and
-the backend, on a card with its driver: one that was wrong leaves nothing to the next. So a renamed file is found again,
-an edited picture or a rebuilt encoder is not; nothing expires.
+the backend (on a card with its driver: one that was wrong leaves nothing to the next), and which files the packs were.
+So a renamed picture is found again, an edited one is not; nothing expires.
+
+The manifest says what a pack should hold, not what a disk gave. So an embedding counts for the very files that computed
+it (size, time, inode), and for none once damage was found in them: a rebuild or a copy of the engines computes anew.
 
 What a picture gives does not depend on the pictures that share its pass, to the bit (tests/test_company.py), so it does
 not matter in which one a kept embedding was computed.
@@ -24,7 +27,7 @@ from safetensors.numpy import load, save
 
 from ..engines.base import Array
 from ..machine.errors import I2LError, OutputUnwritable
-from ..machine.files import atomic_path
+from ..machine.files import atomic_path, remove_leftovers
 from ..machine.wording import format_path
 from .pictures.pixels import content_sha256
 
@@ -70,6 +73,7 @@ class EmbeddingCache:
         self.folder = folder
         self._encoders = encoders
         self._writable = True
+        self._swept = False
 
     def embed(self, squares: Sequence[Image.Image], encode: Encode) -> tuple[Array, list[bool]]:
         """The embeddings of squares, only the unknown ones computed, in one call, each different square once.
@@ -125,6 +129,9 @@ class EmbeddingCache:
     def _write(self, path: Path, embedding: Array) -> None:
         if not self._writable:
             return
+        if not self._swept:
+            self._swept = True
+            remove_leftovers(self.folder)
         digest = np.frombuffer(hashlib.sha256(embedding.tobytes()).digest(), np.uint8)
         try:
             with atomic_path(path) as temporary:
@@ -134,6 +141,6 @@ class EmbeddingCache:
             log.warning("embeddings are not kept: %s", error)
 
 
-def encoders_id(contents: str, backend: str) -> str:
-    """What made an embedding, from the encoders' content id and the backend, a card's with all that a proof is of."""
-    return hashlib.sha256(json.dumps([PIXELS_VERSION, contents, backend]).encode()).hexdigest()
+def encoders_id(contents: str, backend: str, packs: str) -> str:
+    """What made an embedding: content id, backend (a card's with all that a proof is of) and the packs' fingerprint."""
+    return hashlib.sha256(json.dumps([PIXELS_VERSION, contents, backend, packs]).encode()).hexdigest()

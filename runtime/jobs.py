@@ -4,7 +4,9 @@ A finished output is known by what stands in its own header (the contents of its
 dtype and keys), so there is no state beside the files: deleting one makes it again, and so does changing its image.
 """
 
-from collections import Counter
+import hashlib
+import os
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,7 @@ from ..lora.errors import LoraNotFinite, LoraUnreadable
 from ..lora.keys import KeyFormat
 from ..lora.lora import DTYPES, Dtype
 from ..lora.reading import describe_lora
-from ..machine.errors import OutputUnwritable
+from ..machine.errors import OutputTaken, OutputUnwritable
 from ..machine.progress import Report, silent
 from .passes import ENCODERS, IMAGES_PER_PASS
 from .pictures.errors import FolderEmpty, ImageError
@@ -28,6 +30,9 @@ from .pictures.sources import ICC_KEY, colours_mark, images_mark, load_squares
 from .pipeline import Pipeline
 
 Per: TypeAlias = Literal["image", "folder"]
+SUFFIX = ".safetensors"
+NAME_BYTES = 255 - len(SUFFIX)
+"""What file systems allow for a name, without the suffix of a LoRA."""
 UNITS = 100
 """Progress per image: a pass over a small group takes a minute on a slow machine, and must be seen to move."""
 
@@ -81,8 +86,8 @@ class _Loaded:
 def plan_jobs(folder: Path, output_dir: Path, per: Per, *, recursive: bool = False) -> Plan:
     """One job for each image in ``folder``, or for each folder in it that holds images.
 
-    An output is called like its image or folder; two images that differ only in their suffix keep it in the name.
-    ``recursive`` takes what lies deeper too, and the outputs lie in folders of the same names.
+    An output is called like its image or folder, see :func:`output_names`. ``recursive`` takes what lies deeper too,
+    and the outputs lie in folders of the same names.
 
     Raises:
         FolderEmpty: there is nothing to do.
@@ -95,18 +100,20 @@ def plan_jobs(folder: Path, output_dir: Path, per: Per, *, recursive: bool = Fal
         for place in folders_of(folder, recursive=recursive, without=output_dir):
             images, others = images_in(place)
             outputs = output_dir / place.relative_to(folder)
-            stems = Counter(image.stem.casefold() for image in images)
-            names = [image.stem if stems[image.stem.casefold()] == 1 else image.name for image in images]
-            jobs += [Job((image,), _output(outputs, name)) for image, name in zip(images, names, strict=True)]
+            jobs += [Job((image,), outputs / name) for image, name in zip(images, output_names(images), strict=True)]
             skipped += [path for path in others if not (recursive and path.is_dir())]
     else:
         skipped = [*images, *(path for path in others if not path.is_dir())]
+        filled: dict[Path, tuple[Path, ...]] = {}
         for top in (path for path in others if path.is_dir()):
             found = {p: images_in(p)[0] for p in folders_of(top, recursive=recursive, without=output_dir)}
-            filled = {place: tuple(inside) for place, inside in found.items() if inside}
-            skipped += [] if filled else [top]
-            for place, inside in filled.items():
-                jobs.append(Job(inside, _output(output_dir / place.relative_to(folder).parent, place.name)))
+            skipped += [] if any(found.values()) else [top]
+            filled |= {place: tuple(inside) for place, inside in found.items() if inside}
+        for parent in dict.fromkeys(place.parent for place in filled):
+            places = [place for place in filled if place.parent == parent]
+            outputs = output_dir / parent.relative_to(folder)
+            names = output_names(places, folders=True)
+            jobs += [Job(filled[place], outputs / name) for place, name in zip(places, names, strict=True)]
     if not jobs:
         raise FolderEmpty(folder, SUFFIXES, per_folder=per == "folder")
     return Plan(tuple(jobs), tuple(skipped))
@@ -186,8 +193,41 @@ def run_jobs(
     return result
 
 
-def _output(output_dir: Path, name: str) -> Path:
-    return output_dir / f"{name}.safetensors"
+def output_names(paths: Sequence[Path], *, folders: bool = False) -> list[str]:
+    """A name for the LoRA of each picture or folder, no two alike on any file system, the same at every run.
+
+    A picture gives its name without the suffix; where that is another's too, its name; where that is taken as well, or
+    too long for a file, a part of it and a hash of all of it.
+    """
+    forms = [[path.name if folders else path.stem, path.name, _hashed(path.name)] for path in paths]
+    level = [0] * len(paths)
+    while True:
+        names = [form[step] for form, step in zip(forms, level, strict=True)]
+        groups: dict[str, list[int]] = {}
+        for index, name in enumerate(names):
+            groups.setdefault(_folded(name), []).append(index)
+        moved = {index for index, name in enumerate(names) if len(os.fsencode(name)) > NAME_BYTES}
+        for members in groups.values():
+            if len(members) > 1:
+                least = min(level[index] for index in members)
+                moved |= {index for index in members if level[index] == least}
+        moved -= {index for index in moved if level[index] == 2}
+        if not moved:
+            return [f"{name}{SUFFIX}" for name in names]
+        for index in moved:
+            level[index] += 1
+
+
+def _folded(name: str) -> str:
+    """Equal for names that some file system takes for one."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _hashed(name: str) -> str:
+    digest, kept = hashlib.sha256(os.fsencode(name)).hexdigest()[:8], name
+    while len(os.fsencode(kept)) > NAME_BYTES - len(digest) - 1:
+        kept = kept[:-1]
+    return f"{kept}-{digest}"
 
 
 def _load(pipeline: Pipeline, job: Job, strength: float, *, ignore_icc: bool) -> _Loaded:
@@ -203,11 +243,11 @@ def _is_finished(path: Path, marks: Mapping[str, str], dtype: Dtype, key_format:
     try:
         facts = describe_lora(path)
     except LoraUnreadable as error:
-        raise OutputUnwritable(path, "it is there already, and no LoRA") from error
+        raise OutputTaken(path, "there already, and no LoRA") from error
     metadata = facts["metadata"]
     assert isinstance(metadata, dict)
     if not marks.keys() - {ICC_KEY} <= metadata.keys():  # 0.x files before profiles were read do not have that one
-        raise OutputUnwritable(path, "it is there already, and not from `i2l batch` or `i2l run`")
+        raise OutputTaken(path, "there already, and not from `i2l batch` or `i2l run`")
     same_form = (facts["dtype"], facts["key_format"]) == (DTYPES[dtype], key_format)
     return same_form and marks.items() <= metadata.items()
 

@@ -14,7 +14,8 @@ from ..engines.backends import offer_of
 from ..engines.base import Backend, Limits, Opened
 from ..engines.directory.integrity import check_files
 from ..engines.directory.manifest import Manifest, read_manifest
-from ..engines.errors import DeviceFailed, OutOfDeviceMemory
+from ..engines.errors import DeviceFailed, EnginesError, OutOfDeviceMemory
+from ..machine.errors import OutputUnwritable
 from ..machine.wording import format_bytes
 from .cache import default_cache_folder
 from .errors import EnginesReplaced, PipelineClosed
@@ -23,6 +24,8 @@ from .proof.deciding import Decider
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+REBUILDS = 20
+"""So many in a row may take a build away before it is opened."""
 
 
 class OpenEngines:
@@ -40,14 +43,29 @@ class OpenEngines:
 
     def __init__(self, path: Path, *, backend: str, limits: Limits, prove: bool = True) -> None:
         self.path = path
-        self._for_cpu: Manifest = read_manifest(path)
-        check_files(path, self._for_cpu)
-        chosen = choose_backend(path, self._for_cpu, backend, limits, prove=prove)
+        self._limits = limits
+        self._backend: Backend | None = None
+        self._standby: Opened | None = None
+        for tries_left in reversed(range(REBUILDS)):
+            self._for_cpu: Manifest = read_manifest(path)
+            try:
+                self._open_build(backend, limits, prove=prove)
+                break
+            except (EnginesError, OutputUnwritable, FileNotFoundError):
+                self.close()
+                if not tries_left or read_manifest(path).build == self._for_cpu.build:
+                    raise
+
+    def _open_build(self, backend: str, limits: Limits, *, prove: bool) -> None:
+        """Open the build that was the directory's a moment ago.
+
+        The manifest changes in one move, so each look at it finds a whole build; but a rebuild may take it away.
+        """
+        check_files(self.path, self._for_cpu)
+        chosen = choose_backend(self.path, self._for_cpu, backend, limits, prove=prove)
         self.name, self.reason, self.computes = chosen.name, chosen.reason, chosen.computes
         self._limits = replace(limits, form=limits.form or chosen.form)
         self._may_fall_back = backend == "auto" and self.name != "cpu"
-        self._standby: Opened | None = None
-        self._backend: Backend | None = None
         if self._may_fall_back and self._for_cpu.precision != "fp8":  # files opened, no session made: 0.2 ms
             self._standby = self._open("cpu")
         if self.name == "cpu" and limits.vram.budget_bytes is not None:

@@ -16,9 +16,11 @@ from ..engines.base import Array, Backend, Engine, Value, WeightStore
 from ..engines.device.backend import DeviceBackend
 from ..engines.device.slots import DeviceStore
 from ..engines.directory.manifest import Step
+from ..engines.errors import ShapeMismatch
 from ..lora.lora import factors_by_module
 from ..machine.progress import Report
-from ..specs import Family
+from ..specs import AdapterSpec, EncoderSpec, Family
+from .errors import EmbeddingNotFinite
 from .lanes import Lanes
 from .opening import OpenEngines
 from .streamer import stream
@@ -51,6 +53,15 @@ ENCODERS: tuple[Family, ...] = ("siglip2", "dinov3")
 """In the order of their outputs in an embedding."""
 
 
+def require_finite(what: str, values: Array) -> None:
+    """Raise :class:`EmbeddingNotFinite` if some of the values are no numbers.
+
+    The quantised adapter would turn them into finite ones: another LoRA, and nothing to see.
+    """
+    if not (finite := np.isfinite(values)).all():
+        raise EmbeddingNotFinite(what, int(finite.size - np.count_nonzero(finite)))
+
+
 class Passes:
     """What computes in a pipeline.
 
@@ -71,11 +82,32 @@ class Passes:
         """Seconds spent per stage; whoever calls begins a new one."""
 
     def embeddings(self, pixels: Mapping[Family, Array], observe: Observer | None) -> Array:
-        """Both encoders' outputs side by side; with less memory if it runs out."""
+        """Both encoders' outputs side by side; with less memory if it runs out.
+
+        Raises:
+            ShapeMismatch: the pixels are not what the encoders take.
+            EmbeddingNotFinite: the outputs are no numbers.
+        """
+        pixels = {family: self._fitting_pixels(family, pixels) for family in ENCODERS}
+        if len({len(values) for values in pixels.values()}) != 1:
+            found = " and ".join(str(len(values)) for values in pixels.values())
+            raise ShapeMismatch("the encoders", "pixels", f"of {found} images", "as many for both")
         return self._open.in_memory(partial(self._encode_all, pixels, observe))
 
     def factors(self, embeddings: Array) -> dict[str, tuple[Array, Array]]:
-        """The adapter's factors of all images, by module; with less memory if it runs out."""
+        """The adapter's factors of all images, by module; with less memory if it runs out.
+
+        Raises:
+            ShapeMismatch: the embeddings are not what the adapter takes.
+            EmbeddingNotFinite: they, or the factors, are no numbers.
+        """
+        spec = self._open.manifest.models["adapter"].spec
+        assert isinstance(spec, AdapterSpec)
+        embeddings = np.asarray(embeddings)
+        if embeddings.shape[1:] != (spec.embedding,) or not len(embeddings) or embeddings.dtype.kind != "f":
+            found = f"{list(embeddings.shape)} of {embeddings.dtype}"
+            raise ShapeMismatch("the adapter", "embeddings", found, f"[images, {spec.embedding}] of float32")
+        require_finite("the embeddings", embeddings)
         return self._open.in_memory(partial(self._factors, embeddings))
 
     def _encode_all(self, pixels: Mapping[Family, Array], observe: Observer | None) -> Array:
@@ -90,7 +122,19 @@ class Passes:
                 ((name, hidden),) = engine.run(hidden, weights).items()
                 if observe:
                     observe(step.name, {name: self._backend.array(hidden)})
-            return self._backend.array(hidden)
+            embedding = self._backend.array(hidden)
+            require_finite(family, embedding)
+            return embedding
+
+    def _fitting_pixels(self, family: Family, pixels: Mapping[Family, Array]) -> Array:
+        """The pixels for an encoder, as float32."""
+        spec = self._open.manifest.models[family].spec
+        assert isinstance(spec, EncoderSpec)
+        values = np.asarray(pixels[family])
+        if values.shape[1:] != (3, spec.image_size, spec.image_size) or not len(values) or values.dtype.kind != "f":
+            size = f"[images, 3, {spec.image_size}, {spec.image_size}] of float32"
+            raise ShapeMismatch(family, "pixels", f"{list(values.shape)} of {values.dtype}", size)
+        return np.ascontiguousarray(values, np.float32)
 
     def _factors(self, embeddings: Array) -> dict[str, tuple[Array, Array]]:
         """The adapter's factors of all images, by module.
@@ -107,6 +151,8 @@ class Passes:
                     for value in map(self._backend.value, groups)
                 ]
                 outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+                for name, values in outputs.items():
+                    require_finite(f"{step.name}.{name}", values)
                 factors |= factors_by_module(step.name, outputs)
         return factors
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NoReturn, Self
 
 import numpy as np
 from PIL import Image
@@ -13,9 +13,12 @@ from ..engines.device.backend import DeviceBackend
 from ..engines.device.residency import Planned
 from ..engines.directory.manifest import Manifest, content_id
 from ..lora.lora import MODEL_METADATA, Lora, joining_weights, lora_from_factors, require_finite
+from ..machine.locks import OneUser
 from ..machine.progress import Report, silent
+from ..machine.threads import require_threads
 from ..specs import FAMILIES, AdapterSpec, EncoderSpec, Family
 from .cache import EmbeddingCache, encoders_id
+from .errors import PipelineBusy, PipelineInChild, PipelineNotPicklable
 from .opening import OpenEngines
 from .passes import ENCODERS, IMAGES_PER_PASS, Observer, Passes, Timings
 from .pictures.images import ImageSource, load_image
@@ -25,10 +28,11 @@ from .trace import Trace
 
 
 class Pipeline:
-    """An engines directory opened on a backend. Not for several threads at once; a second call pays no set-up again.
+    """An engines directory opened on a backend; a second call pays no set-up again.
 
     It keeps the build that it was opened with, even if the directory is rebuilt meanwhile. Once closed, everything that
-    computes raises :class:`PipelineClosed`.
+    computes raises :class:`PipelineClosed`. It is for one thread at a time: a second one gets :class:`PipelineBusy`. A
+    forked child and another process open their own.
 
     Args:
         engines: the directory that ``i2l build-engines`` made.
@@ -68,6 +72,8 @@ class Pipeline:
         cache: Path | None = None,
         trace: Trace | None = None,
     ) -> None:
+        require_threads(threads)
+        self._one = OneUser(lambda: PipelineBusy(engines), lambda: PipelineInChild(engines))
         self._open = OpenEngines(
             engines,
             backend=backend,
@@ -128,14 +134,15 @@ class Pipeline:
             StrengthInvalid, WeightsMismatch: a number is not finite, or there is not one weight per image; found before
                 any computing.
         """
-        self._passes.timings = Timings()
-        require_finite("strength", strength)
-        with self.timings.stage("images"):
-            squares, hashes = load_squares(images, ignore_icc=ignore_icc)
-        joining_weights(weights, len(squares), "image")
-        lora = self.lora_from_embeddings(self.embed(squares), strength=strength, weights=weights)
-        lora.metadata |= images_mark(hashes) | colours_mark(ignore_icc=ignore_icc)
-        return lora
+        with self._one.using():
+            self._passes.timings = Timings()
+            require_finite("strength", strength)
+            with self.timings.stage("images"):
+                squares, hashes = load_squares(images, ignore_icc=ignore_icc)
+            joining_weights(weights, len(squares), "image")
+            lora = self.lora_from_embeddings(self.embed(squares), strength=strength, weights=weights)
+            lora.metadata |= images_mark(hashes) | colours_mark(ignore_icc=ignore_icc)
+            return lora
 
     def embed(self, images: Sequence[ImageSource] | ImageSource) -> Array:
         """The embeddings of images, float32 ``[images, 5632]``: SigLIP2's 1536 values, then DINOv3's 4096.
@@ -145,11 +152,12 @@ class Pipeline:
         _ = self._backend  # closed? Then not even what the cache knows
         with self.timings.stage("images"):
             squares = [square_image(load_image(image)) for image in as_several(images)]
-        if self.cache is None:
-            self.from_cache = [False] * len(squares)
-            return self._embed_squares(squares)
-        embeddings, self.from_cache = self.cache.embed(squares, self._embed_squares)
-        return embeddings
+        with self._one.using():
+            if self.cache is None:
+                self.from_cache = [False] * len(squares)
+                return self._embed_squares(squares)
+            embeddings, self.from_cache = self.cache.embed(squares, self._embed_squares)
+            return embeddings
 
     def _embed_squares(self, squares: Sequence[Image.Image]) -> Array:
         starts = range(0, len(squares), IMAGES_PER_PASS)
@@ -166,7 +174,8 @@ class Pipeline:
 
     def embed_pixels(self, pixels: Mapping[Family, Array], *, observe: Observer | None = None) -> Array:
         """:meth:`embed` from what :meth:`pixels` gave; ``observe`` is told every step's outputs."""
-        return self._passes.embeddings(pixels, observe)
+        with self._one.using():
+            return self._passes.embeddings(pixels, observe)
 
     def lora_from_embeddings(
         self, embeddings: Array, *, strength: float = 1.0, weights: Sequence[float] | None = None
@@ -176,7 +185,8 @@ class Pipeline:
 
     def factors(self, embeddings: Array) -> dict[str, tuple[Array, Array]]:
         """``module -> (A [images, rank, in], B [images, out, rank])``: the factors of every image, not yet joined."""
-        return self._passes.factors(embeddings)
+        with self._one.using():
+            return self._passes.factors(embeddings)
 
     def lora_from_factors(
         self,
@@ -214,9 +224,15 @@ class Pipeline:
         return facts
 
     def close(self) -> None:
-        """Give sessions and mapped packs back."""
-        self._passes.settle()
-        self._open.close()
+        """Give sessions and mapped packs back. A forked child leaves them to its parent."""
+        if self._one.in_child:
+            return
+        with self._one.using():
+            self._passes.settle()
+            self._open.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise PipelineNotPicklable(self._open.path)
 
     def __enter__(self) -> Self:
         return self
@@ -227,7 +243,7 @@ class Pipeline:
         self.close()
 
     def _encoders_id(self) -> str:
-        return encoders_id(content_id(self._open.running, ENCODERS), self._open.computes)
+        return encoders_id(content_id(self._open.running, ENCODERS), self._open.computes, self._backend.fingerprint)
 
     @property
     def runs_as(self) -> str:

@@ -17,9 +17,19 @@ from typing import Any
 from ..engines.base import Engine, Value, WeightStore
 from ..engines.device.device import Lane
 from ..engines.directory.manifest import Chunk, Step
-from ..machine.files import atomic_path
+from ..machine.outputs import Format, Found, output_path
 
 LANES: tuple[Lane, ...] = ("copy", "compute")
+HEAD = b'{"otherData": {"by": "i2l"}, '
+"""How every trace of ours begins."""
+
+
+def _find(path: Path) -> Found | None:
+    with path.open("rb") as file:
+        return None if file.read(len(HEAD)) == HEAD else Found("there already, and no trace of i2l")
+
+
+TRACE = Format("a trace", (".json",), _find)
 
 
 class Trace:
@@ -65,10 +75,11 @@ class Trace:
         """Write the JSON file.
 
         Raises:
-            OutputUnwritable, DiskFull: it cannot be written; what was there stays.
+            OutputMisnamed, OutputTaken, OutputUnwritable, DiskFull: it cannot be written; what was there stays.
         """
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps({"traceEvents": self.events, "displayTimeUnit": "ms"}), encoding="utf-8")
+        values = {"otherData": {"by": "i2l"}, "traceEvents": self.events, "displayTimeUnit": "ms"}
+        with output_path(path, TRACE) as temporary:
+            temporary.write_text(json.dumps(values), encoding="utf-8")
 
     def _memory(self) -> None:
         self.count("memory", weights=sum(chunk.nbytes for chunk in self._held))

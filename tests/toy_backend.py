@@ -26,8 +26,7 @@ class ToyEngine:
 
 
 class ToyStore:
-    slots = 1
-    resident: frozenset[Chunk] = frozenset()
+    slots, resident = 1, frozenset[Chunk]()
 
     def __init__(self, pack: Path, model: Model) -> None:
         self._pack, self._model = pack, model
@@ -49,6 +48,7 @@ class ToyStore:
 
 class ToyBackend:
     name = "toy"
+    fingerprint = ""
 
     def __init__(self, build: Path, manifest: Manifest) -> None:
         self._graphs = {graph: (build / path).read_bytes() for graph, path in manifest.graphs.items()}

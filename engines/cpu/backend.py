@@ -21,10 +21,12 @@ from ...specs import FAMILIES, Family
 from ..base import Array, BackendStatus, Limits, Offer, Opened
 from ..device.residency import resident_chunks
 from ..directory.dtypes import ELEMENT_TYPES
+from ..directory.integrity import fingerprint, require_unchanged
 from ..directory.manifest import IMAGES_MEET, Chunk, Manifest, Model, Step
 from ..directory.tensorfile import TensorInfo
 from ..errors import OutOfDeviceMemory, ShapeMismatch
 from .converted import cpu_engines
+from .fitting import explained, require_fitting
 from .readahead import ReadAhead
 
 AHEAD_BYTES = (512 << 20, 2 << 30)
@@ -57,13 +59,19 @@ class CpuBackend:
             following = MappedPack(folder / model.pack, model, self._reader, ahead_bytes, kept, following)
             self._stores[family] = following
         self._engines: dict[str, OrtEngine] = {}
+        self._manifest = manifest
+        self.fingerprint = fingerprint(directory, [store.opened for store in self._stores.values()])
 
     def engine(self, graph: str) -> "OrtEngine":
         if graph not in self._engines:
-            self._engines[graph] = OrtEngine(graph, self._graphs[graph], self._threads)
+            engine = OrtEngine(graph, self._graphs[graph], self._threads)
+            require_fitting(graph, engine.inputs, engine.outputs, self._manifest)
+            self._engines[graph] = engine
         return self._engines[graph]
 
     def store(self, family: Family) -> "MappedPack":
+        """The weights of a model, if its pack is still the one that was opened."""
+        self._stores[family].require_unchanged()
         return self._stores[family]
 
     def value(self, array: Array) -> ort.OrtValue:
@@ -95,11 +103,12 @@ class OrtEngine:
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors; warnings about unused outputs help nobody here
         self._graph = graph
-        self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        first = self._session.get_inputs()[0]
-        self.activation: str = first.name
-        self._shape = first.shape[1:]
-        self._outputs = [output.name for output in self._session.get_outputs()]
+        with explained(graph):
+            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self.inputs = self._session.get_inputs()
+        self.activation: str = self.inputs[0].name
+        self._shape = self.inputs[0].shape[1:]
+        self.outputs = [output.name for output in self._session.get_outputs()]
         self._batches = takes_batches(self._session)
 
     def run(self, activation: ort.OrtValue, weights: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
@@ -110,11 +119,12 @@ class OrtEngine:
             return self._run(activation, weights)
         alone = [ort.OrtValue.ortvalue_from_numpy(image[None]) for image in activation.numpy()]
         each = [self._run(image, weights) for image in alone]
-        return {name: _owning(np.concatenate([outputs[name].numpy() for outputs in each])) for name in self._outputs}
+        return {name: _owning(np.concatenate([outputs[name].numpy() for outputs in each])) for name in self.outputs}
 
     def _run(self, activation: ort.OrtValue, weights: Mapping[str, ort.OrtValue]) -> dict[str, ort.OrtValue]:
         feed = {self.activation: activation, **weights}
-        return dict(zip(self._outputs, self._session.run_with_ort_values(self._outputs, feed), strict=True))
+        with explained(self._graph):
+            return dict(zip(self.outputs, self._session.run_with_ort_values(self.outputs, feed), strict=True))
 
 
 class MappedPack:
@@ -139,6 +149,7 @@ class MappedPack:
         following: "MappedPack | None",
     ) -> None:
         self._map = open_mapped(path)
+        self.opened = self._map.opened
         self._ahead = ReadAhead(path, self._map, reader)
         self._values: dict[str, dict[str, ort.OrtValue]] = {}
         self._tensors = model.tensors
@@ -157,7 +168,12 @@ class MappedPack:
         for chunk in self._chunks[: self.slots]:
             self._ahead.begin(chunk.offset, chunk.nbytes)
 
+    def require_unchanged(self) -> None:
+        """Raise :class:`EngineFileChanged` if the pack is no longer what was opened."""
+        require_unchanged(self._map)
+
     def acquire(self, chunk: Chunk) -> None:
+        require_unchanged(self._map)
         self._ahead.wait(chunk.offset)
         populate(self._map, chunk.offset, chunk.nbytes)
 
@@ -170,6 +186,8 @@ class MappedPack:
 
     def release(self, chunk: Chunk) -> None:
         self._ahead.forget(chunk.offset)
+        if chunk == self._chunks[-1]:  # before what was computed goes anywhere
+            require_unchanged(self._map)
         if chunk not in self.resident:
             give_back(self._map, chunk.offset, chunk.nbytes)
 

@@ -20,13 +20,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ...machine.files import atomic_path, explained_os_errors, require_free
+from ...machine.files import atomic_path, explained_os_errors, remove_leftovers, require_free, sync_tree
 from ...machine.locks import exclusive
 from ...machine.progress import Report, silent
 from ...machine.threads import default_threads
 from ...machine.wording import format_bytes, format_path
 from ..directory.integrity import check_files, record_checked
-from ..directory.manifest import MANIFEST, FileFacts, Manifest, manifest_to_json, read_manifest
+from ..directory.manifest import MANIFEST, Manifest, manifest_to_json, read_manifest
 from ..errors import EngineFileDamaged, EnginesError, ManifestInvalid
 from .errors import CpuPacksUnwritable
 from .transcode import layout_of, transcode_pack
@@ -82,6 +82,18 @@ def bytes_to_convert(directory: Path, manifest: Manifest) -> int:
     return 0 if _current(directory / CPU_FOLDER, plan) else _packs_bytes(plan)
 
 
+def cpu_graphs(directory: Path, manifest: Manifest) -> tuple[list[tuple[str, bytes]], Manifest]:
+    """The graphs that the CPU runs, and the manifest of what feeds them; nothing is converted.
+
+    Raises:
+        ManifestInvalid: the build has no plan for the CPU.
+    """
+    folder, running = directory / manifest.build, manifest
+    if manifest.precision == "fp8":
+        folder, running = folder / PLAN_FOLDER, _plan(directory, manifest)
+    return [(graph, (folder / path).read_bytes()) for graph, path in running.graphs.items()], running
+
+
 def remove_cpu_engines(directory: Path, *, but_of: str) -> None:
     """Remove the int8 form of an fp8 build that is no longer the directory's.
 
@@ -100,9 +112,14 @@ def remove_cpu_engines(directory: Path, *, but_of: str) -> None:
 
 def _plan(directory: Path, manifest: Manifest) -> Manifest:
     try:
-        return read_manifest(directory / manifest.build / PLAN_FOLDER)
+        plan = read_manifest(directory / manifest.build / PLAN_FOLDER, planned=True)
     except EnginesError as error:
         raise ManifestInvalid(directory / MANIFEST, "its fp8 build has no plan for the CPU") from error
+    for family, wanted in plan.models.items():
+        fits = layout_of(wanted).tensors == wanted.tensors and wanted.spec == manifest.models[family].spec
+        if plan.build != manifest.build or not fits:
+            raise ManifestInvalid(directory / MANIFEST, "the plan for the CPU is not of its fp8 build")
+    return plan
 
 
 def _packs_bytes(plan: Manifest) -> int:
@@ -129,6 +146,8 @@ def _current(folder: Path, plan: Manifest) -> Manifest | None:
 def _locked(directory: Path, folder: Path) -> Iterator[None]:
     """Hold the lock of the int8 form, its folder made if it is not there."""
     with ExitStack() as stack:
+        if folder.is_symlink():
+            raise CpuPacksUnwritable(directory, f"{folder.name} is a link to another place")
         try:
             folder.mkdir(exist_ok=True)
             stack.enter_context(exclusive(folder / LOCK, waiting=_tell_waiting))
@@ -166,9 +185,9 @@ def _convert(directory: Path, manifest: Manifest, plan: Manifest, threads: int, 
             model, pack = manifest.models[family], build / wanted.pack
             pack.parent.mkdir(parents=True, exist_ok=True)
             source = directory / manifest.build / model.pack
-            sha256 = transcode_pack(source, model, pack, wanted, threads=threads, advance=advance)
-            files[wanted.pack] = FileFacts(pack.stat().st_size, sha256)
+            files[wanted.pack] = transcode_pack(source, model, pack, wanted, threads=threads, advance=advance)
         made = replace(plan, files=files)
+        sync_tree(build)
         record_checked(folder, made)
         with atomic_path(folder / MANIFEST) as temporary:
             temporary.write_text(manifest_to_json(made), encoding="utf-8")
@@ -183,6 +202,7 @@ def _build_folder(folder: Path, name: str) -> Iterator[Path]:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+    remove_leftovers(folder)
     build = folder / name
     build.mkdir()
     try:

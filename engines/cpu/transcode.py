@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from ...machine.platforms.mapping import give_back, open_mapped, read_ahead
 from ..base import Array
+from ..directory.hashing import FileFacts
 from ..directory.manifest import Model
 from ..directory.tensorfile import PAD_PREFIX, TENSOR_ALIGN, Layout, LayoutWriter, TensorInfo, plan_layout
 from .rotation import rotate, rotation
@@ -98,8 +99,8 @@ def rotated_panel(codes: Codes, matrix: Array) -> tuple[NDArray[np.int8], Array]
 
 def transcode_pack(
     source: Path, model: Model, path: Path, wanted: Model, *, threads: int, advance: Callable[[int], None]
-) -> str:
-    """Convert an FP8 pack and return the new file's SHA-256.
+) -> FileFacts:
+    """Convert an FP8 pack and return the facts of the new file.
 
     Args:
         source: the FP8 pack.
@@ -115,21 +116,19 @@ def transcode_pack(
         for name, data in _in_order(pool, jobs, PIECES_AHEAD * threads):
             writer.write(name, data.reshape(-1).view(np.uint8).data)
             advance(data.nbytes)
-    return writer.sha256
+    return writer.facts
 
 
 def layout_of(model: Model) -> Layout:
     """The layout that a model's pack was planned with, header included."""
     starts = {chunk.offset for chunk in model.chunks}
     tensors = {name: info for name, info in model.tensors.items() if not name.startswith(PAD_PREFIX)}
-    layout = plan_layout(
+    return plan_layout(
         ((name, info.dtype, info.shape) for name, info in tensors.items()),
         {"format": "pt"},
         align=TENSOR_ALIGN,
         page_starts=frozenset(name for name, info in tensors.items() if info.offset in starts),
     )
-    assert layout.tensors == model.tensors
-    return layout
 
 
 def _jobs(

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..directory.integrity import file_facts
+from ..directory.integrity import file_sha256
 from ..directory.manifest import Manifest, graphs_of, spec_hash
 from .errors import CudaGraphsUnusable
 
@@ -53,7 +53,7 @@ def checked_graphs(engines: Path, manifest: Manifest) -> dict[str, Path]:
         facts = {graph: GraphFacts(**row) for graph, row in json.loads((folder / FACTS).read_bytes()).items()}
     except FileNotFoundError as error:
         raise CudaGraphsUnusable(engines, f"none were made for {manifest.precision} packs") from error
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CudaGraphsUnusable(engines, f"{FACTS} does not parse") from error
     paths = {}
     for model in manifest.models.values():
@@ -72,6 +72,6 @@ def difference(facts: GraphFacts | None, model: str, path: Path) -> str:
         return f"has form {facts.form}, this i2l runs form {FORM}"
     if facts.model != model:
         return "is for another architecture"
-    if file_facts(path).sha256 != facts.sha256:
+    if file_sha256(path) != facts.sha256:
         return "is not what was written"
     return ""

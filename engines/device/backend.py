@@ -11,6 +11,7 @@ from pathlib import Path
 from ...machine.platforms.mapping import open_mapped
 from ...specs import Family
 from ..base import Array, Engine, Value
+from ..directory.integrity import fingerprint, require_unchanged
 from ..directory.manifest import Manifest
 from ..errors import OutOfDeviceMemory, ShapeMismatch
 from .device import Device, Workspace
@@ -53,6 +54,7 @@ class DeviceBackend:
         self._engines: dict[str, Engine] = {}
         folder = directory / manifest.build
         self._maps = {family: open_mapped(folder / model.pack) for family, model in manifest.models.items()}
+        self.fingerprint = fingerprint(directory, [pack.opened for pack in self._maps.values()])
         chunks = {family: model.chunks for family, model in manifest.models.items()}
         packs = {family: memoryview(pack) for family, pack in self._maps.items()}
         plan = partial(plan_residency, chunks, graphs)
@@ -74,6 +76,8 @@ class DeviceBackend:
         return self._engines[graph]
 
     def store(self, family: Family) -> DeviceStore:
+        """The weights of a model, if its pack is still the one that was opened."""
+        require_unchanged(self._maps[family])
         return self._weights.stores[family]
 
     def value(self, array: Array) -> Value:

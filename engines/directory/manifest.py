@@ -9,6 +9,8 @@
 
 For GPUs of several generations there may be another one inside (generations.py).
 
+Its first line holds the hash of the others, so that a flipped bit of it is found before it is believed.
+
 A new build makes its own folder, replaces the manifest in one move and only then removes the old folder: a build that
 dies leaves the previous engines usable.
 """
@@ -20,11 +22,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...machine.wording import printable
 from ...specs import FAMILIES, Family, Spec, spec_from_dict, spec_to_dict
 from ..errors import EnginesMissing, ManifestInvalid
+from .hashing import FileFacts
+from .soundness import require_sound
 from .tensorfile import TensorInfo
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever an older i2l could misread a newer manifest, or the other way round."""
 MANIFEST = "manifest.json"
 PROOFS = "proofs.json"
@@ -70,14 +75,6 @@ class Model:
 
 
 @dataclass(frozen=True)
-class FileFacts:
-    """What a file must be."""
-
-    nbytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Manifest:
     """The facts of an engines directory."""
 
@@ -98,12 +95,16 @@ class Manifest:
     """Every file of the build folder."""
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """The manifest of an engines directory.
+def read_manifest(directory: Path, *, planned: bool = False) -> Manifest:
+    """The manifest of an engines directory, checked against its own hash and against itself.
+
+    Args:
+        directory: the engines directory.
+        planned: its packs are not there yet.
 
     Raises:
         EnginesMissing: there is none.
-        ManifestInvalid: it was written by another version, or is not a manifest.
+        ManifestInvalid: it was written by another version, is damaged, or is not a manifest.
     """
     path = directory / MANIFEST
     try:
@@ -113,14 +114,26 @@ def read_manifest(directory: Path) -> Manifest:
     except OSError as error:
         raise ManifestInvalid(path, str(error.strerror)) from error
     try:
+        return _parsed(path, text, planned=planned)
+    except (KeyError, IndexError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        raise ManifestInvalid(path, f"it does not parse: {printable(str(error))[:200]}") from error
+
+
+def _parsed(path: Path, text: bytes, *, planned: bool) -> Manifest:
+    try:
         values = json.loads(text)
-        if values.get("format") != FORMAT:
-            raise ManifestInvalid(path, f"its format is {values.get('format')}, this i2l reads {FORMAT}")
-        return _manifest_from_dict(values)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, ManifestInvalid):
-            raise
+    except ValueError as error:
         raise ManifestInvalid(path, f"it does not parse: {error}") from error
+    if values.get("format") != FORMAT:
+        raise ManifestInvalid(path, f"its format is {values.get('format')}, this i2l reads {FORMAT}")
+    if values["sha256"] != hashlib.sha256(text.partition(b"\n")[2]).hexdigest():
+        raise ManifestInvalid(path, "its content is not what was written")
+    try:
+        manifest = _manifest_from_dict(values)
+        require_sound(manifest, planned=planned)
+    except ValueError as error:
+        raise ManifestInvalid(path, f"it does not parse: {printable(str(error))[:200]}") from error
+    return manifest
 
 
 def content_id(manifest: Manifest, families: Sequence[Family]) -> str:
@@ -158,11 +171,12 @@ def manifest_to_json(manifest: Manifest) -> str:
         values["models"][family]["spec"] = spec_to_dict(model.spec)
         tensors = {name: [info.dtype, info.shape, info.offset] for name, info in model.tensors.items()}
         values["models"][family]["tensors"] = tensors
-    return json.dumps({"format": FORMAT, **values}, indent=None, separators=(",", ":"))
+    body = json.dumps(values, indent=None, separators=(",", ":"))[1:]
+    return f'{{"format":{FORMAT},"sha256":"{hashlib.sha256(body.encode()).hexdigest()}",\n{body}'
 
 
 def _manifest_from_dict(values: dict[str, Any]) -> Manifest:
-    values = {name: value for name, value in values.items() if name != "format"}
+    values = {name: value for name, value in values.items() if name not in {"format", "sha256"}}
     if set(values["models"]) != set(FAMILIES):
         raise ValueError(f"it has the models {sorted(values['models'])}")
     models = {family: _model_from_dict(values["models"][family]) for family in FAMILIES}

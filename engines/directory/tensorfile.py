@@ -9,7 +9,6 @@ Format: 8 bytes little-endian header length, a JSON header, the data. Offsets in
 offsets here count from the file's start, because that is what ``mmap``, ``pread`` and ONNX external data take.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,9 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from safetensors import SafetensorError, safe_open
+
+from ...machine.files import regular_file_problem
+from .hashing import FileFacts, Hasher
 
 DTYPE_BYTES: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -106,12 +108,12 @@ class LayoutWriter:
     """Writes a planned file front to back and hashes it on the way.
 
     ``write`` takes the tensors' bytes in layout order, in as many pieces as is convenient; fillers are written by
-    themselves. ``sha256`` is right once the writer is closed.
+    themselves. ``facts`` are right once the writer is closed.
     """
 
     def __init__(self, path: Path, layout: Layout) -> None:
         self._file: BinaryIO = path.open("wb")
-        self._hash = hashlib.sha256()
+        self._hash = Hasher()
         self._rest = iter(layout.tensors.items())
         self._name = ""
         self._missing = 0
@@ -137,8 +139,8 @@ class LayoutWriter:
         self._missing -= len(data)
 
     @property
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
+    def facts(self) -> FileFacts:
+        return self._hash.facts()
 
     def _put(self, data: bytes | bytearray | memoryview) -> None:
         self._file.write(data)
@@ -176,6 +178,8 @@ def parse_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         SafetensorError: there is no header.
         OSError: it cannot be read.
     """
+    if problem := regular_file_problem(path):
+        raise OSError(None, problem)
     nbytes = path.stat().st_size
     if nbytes < 8:  # the length field
         raise SafetensorError("shorter than a header")

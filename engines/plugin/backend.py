@@ -20,6 +20,7 @@ from ...machine.wording import format_bytes
 from ...specs import Family
 from ..base import Array, Limits, Opened
 from ..device.residency import GraphMemory, Residency, Slots, plan_residency
+from ..directory.integrity import fingerprint, require_unchanged
 from ..directory.manifest import INTERMEDIATES, Chunk, Manifest
 from ..errors import BackendUnavailable, EngineFileDamaged, OutOfDeviceMemory, ShapeMismatch
 from .graph_paths import graph_paths
@@ -96,6 +97,7 @@ class PluginBackend:
         folder = build.directory / build.manifest.build
         models = build.manifest.models
         self._packs = {family: open_mapped(folder / model.pack) for family, model in models.items()}
+        self.fingerprint = fingerprint(build.directory, [pack.opened for pack in self._packs.values()])
         self._opened = ExitStack()
         self._engines: dict[str, PluginEngine] = {}
         self._stores: dict[Family, PluginStore] = {}
@@ -119,6 +121,8 @@ class PluginBackend:
         return self._engines[graph]
 
     def store(self, family: Family) -> PluginStore:
+        """The weights of a model, if its pack is still the one that was opened."""
+        require_unchanged(self._packs[family])
         return self._stores[family]
 
     def value(self, array: Array) -> DeviceValue:

@@ -17,7 +17,7 @@ from pathlib import Path
 from ...specs import Spec
 from ..directory.architectures import GENERATIONS
 from ..directory.generations import build_target
-from ..directory.integrity import file_facts
+from ..directory.integrity import file_sha256
 from ..directory.manifest import spec_hash
 from .errors import PlanMissing, PlanStale
 
@@ -68,7 +68,7 @@ def read_plans(folder: Path) -> dict[str, PlanFacts]:
     try:
         rows = json.loads((folder / FACTS).read_bytes())
         return {graph: _facts(row) for graph, row in rows.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 
@@ -96,7 +96,7 @@ def wanted_key(engines: Path, graph: str, spec: Spec, precision: str, flavour: s
     path = plans_folder(engines, sm, precision) / f"{graph}.onnx"
     if not path.is_file():
         raise PlanMissing(graph, build_target(engines), f"{flavour} {version}", sm, target_of(sm))
-    return PlanKey(file_facts(path).sha256, spec_hash(spec), flavour, version, sm, precision, BATCHES)
+    return PlanKey(file_sha256(path), spec_hash(spec), flavour, version, sm, precision, BATCHES)
 
 
 def checked_plan(engines: Path, graph: str, wanted: PlanKey) -> bytes:
@@ -115,7 +115,7 @@ def checked_plan(engines: Path, graph: str, wanted: PlanKey) -> bytes:
         )
     if parts := differences(facts.key, wanted):
         raise PlanStale(path, parts, build_target(engines), target_of(wanted.sm))
-    if file_facts(path).sha256 != facts.sha256:
+    if file_sha256(path) != facts.sha256:
         raise PlanStale(path, ["its content is not what was built"], build_target(engines), target_of(wanted.sm))
     return path.read_bytes()
 

@@ -27,15 +27,28 @@ class CheckpointMissing(CheckpointError, FileNotFoundError):
         models: Path,
         damaged: Sequence[CheckpointError] = (),
         strangers: Sequence["CheckpointForeign"] = (),
+        *,
+        empty: bool = False,
     ) -> None:
         self.families, self.damaged = tuple(families), tuple(damaged)
         files = "".join(f"{error}; " for error in damaged)
         seen = some([f"{s.path.name} is {s.what or 'another model'}" for s in strangers], shown=4)
+        # Who has one real checkpoint must not be led to random ones.
+        synthetic = f", or try synthetic ones with: i2l make-checkpoints {command_path(models)} --preset tiny"
         super().__init__(
             f"{files}no checkpoint for {' and '.join(families)} under {format_path(models)}"
-            f"{f' ({seen})' if seen else ''}: download it there "
-            "(README, 'Real checkpoints'), or try synthetic ones with: "
-            f"i2l make-checkpoints {command_path(models)} --preset tiny"
+            f"{f' ({seen})' if seen else ''}: download it there (README, 'Real checkpoints')"
+            f"{synthetic if empty else ''}"
+        )
+
+
+class FolderInUse(CheckpointError, FileExistsError):
+    """Synthetic checkpoints do not go where there are others."""
+
+    def __init__(self, directory: Path, found: Path) -> None:
+        super().__init__(
+            f"{format_path(directory)} holds {format_path(found)}, which is no synthetic checkpoint: give a folder of "
+            "its own to make-checkpoints"
         )
 
 
@@ -48,6 +61,13 @@ class CheckpointUnreadable(CheckpointError, ValueError):
             f"{format_path(path)} is not a whole safetensors file ({reason}), such as half of a download: "
             "download it again"
         )
+
+
+class CheckpointLocked(CheckpointError, OSError):
+    """The system does not let this user read the file."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{format_path(path)} cannot be read ({reason}): let this user read it")
 
 
 class CheckpointForeign(CheckpointError, ValueError):
@@ -106,6 +126,17 @@ class CheckpointMismatch(CheckpointError, ValueError):
         if missing:  # what is there is whole: a second download of the same file would change nothing
             remedy = "this is a part of it: give the whole published file, or all of its shards in one folder"
         super().__init__(f"{format_path(path)} looks like {family}, but {'; '.join(parts)}: {remedy}")
+
+
+class CheckpointNotFinite(CheckpointError, ValueError):
+    """Weights are no numbers, or too large to be stored: every picture would give the same LoRA, or none."""
+
+    def __init__(self, path: Path, step: str, wrong: Mapping[str, int]) -> None:
+        tensors = [f"{name} ({count} value{'s' * (count != 1)})" for name, count in wrong.items()]
+        what = (
+            f"is NaN or infinite in {some(tensors)}" if wrong else f"has weights in {step} that are too large to store"
+        )
+        super().__init__(f"{format_path(path)} {what}: download it again")
 
 
 class CheckpointAmbiguous(CheckpointError, ValueError):

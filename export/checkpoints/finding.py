@@ -65,7 +65,8 @@ def find_checkpoints(
         if models.is_file():
             others = [CheckpointOfAnotherKind(models, family, missing[0]) for family in FAMILIES if found.get(family)]
             raise [*errors, *strangers, *others, CheckpointMissing(missing, models)][0]
-        raise CheckpointMissing(missing, models, damaged, strangers)
+        empty = next(checkpoint_paths(models), None) is None
+        raise CheckpointMissing(missing, models, damaged, strangers, empty=empty)
     for family in families:
         for_models = {c.spec.diffusion_model: c.path for c in found[family] if isinstance(c.spec, AdapterSpec)}
         if len(for_models) > 1:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from ...engines.directory.tensorfile import TensorInfo, parse_header, read_header
 from ...specs import PUBLISHED, AdapterSpec, EncoderSpec, Family, Spec, spec_from_dict, spec_to_dict
-from .errors import CheckpointForeign, CheckpointMismatch, CheckpointUnreadable
+from .errors import CheckpointForeign, CheckpointLocked, CheckpointMismatch, CheckpointUnreadable
 from .shapes import Shapes, shape_hash, shapes_of, tensor_shapes
 from .strangers import name_stranger
 from .tensor_names import (
@@ -88,7 +88,9 @@ def recognise(path: Path, *shards: Path) -> Checkpoint:
     for part in (path, *shards):
         try:
             own, marks = read_header(part)
-        except (SafetensorError, OSError, ValueError) as error:
+        except OSError as error:
+            raise CheckpointLocked(part, error.strerror or str(error)) from error
+        except (SafetensorError, ValueError) as error:
             reason = str(error).removeprefix("Error while deserializing header: ")
             raise CheckpointUnreadable(part, reason, _family_by_header(part)) from error
         tensors |= own

@@ -17,11 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
-from ...engines.directory.tensorfile import LayoutWriter, plan_layout
-from ...machine.files import atomic_path, explained_os_errors, require_free
+from ...engines.directory.tensorfile import LayoutWriter, plan_layout, read_header
+from ...machine.files import explained_os_errors, remove_leftovers, require_free
+from ...machine.outputs import Format, Found, output_path
 from ...machine.progress import Report, silent
 from ...specs import PRESETS, QWEN_IMAGE_ADAPTERS, DiffusionModel, Family, Spec, spec_to_dict
+from .errors import FolderInUse
+from .finding import checkpoint_paths
 from .recognise import SPEC_KEY
 from .shapes import tensor_shapes
 
@@ -33,6 +37,8 @@ FILES: dict[Family, str] = {
 """The folder layout that users of the ComfyUI node have."""
 QWEN_IMAGE_FILE = "Qwen-Image/Qwen-Image-i2L-Style.safetensors"
 PUBLISHED_DTYPE: dict[Family, str] = {"siglip2": "F32", "dinov3": "BF16", "adapter": "BF16"}
+MARK = "i2l_synthetic"
+"""In the header of every synthetic checkpoint."""
 TORCH_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE_VALUES = 1 << 24
 """Values made at a time: 64 MiB of float32."""
@@ -75,8 +81,10 @@ def make_checkpoints(
         The paths written.
 
     Raises:
+        FolderInUse: checkpoints that are not synthetic lie there.
         OutputUnwritable, DiskFull: nothing is left half written.
     """
+    require_own_folder(directory)
     specs: list[Spec] = list(PRESETS[preset])
     files = dict(FILES)
     if adapter == "qwen-image":
@@ -90,7 +98,8 @@ def make_checkpoints(
     require_free(directory, total)
     done = sum(len(layout.header) for layout in layouts)
     for (path, spec, kind), layout in zip(jobs, layouts, strict=True):
-        with atomic_path(path) as temporary, LayoutWriter(temporary, layout) as writer:
+        remove_leftovers(path.parent)
+        with output_path(path, SYNTHETIC) as temporary, LayoutWriter(temporary, layout) as writer:
             for name, shape in tensor_shapes(spec).items():
                 for piece in synthetic_pieces(spec, name, shape, seed=seed, outliers=outliers):
                     data = piece.to(TORCH_DTYPE[kind]).contiguous().view(torch.uint8).numpy()
@@ -98,6 +107,24 @@ def make_checkpoints(
                     done += data.nbytes
                     report("writing checkpoints", done, total)
     return [path for path, _, _ in jobs]
+
+
+def require_own_folder(directory: Path) -> None:
+    """Raise :class:`FolderInUse` if a checkpoint lies below ``directory`` that is not synthetic."""
+    for path in checkpoint_paths(directory):
+        if _find(path):
+            raise FolderInUse(directory, path)
+
+
+def _find(path: Path) -> Found | None:
+    try:
+        _, metadata = read_header(path)
+    except (SafetensorError, OSError, ValueError):
+        return Found("no synthetic checkpoint")
+    return None if MARK in metadata else Found("a checkpoint that is not synthetic")
+
+
+SYNTHETIC = Format("a checkpoint", (".safetensors",), _find)
 
 
 def synthetic_pieces(
@@ -162,7 +189,7 @@ def _entries(spec: Spec, dtype: str) -> Iterator[tuple[str, str, tuple[int, ...]
 
 
 def _metadata(spec: Spec, preset: str, seed: int) -> dict[str, str]:
-    marks = {"format": "pt", "i2l_synthetic": f"preset {preset}, seed {seed}: random values, for tests and benchmarks"}
+    marks = {"format": "pt", MARK: f"preset {preset}, seed {seed}: random values, for tests and benchmarks"}
     return marks | {SPEC_KEY: json.dumps(spec_to_dict(spec))}
 
 

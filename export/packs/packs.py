@@ -13,8 +13,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from ...engines.directory.hashing import FileFacts
 from ...engines.directory.tensorfile import LayoutWriter
 from ...machine.files import explained_os_errors
+from ..checkpoints.errors import CheckpointNotFinite
 from ..checkpoints.reader import stream_tensors
 from ..checkpoints.recognise import Checkpoint
 from ..checkpoints.weights import Matrix, Plain, Step, Weight, graph_weights
@@ -33,8 +35,8 @@ def write_pack(
     checkpoint: Checkpoint,
     precision: Precision,
     advance: Callable[[int], None],
-) -> str:
-    """Write the pack and return its SHA-256.
+) -> FileFacts:
+    """Write the pack and return the facts of the file.
 
     Args:
         path: the new file.
@@ -42,6 +44,10 @@ def write_pack(
         checkpoint: what it is made from.
         precision: how matrices are stored.
         advance: told the bytes handed to the disk.
+
+    Raises:
+        CheckpointNotFinite: a weight is no number. It is seen in what is stored: one such weight makes the scale of its
+            row none either, and scales are few.
     """
     weights = graph_weights(checkpoint.spec)
     with (
@@ -52,8 +58,13 @@ def write_pack(
         groups = [source_keys(step, weights[step.graph]) for step in plan.steps]
         for step, tensors in zip(plan.steps, stream_tensors(checkpoint, groups), strict=True):
             for name, piece in prepared_weights(tensors, step, weights[step.graph], precision):
+                if piece.is_floating_point() and not is_finite(piece):
+                    wrong = {key: int((~values.float().isfinite()).sum()) for key, values in tensors.items()}
+                    raise CheckpointNotFinite(
+                        checkpoint.path, step.name, {key: count for key, count in wrong.items() if count}
+                    )
                 out.put(f"{step.name}.{name}", piece)
-    return writer.sha256
+    return writer.facts
 
 
 def prepared_weights(
@@ -78,6 +89,11 @@ def prepared_weights(
         else:
             gain = gains.rows.get(weight.name.rsplit(".", 1)[0])  # of its norm, or of the matrix whose bias it is
             yield weight.name, plain[weight.name] if gain is None else plain[weight.name] * gain
+
+
+def is_finite(piece: Tensor) -> bool:
+    """Are all values numbers? FP8 values are, as their scales are."""
+    return piece.dtype.itemsize == 1 or bool(piece.isfinite().all())
 
 
 def source_keys(step: Step, weights: Sequence[Weight]) -> list[str]:

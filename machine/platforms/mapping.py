@@ -10,6 +10,7 @@ system knows no such pieces, the advice changes nothing. Windows has other calls
 import mmap
 import os
 import sys
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,10 +26,30 @@ NOWAIT: int | None = getattr(os, "RWF_NOWAIT", None)
 WINDOWS = sys.platform == "win32"
 
 
-def open_mapped(path: Path) -> mmap.mmap:
-    """A file in the process's address space, read-only, in large pieces where the system can."""
+class MappedFile(mmap.mmap):
+    """A file in the process's address space, read-only, that can tell whether it is still the file that was opened.
+
+    A mapped file that is cut short ends the process at the first touch of what is gone, without a word; one that is
+    written over gives other numbers. Asking before each use leaves only what happens during it.
+    """
+
+    path: Path
+    opened: os.stat_result
+    _file: int
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Has nobody written the file since it was opened?"""
+        now = os.fstat(self._file)
+        return (now.st_size, now.st_mtime_ns) == (self.opened.st_size, self.opened.st_mtime_ns)
+
+
+def open_mapped(path: Path) -> MappedFile:
+    """Map a file, in large pieces where the system can."""
     with path.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = MappedFile(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped.path, mapped.opened, mapped._file = path, os.fstat(file.fileno()), os.dup(file.fileno())  # noqa: SLF001
+    weakref.finalize(mapped, os.close, mapped._file)  # noqa: SLF001
     with suppress(OSError):  # a kernel without huge pages
         _advise(mapped, HUGEPAGE, 0, len(mapped))
     return mapped

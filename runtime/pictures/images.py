@@ -28,11 +28,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile
 
+from ...machine.files import regular_file_problem
 from ...machine.wording import format_path
 from .colours import Profile, usable_profile
 from .errors import ImageAbsurd, ImageError, ImageMissing, ImageUnreadable
 from .files import jpeg_ends, png_chunks
-from .files.formats import PREFIX, open_picture
+from .files.formats import PREFIX, open_picture, require_bytes
 from .files.memory_limit import decode
 from .files.tiff_tags import Greys, read_greys
 
@@ -47,6 +48,8 @@ shorter side 1024 would need memory in proportion."""
 _FLOAT_SLACK = 1e-6
 """How far outside [0, 1] a float array may stray by rounding."""
 
+BAND_ROWS = 64
+"""Rows that are converted at once where that takes more than the picture and its outcome."""
 JPEG_BEGINNING = b"\xff\xd8\xff"
 TIFF_BEGINNINGS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
@@ -102,6 +105,8 @@ def load_image(source: ImageSource, *, ignore_icc: bool = False) -> Image.Image:
             return _to_rgb(source, "the given PIL image", ignore_icc=ignore_icc)
     path = Path(source)
     name = format_path(path)
+    if problem := regular_file_problem(path):
+        raise ImageUnreadable(name, problem)
     with _pillow_errors(name), path.open("rb") as file:
         return _from_file(file, name, ignore_icc=ignore_icc)
 
@@ -115,28 +120,29 @@ def _from_file(file: IO[bytes], name: str, *, ignore_icc: bool) -> Image.Image:
         image.info.pop("icc_profile", None)
         if profile is not None:
             image.info["icc_profile"] = profile
-        return _to_rgb(image, name, ignore_icc=ignore_icc)
+        return _to_rgb(image, name, ignore_icc=ignore_icc, own=True)
     if begin.startswith(TIFF_BEGINNINGS):
         pixels, greys = read_greys(file)
         if greys.preview:
             raise ImageUnreadable(name, "it is a camera's raw file, or begins with a small preview as they do")
-        return _to_rgb(open_picture(pixels, name), name, ignore_icc=ignore_icc, greys=greys)
+        return _to_rgb(open_picture(pixels, name), name, ignore_icc=ignore_icc, greys=greys, own=True)
     if begin.startswith(JPEG_BEGINNING):
         return _from_jpeg(file, name, ignore_icc=ignore_icc)
-    return _to_rgb(open_picture(file, name), name, ignore_icc=ignore_icc)
+    return _to_rgb(open_picture(file, name), name, ignore_icc=ignore_icc, own=True)
 
 
 def _from_jpeg(file: IO[bytes], name: str, *, ignore_icc: bool) -> Image.Image:
+    require_bytes(file, name)  # its end may be looked for
     if not jpeg_ends.is_padded(file):
         try:
-            return _to_rgb(open_picture(file, name), name, ignore_icc=ignore_icc)
+            return _to_rgb(open_picture(file, name), name, ignore_icc=ignore_icc, own=True)
         except OSError as error:
             if "truncated" not in str(error):
                 raise
     whole = jpeg_ends.with_an_end(file, lambda pixels: open_picture(pixels, name))
     if whole is None:
         raise ImageUnreadable(name, "image file is truncated")
-    return _to_rgb(open_picture(whole, name), name, ignore_icc=ignore_icc)
+    return _to_rgb(open_picture(whole, name), name, ignore_icc=ignore_icc, own=True)
 
 
 @contextmanager
@@ -172,12 +178,17 @@ def _check_size(name: str, width: int, height: int) -> None:
         raise ImageAbsurd(name, width, height, f"the longer side can be at most {MAX_ASPECT} times the shorter")
 
 
-def _to_rgb(image: Image.Image, name: str, *, ignore_icc: bool = False, greys: Greys | None = None) -> Image.Image:
+def _to_rgb(
+    image: Image.Image, name: str, *, ignore_icc: bool = False, greys: Greys | None = None, own: bool = False
+) -> Image.Image:
+    """The picture as a new one, or, where it is ``own``, as itself: then no second copy of its pixels is made."""
     _check_size(name, *image.size)
-    upright = _upright(decode(image, name))
+    upright = _upright(decode(image, name), own=own)
     if upright.mode == "F":
         raise ImageUnreadable(name, "the range of its float pixels is unknown; an array in [0, 1] is read")
     data = None if ignore_icc else image.info.get("icc_profile")
+    if own and upright is not image:
+        image.close()
     profile = usable_profile(data, upright.mode, name)
     if upright.mode == "I" or upright.mode.startswith("I;16"):
         upright = _from_16_bit(upright, name, greys or Greys())
@@ -193,8 +204,8 @@ def _coloured(image: Image.Image, profile: Profile | None) -> Image.Image:
     return profile.apply(image if image.mode == profile.mode else image.convert(profile.mode))
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """A copy, turned as its EXIF orientation says; as it is where the EXIF block is damaged.
+def _upright(image: Image.Image, *, own: bool) -> Image.Image:
+    """Turned as its EXIF orientation says, as it is where the EXIF block is damaged; a copy unless it is our own.
 
     ``ImageOps.exif_transpose`` would also rewrite the EXIF block, and stumbles over what cameras put there.
     """
@@ -204,7 +215,7 @@ def _upright(image: Image.Image) -> Image.Image:
         orientation = None
     if orientation in _TURNS:
         return image.transpose(_TURNS[orientation])
-    return image.copy()
+    return image if own else image.copy()
 
 
 def _on_white(image: Image.Image, profile: Profile | None) -> Image.Image:
@@ -212,29 +223,45 @@ def _on_white(image: Image.Image, profile: Profile | None) -> Image.Image:
     if image.mode == "RGB" and isinstance(key, tuple) and max(key) > 0xFF:
         # A 16-bit file: Pillow kept the high bytes of the pixels, but both bytes of the transparent colour.
         image.info["transparency"] = tuple(value >> 8 for value in key)
-    rgba = image.convert("LA").convert("RGBA") if image.mode == "La" else image.convert("RGBA")
-    if profile is not None:
-        coloured = _coloured(rgba.convert("RGB"), profile)
-        coloured.putalpha(rgba.getchannel("A"))
-        rgba = coloured
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), rgba).convert("RGB")
+    white = Image.new("RGB", image.size)
+    for box in _bands(image.size):
+        band = image.crop(box)
+        rgba = band.convert("LA").convert("RGBA") if image.mode == "La" else band.convert("RGBA")
+        if profile is not None:
+            coloured = _coloured(rgba.convert("RGB"), profile)
+            coloured.putalpha(rgba.getchannel("A"))
+            rgba = coloured
+        white.paste(Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"), box)
+    return white
+
+
+def _bands(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes that cover a picture, so that what is made on the way takes the memory of one."""
+    width, height = size
+    for top in range(0, height, BAND_ROWS):
+        yield 0, top, width, min(top + BAND_ROWS, height)
 
 
 def _from_16_bit(image: Image.Image, name: str, greys: Greys) -> Image.Image:
     """Deep greys as ``L``, or as ``LA`` if one of them is transparent."""
-    values = np.asarray(image)
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high > 0xFFFF:
-        raise ImageUnreadable(name, f"its integer pixels reach from {low} to {high}, outside 16 bits")
-    bright = values.astype(np.uint32)
-    if greys.bits < 16:
-        bright = (bright * 0xFFFF + (1 << greys.bits - 1)) // ((1 << greys.bits) - 1)
-    if greys.negative:
-        bright = 0xFFFF - bright
-    grey = Image.fromarray(((bright + 128) // 257).astype(np.uint8))
-    if "transparency" in image.info:
-        seen = np.where(values == image.info["transparency"], 0, 255)
-        grey.putalpha(Image.fromarray(seen.astype(np.uint8)))
+    key = image.info.get("transparency")
+    grey = Image.new("L" if key is None else "LA", image.size)
+    lows, highs = [], []
+    for box in _bands(image.size):
+        values = np.asarray(image.crop(box))
+        lows.append(int(values.min()))
+        highs.append(int(values.max()))
+        bright = values.astype(np.uint32)
+        if greys.bits < 16:
+            bright = (bright * 0xFFFF + (1 << greys.bits - 1)) // ((1 << greys.bits) - 1)
+        if greys.negative:
+            bright = 0xFFFF - bright
+        band = Image.fromarray(((bright + 128) // 257).astype(np.uint8))
+        if key is not None:
+            band.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
+        grey.paste(band, box)
+    if min(lows) < 0 or max(highs) > 0xFFFF:
+        raise ImageUnreadable(name, f"its integer pixels reach from {min(lows)} to {max(highs)}, outside 16 bits")
     return grey
 
 

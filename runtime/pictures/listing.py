@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...machine.wording import some
+from ...machine.wording import printable, some
 from .errors import FolderEmpty, FolderUnreadable
 from .files.formats import SUFFIXES, looks_like_picture
 
@@ -69,7 +69,8 @@ def images_in(folder: Path) -> tuple[list[Path], list[Path]]:
         entries = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=natural_key)
     except OSError as error:
         raise FolderUnreadable(folder, error) from error
-    images = [path for path in entries if not path.is_dir() and looks_like_picture(path)]
+    # Opening a pipe waits for whoever writes into it; a link to nothing is somebody's picture.
+    images = [path for path in entries if (path.is_file() or not path.exists()) and looks_like_picture(path)]
     taken = set(images)
     return images, [path for path in entries if path not in taken]
 
@@ -98,4 +99,4 @@ def skipped_beside_folders(skipped: Sequence[Path]) -> str:
 
 
 def _few(paths: Sequence[Path]) -> str:
-    return some([path.name for path in paths], shown=3)
+    return some([printable(path.name) for path in paths], shown=3)

@@ -28,11 +28,13 @@ from safetensors import safe_open
 import i2l
 from conftest import MakeEngines, MakeModels, graphs_once
 from i2l.engines.cpu.backend import CpuBackend
-from i2l.engines.directory.manifest import MANIFEST, FileFacts, Manifest, Step, manifest_to_json, read_manifest
+from i2l.engines.directory.hashing import REGION_BYTES, FileFacts
+from i2l.engines.directory.manifest import MANIFEST, Manifest, Step, manifest_to_json, read_manifest
+from i2l.engines.directory.ownership import LOCK
 from i2l.errors import CheckpointsUnfit, DiskFull, EnginesMissing, ManifestInvalid, OutputUnwritable
-from i2l.export import build
+from i2l.export import build, build_folder
 from i2l.export.backends import cpu as cpuplan
-from i2l.export.backends.build_lock import LOCK, only_build
+from i2l.export.backends.build_lock import only_build
 from i2l.export.build import build_engines
 from i2l.export.packs.packs import write_pack
 from i2l.export.packs.planning import plan_pack
@@ -180,7 +182,7 @@ def dying_build(monkeypatch: pytest.MonkeyPatch, quick_export: None) -> Callable
     def install(error: BaseException) -> None:
         calls = iter(range(100))
 
-        def dying(*arguments: Any) -> str:
+        def dying(*arguments: Any) -> FileFacts:
             if next(calls) == 1:
                 raise error
             return write_pack(*arguments)
@@ -257,7 +259,7 @@ def test_interrupted_while_removing_the_old_build(
 ) -> None:
     """By then the manifest names the new build: it must stay, and the next build removes the old one."""
     wanted, old = lora_of(own), builds(own)
-    real = build.remove_other_builds
+    real = build_folder.remove_dead
 
     def interrupted(engines: Path, keep: tuple[str, ...]) -> None:
         if keep != tuple(old):
@@ -265,7 +267,7 @@ def test_interrupted_while_removing_the_old_build(
         real(engines, keep)
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, "remove_other_builds", interrupted)
+        patch.setattr(build_folder, "remove_dead", interrupted)
         with pytest.raises(KeyboardInterrupt):
             build_engines(models("tiny"), own, precision="fp32", force=True)
     assert read_manifest(own).build not in old
@@ -420,7 +422,7 @@ def test_leftovers_of_dead_builds_go_before_space_is_asked_for(
     current = builds(own)
     shutil.copytree(own / current[0], own / "build-dead")
     seen: list[list[str]] = []
-    monkeypatch.setattr(build, "require_free", lambda directory, _: seen.append(builds(directory)))
+    monkeypatch.setattr(build_folder, "require_free", lambda directory, _: seen.append(builds(directory)))
     build_engines(models("tiny"), own, precision="fp32", force=True)
     assert seen == [current]
 
@@ -453,14 +455,15 @@ def built(engines: MakeEngines, request: pytest.FixtureRequest) -> tuple[Path, M
 
 def test_the_manifest_knows_every_file(built: tuple[Path, Manifest]) -> None:
     folder, manifest = built
-    found = {
-        path.relative_to(folder).as_posix(): FileFacts(
-            path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
-        )
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-    assert manifest.files == found
+
+    def tree_hash(data: bytes) -> str:
+        regions = [hashlib.sha256(data[i : i + REGION_BYTES]) for i in range(0, len(data), REGION_BYTES)]
+        digests = b"".join(region.digest() for region in regions)
+        return regions[0].hexdigest() if len(regions) == 1 else hashlib.sha256(digests).hexdigest()
+
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    found = {path.relative_to(folder).as_posix(): tree_hash(path.read_bytes()) for path in paths}
+    assert {name: facts.sha256 for name, facts in manifest.files.items()} == found
 
 
 def steps(manifest: Manifest) -> list[tuple[Family, Step]]:

@@ -18,7 +18,8 @@ from conftest import MakeEngines, picture
 from i2l.cli import main
 from i2l.engines.base import Array
 from i2l.engines.cpu.backend import CpuBackend
-from i2l.engines.directory.manifest import FileFacts, content_id, read_manifest
+from i2l.engines.directory.hashing import FileFacts
+from i2l.engines.directory.manifest import content_id, read_manifest
 from i2l.runtime.cache import FOLDER_VARIABLE, EmbeddingCache, default_cache_folder, encoders_id
 from i2l.runtime.passes import ENCODERS, IMAGES_PER_PASS
 from i2l.runtime.pictures.pixels import square_image
@@ -126,15 +127,17 @@ def test_a_place_that_cannot_be_written_costs_only_the_cache(
 
 
 def test_the_key_is_the_content_of_image_and_encoders(engines: MakeEngines, tmp_path: Path) -> None:
-    """The same build made twice hits, another precision or backend misses, and the square decides of the image."""
+    """Another precision, backend or file misses, even a copy of it, and the square decides of the image."""
     directory = engines("tiny", "int8")
     contents = content_id(read_manifest(directory), ENCODERS)
     again = shutil.copytree(directory, tmp_path / "copy")
     assert content_id(read_manifest(again), ENCODERS) == contents
-    others = {encoders_id(contents, "cpu"), encoders_id(contents, "cuda")}
-    others.add(encoders_id(content_id(read_manifest(engines("tiny", "fp32")), ENCODERS), "cpu"))
-    assert len(others) == 3
-    cache = EmbeddingCache(tmp_path, lambda: encoders_id(contents, "cpu"))
+    others = {encoders_id(contents, "cpu", "1"), encoders_id(contents, "cuda", "1"), encoders_id(contents, "cpu", "2")}
+    others.add(encoders_id(content_id(read_manifest(engines("tiny", "fp32")), ENCODERS), "cpu", "1"))
+    assert len(others) == 4
+    with open_engines(directory) as first, open_engines(again) as second:
+        assert first._encoders_id() != second._encoders_id()
+    cache = EmbeddingCache(tmp_path, lambda: encoders_id(contents, "cpu", "1"))
     square = square_image(PICTURES[0])
     assert cache.path(square) == cache.path(square_image(square))
     assert cache.path(square) != cache.path(square.transpose(Image.Transpose.FLIP_LEFT_RIGHT))

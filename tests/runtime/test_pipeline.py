@@ -341,13 +341,13 @@ def test_advice_covers_the_region_in_whole_pages(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("shape", [(1, 191), (1, 193), (192,), (1, 192, 1)])
 def test_embeddings_that_do_not_fit(pipeline: Pipeline, shape: tuple[int, ...]) -> None:
-    with pytest.raises(ShapeMismatch, match=r"adapter.attention: input embedding is .* takes \['batch', 192\]"):
+    with pytest.raises(ShapeMismatch, match=r"adapter: input embeddings is .* takes \[images, 192\]"):
         pipeline.lora_from_embeddings(np.zeros(shape, np.float32))
 
 
 def test_pixels_that_do_not_fit(pipeline: Pipeline) -> None:
     pixels = pipeline.pixels(PICTURES[:1])
-    with pytest.raises(ShapeMismatch, match=r"dinov3.embed: input pixel_values is \[1, 3, 64, 63\]"):
+    with pytest.raises(ShapeMismatch, match=r"dinov3: input pixels is \[1, 3, 64, 63\]"):
         pipeline.embed_pixels(pixels | {"dinov3": pixels["dinov3"][..., 1:]})
 
 

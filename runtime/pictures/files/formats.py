@@ -10,14 +10,18 @@ from typing import IO
 
 from PIL import Image
 
+from ....machine.wording import format_bytes
 from ..errors import DecoderMissing, ImageUnreadable
 from .jxl_size import jxl_size
-from .memory_limit import require_jxl_room
+from .memory_limit import LIMIT_BYTES, require_jxl_room
+from .splicing import size_of
 
 PREFIX = 32
 """First bytes that tell a format."""
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "QOI")
 """Pillow's names of the formats that it reads by itself and that are read here."""
+READ_WHOLE = frozenset({"WEBP", "AVIF"})
+"""Of these, those whose reader begins with all bytes of the file; so do the plugins'."""
 PLUGINS: Mapping[str, str] = {"HEIC": "pillow-heif", "JPEG XL": "pillow-jxl-plugin"}
 """Formats that need a plugin, and its name."""
 SUFFIXES = (
@@ -120,11 +124,14 @@ def open_picture(file: IO[bytes], name: str) -> Image.Image:
     prefix = file.read(PREFIX)
     file.seek(0)
     if kind := plugin_format(prefix):
+        require_bytes(file, name)
         return _opened_by_plugin(file, name, kind)
     Image.init()
     for kind in FORMATS:
         factory, accept = Image.OPEN[kind]
         if accept is None or accept(prefix[:16]) is True:
+            if kind in READ_WHOLE:
+                require_bytes(file, name)
             return factory(file, "")
     suffix = Path(name).suffix.lower()
     if suffix in FOREIGN or prefix.startswith(b"8BPS"):
@@ -148,6 +155,12 @@ def _opened_by_plugin(file: IO[bytes], name: str, kind: str) -> Image.Image:
         return JXLImageFile(file, "")
     except ModuleNotFoundError as error:
         raise DecoderMissing(name, kind, PLUGINS[kind]) from error
+
+
+def require_bytes(file: IO[bytes], name: str) -> None:
+    """Refuse a file that is read whole, by some readers twice into memory, before it is known what it holds."""
+    if (nbytes := size_of(file)) > LIMIT_BYTES // 2:
+        raise ImageUnreadable(name, f"its file has {format_bytes(nbytes)}, more than are read at once")
 
 
 def _avif(prefix: bytes) -> bool:

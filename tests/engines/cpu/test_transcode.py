@@ -20,6 +20,7 @@ from i2l.engines.cpu.converted import CPU_FOLDER, LOCK, cpu_engines, remove_cpu_
 from i2l.engines.cpu.rotation import rotate, rotation
 from i2l.engines.cpu.sums import LARGEST_PAIR, WEIGHT_LEVELS
 from i2l.engines.cpu.transcode import STEPS, VALUES, PairTable, e4m3_values, rotated_panel
+from i2l.engines.directory.hashing import FileFacts
 from i2l.engines.directory.manifest import MANIFEST, Manifest, manifest_to_json, read_manifest
 from i2l.engines.directory.tensorfile import PAD_PREFIX, LayoutWriter, TensorInfo
 from i2l.errors import CpuPacksUnwritable, DiskFull, EnginesMissing, ManifestInvalid
@@ -145,7 +146,7 @@ def test_packs_are_what_the_quantiser_makes_of_the_same_values(fp8: Path) -> Non
 
 def test_the_directory_is_the_plan_with_packs(fp8: Path) -> None:
     manifest = read_manifest(fp8)
-    plan = read_manifest(fp8 / manifest.build / "cpu")
+    plan = read_manifest(fp8 / manifest.build / "cpu", planned=True)
     made = read_manifest(fp8 / CPU_FOLDER)
     assert (plan.precision, plan.build) == ("int8", manifest.build)
     assert replace(made, files=plan.files) == plan
@@ -200,7 +201,7 @@ def transcoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     packs: list[str] = []
     real = transcode.transcode_pack
 
-    def transcode_pack(source: Path, *arguments: Any, **options: Any) -> str:
+    def transcode_pack(source: Path, *arguments: Any, **options: Any) -> FileFacts:
         packs.append(source.parent.name)
         return real(source, *arguments, **options)
 
@@ -239,7 +240,7 @@ def renamed_build(directory: Path, name: str) -> Manifest:
     """The directory as another build of the same checkpoints would leave it, before the old int8 form is removed."""
     manifest = read_manifest(directory)
     (directory / manifest.build).rename(directory / name)
-    plan = read_manifest(directory / name / "cpu")
+    plan = read_manifest(directory / name / "cpu", planned=True)
     (directory / name / "cpu" / MANIFEST).write_text(manifest_to_json(replace(plan, build=name)), encoding="utf-8")
     manifest = replace(manifest, build=name)
     (directory / MANIFEST).write_text(manifest_to_json(manifest), encoding="utf-8")

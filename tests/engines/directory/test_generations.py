@@ -13,10 +13,11 @@ from click.testing import CliRunner
 from conftest import MakeEngines, MakeModels, graphs_once
 from i2l.cli import main
 from i2l.engines.directory.generations import FP8_FOLDER, engines_for, fp8_engines, remove_fp8_engines
+from i2l.engines.directory.hashing import FileFacts
 from i2l.engines.directory.manifest import read_manifest
 from i2l.engines.tensorrt.plans import planned_generations
 from i2l.errors import EnginesMissing, PrecisionUnsupported
-from i2l.export import build
+from i2l.export import build, build_folder
 from i2l.export.backends.cards import require_precision
 from i2l.export.build import build_engines
 from i2l.export.packs.packs import write_pack
@@ -109,7 +110,7 @@ def test_inner_engines_of_other_checkpoints_serve_nobody(own: Path, models: Make
     for path in mine.rglob("DINOv3*"):
         path.touch()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "remove_fp8_engines", lambda _: 0)
+        patch.setattr(build_folder, "remove_fp8_engines", lambda _: 0)
         build_engines(mine, own, precision="int8")
     assert (engines_for(own, 89), fp8_engines(own)) == (own, None)
     build_engines(mine, own, precision="int8", force=True)
@@ -132,7 +133,7 @@ def dying(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     """``dying()``: from now on Ctrl-C comes in the second pack of FP8 values."""
 
     def install() -> None:
-        def interrupted(path: Path, *arguments: Any) -> str:
+        def interrupted(path: Path, *arguments: Any) -> FileFacts:
             if FP8_FOLDER in path.parts and path.parent.name == "dinov3":
                 raise KeyboardInterrupt
             return write_pack(path, *arguments)

@@ -239,7 +239,7 @@ def test_pieces_of_any_length_make_the_same_file(
 def test_sha256_is_that_of_the_file(path: Path, planned: tuple[Layout, list[Entry], int, frozenset[str]]) -> None:
     layout, tensors, _, _ = planned
     writer = write(path, layout, contents(tensors))
-    assert writer.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert writer.facts.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # --- misuse and damage ------------------------------------------------------------------------------------------

@@ -26,11 +26,11 @@ from i2l.cli import main
 from i2l.engines.device.predict import graph_memory
 from i2l.engines.directory.dtypes import ELEMENT_TYPES
 from i2l.engines.directory.manifest import Model, read_manifest
+from i2l.engines.directory.ownership import LOCK
 from i2l.engines.directory.tensorfile import read_header
 from i2l.engines.tensorrt.library import BuiltPlan, Flavour, build_plan, current_sm, find_flavour
 from i2l.engines.tensorrt.plans import FACTS, PlanKey, checked_plan, plans_folder, read_plans
 from i2l.errors import BackendUnavailable, PlanBuildFailed, PlanMissing, PlanStale, PrecisionUnsupported
-from i2l.export.backends.build_lock import LOCK
 from i2l.export.backends.cards import compute_dtype
 from i2l.export.backends.tensorrt import build_plans, gpu_graphs
 from i2l.export.checkpoints.finding import find_checkpoints
