@@ -27,6 +27,7 @@ from .commands.make_checkpoints import make_checkpoints
 from .commands.merge import merge
 from .commands.options import DEBUG
 from .commands.run import run
+from .commands.serve import serve
 from .machine.errors import I2LError, StandardOutputUnwritable
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -81,6 +82,7 @@ COMMANDS = (
     build_engines,
     run,
     batch,
+    serve,
     embed,
     merge,
     convert,
