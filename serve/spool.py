@@ -18,10 +18,10 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from ..machine.files import atomic_path, explained_os_errors
@@ -103,7 +103,7 @@ class Spool:
                 self.remove(folder.name)
                 continue
             for path in folder.iterdir():
-                if path.name.startswith(".") or path.suffix == ".npy" or path.stem.startswith("picture-"):
+                if path.name.startswith((".", "picture-", "square-")):
                     path.unlink()
             if record.state == "accepted":
                 state = "done" if self.lora(record.id, record.name).is_file() else "lost"
@@ -128,14 +128,15 @@ class Spool:
 def keep_squares(folder: Path, squares: Sequence[Image.Image]) -> None:
     """Keep the pictures of a waiting job as pixels, 3 MiB each: on the disk, as a long queue of them is gigabytes."""
     for index, square in enumerate(squares):
-        path = folder / f"square-{index}.npy"
+        path = folder / f"square-{index}.rgb"
         with explained_os_errors(path):
-            np.save(path, np.asarray(square), allow_pickle=False)
+            path.write_bytes(square.tobytes())
 
 
 def kept_squares(folder: Path, pictures: int) -> list[Image.Image]:
     """What :func:`keep_squares` kept."""
-    return [Image.fromarray(np.load(folder / f"square-{index}.npy", allow_pickle=False)) for index in range(pictures)]
+    pixels = [(folder / f"square-{index}.rgb").read_bytes() for index in range(pictures)]
+    return [Image.frombytes("RGB", (isqrt(len(each) // 3),) * 2, each) for each in pixels]
 
 
 def forget_pictures(folder: Path) -> None:

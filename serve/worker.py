@@ -98,7 +98,8 @@ class Worker(threading.Thread):
             self._fail(error)
         finally:
             pipeline.close()
-            self.health = Health(False, self.health.backend, "the service has stopped", self.health.fallen_back)
+            if self.failure is None:
+                self.health = Health(False, self.health.backend, "the service has stopped", self.health.fallen_back)
             self._on_end()
 
     def _open(self, backend: str, *, fallen_back: bool, reason: str = "") -> Pipeline:
