@@ -47,7 +47,7 @@ class BoundedProtocol(H11Protocol):
     def on_response_complete(self) -> None:
         before = self.cycle
         super().on_response_complete()
-        if self.cycle is before and not self.transport.is_closing():
+        if self.cycle is before:  # also where it is closing: what is not sent yet may never be taken
             self._await_head()
 
     def send_400_response(self, msg: str) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import pytest
 from safetensors.numpy import load_file
-from served import SLOW, Served, assert_problem, form
 
 from conftest import MakeEngines, picture
 from i2l.errors import DeviceFailed, DiskFull, OutOfDeviceMemory
@@ -23,6 +22,7 @@ from i2l.serve.jobbook import ServedJob
 from i2l.serve.service import Service
 from i2l.serve.settings import ServeLimits, Sharing
 from i2l.serve.spool import keep_squares
+from served import SLOW, Served, assert_problem, form
 
 KILLS = 20
 

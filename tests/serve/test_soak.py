@@ -6,9 +6,9 @@ from pathlib import Path
 from statistics import quantiles
 
 import pytest
-from served import Served
 
 from conftest import MakeEngines
+from served import Served
 
 FLAT = 0.05
 """Of the resident memory, threads and descriptors after the first requests."""
@@ -36,8 +36,8 @@ def check_flat(directory: Path, folder: Path, requests: int, warm_up: int, clien
         after = state()
         p = quantiles(seconds, n=100)
         print(  # noqa: T201 - for docs/service.md
-            f"{requests} requests, {clients} clients: {requests / took:.1f} a second, p50 {p[49]:.3f} s, p95 {p[94]:.3f} s, "
-            f"p99 {p[98]:.3f} s; before {before}, after {after}"
+            f"{requests} requests, {clients} clients: {requests / took:.1f} a second, "
+            f"p50 {p[49]:.3f} s, p95 {p[94]:.3f} s, p99 {p[98]:.3f} s; before {before}, after {after}"
         )
         for name, value in before.items():
             assert after[name] <= value * (1 + FLAT) + (1 if name != "resident" else 0), (name, before, after)

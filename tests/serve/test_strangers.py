@@ -9,13 +9,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import anyio
 import httpx
 import pytest
-from served import PROBLEM, Served, form, png
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
 
 from conftest import MakeEngines
+from i2l.serve.http.guard import ABORT, Guard
+from served import PROBLEM, Served, form, png
 
 ODD_BODIES = 500
 CLIENTS = 200
@@ -24,33 +29,40 @@ MAX_GROWTH_BYTES = 64 << 20
 WORDS = (b"\r\n", b"--b", b"--", b"\0", b"pictures", b'"', b";", b"=", b"filename", b"\xff\xfe", b"%00", b"../", b"\n")
 
 
+IMPATIENT = """
+import sys
+from i2l.cli import main
+from i2l.serve import settings
+class Impatient(settings.ServeLimits):
+    def __init__(self, **options):
+        super().__init__(**options)
+        object.__setattr__(self, "header_seconds", 1.5)
+settings.ServeLimits = Impatient
+main(sys.argv[1:])
+"""
+
+
 @pytest.fixture(scope="module")
 def served(engines: MakeEngines, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     options = ("--max-body", "1MiB", "--max-requests", 16)
-    with Served(engines("tiny", "int8"), tmp_path_factory.mktemp("strangers"), *options) as started:
+    with Served(engines("tiny", "int8"), tmp_path_factory.mktemp("strangers"), *options, code=IMPATIENT) as started:
         yield started
 
 
-def talk(served: Served, data: bytes, seconds: float = 20.0) -> bytes:
-    """Send bytes and read until the other side closes or has answered."""
-    with socket.create_connection(("127.0.0.1", served.port), timeout=seconds) as connection:
-        try:
+def talk(served: Served, data: bytes, seconds: float = 20.0, *, hang_up: bool = False) -> bytes:
+    """Send bytes and read until the other side closes."""
+    answer = b""
+    with socket.create_connection(("127.0.0.1", served.port), timeout=seconds) as connection, suppress(OSError):
+        with suppress(OSError):  # it has answered and closed already
             connection.sendall(data)
-            connection.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass  # it has answered and closed already
-        answer = b""
-        try:
-            while piece := connection.recv(1 << 16):
-                answer += piece
-        except OSError:
-            pass
+        while not hang_up and (piece := connection.recv(1 << 16)):
+            answer += piece
     return answer
 
 
 def head(body: bytes, *lines: bytes, method: bytes = b"POST", path: bytes = b"/v1/loras") -> bytes:
-    begin = [method + b" " + path + b" HTTP/1.1", b"Host: 127.0.0.1", b"Content-Length: %d" % len(body), *lines]
-    return b"\r\n".join([*begin, b"", b""]) + body
+    begin = [method + b" " + path + b" HTTP/1.1", b"Host: 127.0.0.1", b"Connection: close"]
+    return b"\r\n".join([*begin, b"Content-Length: %d" % len(body), *lines, b"", b""]) + body
 
 
 def good_body() -> bytes:
@@ -74,13 +86,13 @@ def odd_request(generator: random.Random) -> bytes:
                 body += body[at:]
     kind = b"multipart/form-data; boundary=b"
     kinds = (b"multipart/form-data", b"multipart/form-data; boundary=", b"application/json", b"text/html; \xff", b"")
-    kind = (
-        kind if generator.random() < 0.8 else generator.choice([*kinds, b"multipart/form-data; boundary=" + b"b" * 99])
-    )
+    if generator.random() < 0.2:
+        kind = generator.choice([*kinds, b"multipart/form-data; boundary=" + b"b" * 99])
     more = generator.choice(
         [b"X: y", b"X: y", b"X: " + b"y" * 70_000, b"Prefer: respond-async", b"Prefer: ;;;,=,", b"Expect: 100-continue",
-         b"Authorization: Bearer \xff", b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity", b"Range: bytes=9-",
-         b"Content-Length: 7", b"Host: evil.example", b"Upgrade: websocket\r\nConnection: upgrade", b"\x01: x", b"X"]
+         b"Authorization: Bearer \xff", b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity",
+         b"Range: bytes=9-", b"Content-Length: 7", b"Host: evil.example",
+         b"Upgrade: websocket\r\nConnection: upgrade", b"\x01: x", b"X"]
     )  # fmt: skip
     path = generator.choice([b"/v1/loras"] * 8 + [b"/v1/loras/../../etc/passwd", b"/v1/jobs/%00", b"//", b"*", b"\xff"])
     method = generator.choice([b"POST"] * 9 + [b"GET", b"PUT", b"DELETE", b"OPTIONS", b"TRACE", b"POST\0"])
@@ -90,6 +102,7 @@ def odd_request(generator: random.Random) -> bytes:
 def check_odd(served: Served, count: int) -> Counter[int]:
     """Send odd requests; the answers by status."""
     generator = random.Random(count)
+    assert served.post(1, 2, 3, 4).status_code == 200  # what a pass needs is there from now on
     before = served.memory.memory_info().rss
     found: Counter[int] = Counter()
     for _ in range(count):
@@ -140,7 +153,7 @@ def test_half_a_body_leaves_nothing(served: Served) -> None:
     body = good_body()
     request = head(body, b"Content-Type: multipart/form-data; boundary=b")
     before = served.outcomes().get("vanished", 0)
-    talk(served, request[:-200])
+    talk(served, request[:-200], hang_up=True)
     deadline = time.monotonic() + 10
     while served.outcomes().get("vanished", 0) == before:
         assert time.monotonic() < deadline
@@ -148,53 +161,54 @@ def test_half_a_body_leaves_nothing(served: Served) -> None:
     assert [path.name for path in served.jobs.iterdir() if path.is_dir() and not (path / "job.json").exists()] == []
 
 
-IMPATIENT = """
-import sys
-from i2l.cli import main
-from i2l.serve import settings
-class Impatient(settings.ServeLimits):
-    def __init__(self, **options):
-        super().__init__(**options)
-        object.__setattr__(self, "header_seconds", 1.5)
-settings.ServeLimits = Impatient
-main(sys.argv[1:])
-"""
-
-
 def test_slow_clients_are_cut_and_others_served_meanwhile(engines: MakeEngines, tmp_path: Path) -> None:
-    """Slowly a head, slowly a body, a body after its answer, an answer that is not read; 40 of each."""
+    """Slowly a head, slowly a body, a body that goes on after its answer; 20 of each."""
     with Served(engines("tiny", "int8"), tmp_path, "--max-requests", 64, code=IMPATIENT) as served:
         assert served.post(1).status_code == 200  # known from now on
+        base = served.memory.num_fds()
         connections = []
         body = good_body()
         whole = head(body, b"Content-Type: multipart/form-data; boundary=b")
-        unread = head(b"", b"X: y", method=b"GET", path=b"/page.js") * 300
-        endless = head(body, b"Content-Type: text/plain").replace(
-            b"Content-Length: %d" % len(body), b"Content-Length: 9999999"
-        )
-        for begin in (b"POST /v1/lo", whole[:-200], endless, unread):
+        endless = head(body, b"Content-Type: text/plain").replace(b"Length: %d" % len(body), b"Length: 9999999")
+        for begin in (b"POST /v1/lo", whole[:-200], endless):
             for _ in range(20):
                 connection = socket.create_connection(("127.0.0.1", served.port))
                 connection.setblocking(False)
-                try:
+                with suppress(BlockingIOError):
                     connection.send(begin)
-                except BlockingIOError:
-                    pass
                 connections.append(connection)
-        began = time.monotonic()
-        open_before = served.memory.num_fds()
-        while time.monotonic() - began < 8 and served.memory.num_fds() > open_before - 75:
+        deadline = time.monotonic() + 20
+        most = 0
+        while (now := served.memory.num_fds()) > base + 5 or most < base + 40:
+            most = max(most, now)
+            assert time.monotonic() < deadline, (base, most, now)
             assert served.post(1).status_code == 200
             for connection in connections:
-                try:
+                with suppress(OSError):
                     connection.send(b"x")
-                except OSError:
-                    pass
-            time.sleep(0.3)
-        assert served.memory.num_fds() <= open_before - 75
         assert [path.name for path in served.jobs.iterdir()] == ["lock"]
         for connection in connections:
             connection.close()
+
+
+def test_an_answer_that_is_not_taken_ends_the_connection() -> None:
+    """The client reads nothing, so a piece of the answer is never sent."""
+    aborted: list[bool] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await Response(b"x")(scope, receive, send)
+
+    async def stuck(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await anyio.sleep_forever()
+
+    async def nothing() -> Message:
+        return {"type": "http.disconnect"}
+
+    guard = Guard(app, token=None, loopback_names_only=False, send_seconds=0.05)
+    scope = {"type": "http", "path": "/", "method": "GET", "headers": [], ABORT: lambda: aborted.append(True)}
+    anyio.run(guard, scope, nothing, stuck)
+    assert aborted == [True]
 
 
 # --- many at once ------------------------------------------------------------------------------------------------
@@ -260,7 +274,7 @@ def check_crowd(served: Served, clients: int) -> None:
 
 def test_a_crowd_is_served_or_told_why_not(engines: MakeEngines, tmp_path: Path) -> None:
     with Served(engines("tiny", "int8"), tmp_path, "--max-requests", 12) as served:
-        check_crowd(served, 60)
+        check_crowd(served, 40)
 
 
 @pytest.mark.soak
