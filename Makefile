@@ -9,7 +9,7 @@ COMFYUI ?= ../ComfyUI
 COMFYUI_PYTHON ?= $(COMFYUI)/venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit soak fuzz audit test-cpus test-comfyui test-gpu format bench-cpu bench-peers bench-gpu clean
+.PHONY: help setup demo test lint types unit soak fuzz audit test-cpus test-comfyui test-gpu test-serve soak-serve test-ray format bench-cpu bench-peers bench-gpu clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -18,7 +18,7 @@ setup: $(VENV)/.ready  ## Make .venv with everything for building, running and t
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,pictures,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,pictures,serve,dev]'
 	@# The oracles would pull a CUDA torch and a whole application along; their own files are enough.
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt \
 	  torchvision diffsynth diffusers peft accelerate
@@ -43,7 +43,7 @@ lint: setup  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: export MYPYPATH := .typecheck:tests:tests/export:tests/engines/standin:tests/faults:benchmarks
+types: export MYPYPATH := .typecheck:tests:tests/export:tests/engines/standin:tests/faults:tests/serve:benchmarks
 types: setup  ## mypy, strict; our own code also as Windows and macOS see it
 	$(BIN)/mypy -p i2l
 	$(BIN)/mypy -p i2l --platform win32 --config-file .ci/mypy-elsewhere.ini --cache-dir .mypy_cache/win32
@@ -75,6 +75,16 @@ test-comfyui: setup  ## The nodes in a real ComfyUI (COMFYUI=folder COMFYUI_PYTH
 
 test-gpu: setup  ## i2l prove, and what else only a GPU shows; skipped with a reason where there is none
 	$(BIN)/python -m pytest -m gpu -rs
+
+test-serve: setup  ## The service with its page in a real browser (Debian: apt-get install chromium)
+	I2L_TEST_PAGE=must $(BIN)/python -m pytest tests/serve -rs
+
+soak-serve: setup  ## 2,000 requests on one service, 500 odd ones, 200 clients at once, 20 kills; for minutes
+	$(BIN)/python -m pytest -m soak tests/serve -s
+
+test-ray: setup  ## i2l batch --ray on a real Ray, which it installs (70 MB)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt "ray==2.60.*"
+	$(BIN)/python -m pytest tests/cluster -rs
 
 format: setup  ## Let ruff mend and format
 	$(BIN)/ruff check --fix .

@@ -29,6 +29,7 @@ from .commands.merge import merge
 from .commands.options import DEBUG
 from .commands.prove import prove
 from .commands.run import run
+from .commands.serve import serve
 from .machine.errors import I2LError, StandardOutputUnwritable, SystemRefused
 
 LOOKING = frozenset({"plan", "inspect", "verify", "doctor"})
@@ -149,6 +150,7 @@ COMMANDS = (
     build_engines,
     run,
     batch,
+    serve,
     embed,
     merge,
     convert,

@@ -57,10 +57,12 @@ MAY_IMPORT: dict[str, set[str]] = {
         "export.checkpoints",
         "export",
     },
+    "serve": RUNNING | {"runtime"},
+    "serve.http": RUNNING | {"runtime", "look", "serve"},
     "comfy_host": DISK | {"lora", "runtime", "export.checkpoints", "export"},
     "comfy_nodes": {"machine", "lora", "comfy_host"},
     "commands": RUNNING
-    | {"runtime", "runtime.proof", "look", "engines.tensorrt"}
+    | {"runtime", "runtime.proof", "look", "engines.tensorrt", "serve", "serve.http"}
     | {"export.checkpoints", "export.precisions", "export.packs", "export.backends", "export"},
     "cli": {"machine", "commands"},
 }
@@ -85,12 +87,19 @@ ONLY_IN = {
     "rich": {"machine.progress"},
     "filelock": {"machine.locks"},
     "click": {"cli", "commands"},
+    "fastapi": {"serve.http"},
+    "starlette": {"serve.http"},
+    "uvicorn": {"serve.http"},
+    "h11": {"serve.http.protocol"},
+    "anyio": {"serve.http"},
+    "python_multipart": {"serve.http.forms"},
+    "prometheus_client": {"serve.metrics"},
 }
 CORE_DEPENDENCIES = {"numpy", "onnxruntime", "safetensors", "PIL", "click", "rich", "filelock"}
 """What a machine that only runs has installed (pyproject.toml, dependencies)."""
 
 
-FOLDERS = ("comfy_host", "commands", "engines", "export", "look", "lora", "machine", "runtime")
+FOLDERS = ("comfy_host", "commands", "engines", "export", "look", "lora", "machine", "runtime", "serve")
 
 
 def sources() -> list[str]:
@@ -225,6 +234,9 @@ def test_imports_go_one_way(path: str) -> None:
         ("comfy_host/folders.py", "import torch"),
         ("runtime/pipeline.py", "import comfy.utils"),
         ("export/build.py", "from ..comfy_host.progress import comfy_report"),
+        ("serve/worker.py", "from .http.routes import routes"),
+        ("serve/jobbook.py", "import fastapi"),
+        ("runtime/jobs.py", "from ..serve.jobbook import JobBook"),
         ("cli.py", "import i2l"),
         ("cli.py", "from i2l.errors import I2LError"),
     ],
@@ -252,6 +264,7 @@ def loaded_after(code: str, *arguments: str) -> set[str]:
 COMMANDS = (
     "run",
     "batch",
+    "serve",
     "embed",
     "merge",
     "convert",

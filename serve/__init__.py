@@ -1,0 +1,1 @@
+"""A service around one opened pipeline: jobs, shared passes, and the HTTP that they are reached by."""
