@@ -44,6 +44,8 @@ class OpenEngines:
         check_files(path, self._for_cpu)
         chosen = choose_backend(path, self._for_cpu, backend, limits, prove=prove)
         self.name, self.reason, self.computes = chosen.name, chosen.reason, chosen.computes
+        self.alone = chosen.alone
+        """Pictures do not share a pass: on this card a bit would differ."""
         self._limits = replace(limits, form=limits.form or chosen.form)
         self._may_fall_back = backend == "auto" and self.name != "cpu"
         self._standby: Opened | None = None
@@ -117,6 +119,7 @@ class OpenEngines:
             raise EnginesReplaced(self.path, self.name) from cause
         self._enter(standby or self._open("cpu"))
         self.name, self.reason, self.computes = "cpu", f"{self.name} ran out of memory", "cpu"
+        self.alone = False
         self._may_fall_back = False
 
 
