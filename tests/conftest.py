@@ -13,6 +13,7 @@ from PIL import Image
 from i2l.engines.cpu import backend as cpu_backend
 from i2l.export import build
 from i2l.export.backends import cpu as cpuplan
+from i2l.export.backends import plugin as plugin_graphs
 from i2l.export.build import build_engines
 from i2l.export.checkpoints.synthetic import make_checkpoints
 from i2l.export.graphs.graphs import export_graphs
@@ -78,6 +79,7 @@ def engines(models: MakeModels, tmp_path_factory: pytest.TempPathFactory) -> Mak
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(build, "export_graphs", graphs_once)
                 patch.setattr(cpuplan, "export_graphs", graphs_once)
+                patch.setattr(plugin_graphs, "export_graphs", graphs_once)
                 build_engines(source, made[key], precision=precision, blocks_per_chunk=blocks_per_chunk)
         return made[key]
 
@@ -85,9 +87,11 @@ def engines(models: MakeModels, tmp_path_factory: pytest.TempPathFactory) -> Mak
 
 
 @cache
-def graphs_once(spec: Spec, precision: Precision) -> tuple[tuple[str, onnx.ModelProto], ...]:
-    """Exporting takes most of a tiny build's time and depends on these two alone."""
-    return tuple(export_graphs(spec, precision))
+def graphs_once(
+    spec: Spec, precision: Precision, *, but: frozenset[str] = frozenset()
+) -> tuple[tuple[str, onnx.ModelProto], ...]:
+    """Exporting takes most of a tiny build's time and depends on these alone."""
+    return tuple(export_graphs(spec, precision, but=but))
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
