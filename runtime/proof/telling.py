@@ -71,7 +71,7 @@ def anonymous(text: str) -> str:
 def card_text(card: CardFacts) -> str:
     """A card with its driver."""
     driver = f", driver {card.driver}" if card.driver else ""
-    return f"{card.name}{driver}{', a renderer in software: --backend auto never takes it' if card.software else ''}"
+    return f"{card.name}{driver}{', a renderer in software' if card.software else ''}"
 
 
 def _form_lines(outcome: FormOutcome) -> Iterator[str]:
