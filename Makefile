@@ -10,7 +10,7 @@ COMFYUI ?= ../ComfyUI
 COMFYUI_PYTHON ?= $(COMFYUI)/venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit test-cpus test-comfyui test-gpu format bench-cpu bench-peers bench-gpu clean
+.PHONY: help setup demo test lint types unit test-cpus test-comfyui test-gpu test-webgpu format bench-cpu bench-peers bench-gpu clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -19,7 +19,7 @@ setup: $(VENV)/.ready  ## Make .venv with everything for building, running and t
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,pictures,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,gpu,pictures,dev]'
 	@# The oracles would pull a CUDA torch and a whole application along; their own files are enough.
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt \
 	  torchvision diffsynth diffusers peft accelerate
@@ -57,6 +57,9 @@ test-comfyui: setup  ## The nodes in a real ComfyUI (COMFYUI=folder COMFYUI_PYTH
 
 test-gpu: setup  ## i2l prove, and what else only a GPU shows; skipped with a reason where there is none
 	$(BIN)/python -m pytest -m gpu -rs
+
+test-webgpu: setup  ## The webgpu backend on a software device (Debian: apt-get install chromium-common libvulkan1)
+	tests/webgpu/with_device $(BIN)/python -m pytest -m webgpu -rs
 
 format: setup  ## Let ruff mend and format
 	$(BIN)/ruff check --fix .

@@ -1,7 +1,7 @@
 """Shared fixtures: synthetic checkpoints, engines built from them once per session, and pictures."""
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +10,11 @@ import onnx
 import pytest
 from PIL import Image
 
+from i2l.engines.base import CardFacts
 from i2l.engines.cpu import backend as cpu_backend
+from i2l.engines.plugin.loading import library_of
+from i2l.engines.plugin.presence import find_plugin
+from i2l.engines.plugin.providers import WEBGPU
 from i2l.export import build
 from i2l.export.backends import cpu as cpuplan
 from i2l.export.backends import plugin as plugin_graphs
@@ -49,6 +53,27 @@ def pytest_report_header() -> str:
         f"torch {torch.__version__}, onnx {onnx.__version__}, onnxruntime {onnxruntime.__version__} "
         f"({', '.join(onnxruntime.get_available_providers())}), transformers {transformers.__version__}"
     )
+
+
+@pytest.fixture(scope="session")
+def webgpu_card() -> Iterator[CardFacts]:
+    """The card behind WebGPU, or the reason why the test is skipped.
+
+    Its library stays loaded between the tests: compiling shaders takes a software renderer ten seconds and more.
+    """
+    status = find_plugin(WEBGPU)
+    if not status.works:
+        pytest.skip(f"{status.reason}: make test-webgpu runs this on a software device")
+    library = library_of(WEBGPU)
+    library.begin()
+    yield status.cards[0]
+    library.end()
+
+
+@pytest.fixture(autouse=True)
+def card_for_the_marked(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("webgpu"):
+        request.getfixturevalue("webgpu_card")
 
 
 @pytest.fixture(scope="session")

@@ -353,5 +353,5 @@ def test_a_card_is_chosen_by_number_or_name(directory: Path) -> None:
             assert backend_of(pipeline).device.name == name
     with pytest.raises(BackendUnavailable, match="it finds no card 7: use one of 0"):
         opened(directory, device="7")
-    with pytest.raises(BackendUnavailable, match="no form odd: use one of plain, mha"):
+    with pytest.raises(BackendUnavailable, match="no form odd of its graphs: use one of plain, mha"):
         open_plugin(HOST, directory, pipeline.manifest, Limits(images=1, form="odd"))
