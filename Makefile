@@ -9,7 +9,7 @@ COMFYUI ?= ../ComfyUI
 COMFYUI_PYTHON ?= $(COMFYUI)/venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit soak fuzz audit test-cpus test-comfyui test-gpu test-serve soak-serve test-ray format bench-cpu bench-peers bench-gpu clean
+.PHONY: help setup demo test lint types unit soak fuzz audit test-cpus test-comfyui test-gpu test-webgpu test-serve soak-serve format bench-cpu bench-peers bench-gpu clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -18,7 +18,7 @@ setup: $(VENV)/.ready  ## Make .venv with everything for building, running and t
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,pictures,serve,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,gpu,pictures,serve,dev]'
 	@# The oracles would pull a CUDA torch and a whole application along; their own files are enough.
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt \
 	  torchvision diffsynth diffusers peft accelerate
@@ -82,9 +82,8 @@ test-serve: setup  ## The service with its page in a real browser (Debian: apt-g
 soak-serve: setup  ## 2,000 requests on one service, 500 odd ones, 200 clients at once, 20 kills; for minutes
 	$(BIN)/python -m pytest -m soak tests/serve -s
 
-test-ray: setup  ## i2l batch --ray on a real Ray, which it installs (70 MB)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt "ray==2.60.*"
-	$(BIN)/python -m pytest tests/cluster -rs
+test-webgpu: setup  ## The webgpu backend on a software device (Debian: apt-get install chromium-common libvulkan1)
+	tests/webgpu/with_device $(BIN)/python -m pytest -m webgpu -rs
 
 format: setup  ## Let ruff mend and format
 	$(BIN)/ruff check --fix .

@@ -54,7 +54,8 @@ def diagnosis_lines(facts: Mapping[str, Any]) -> Iterator[str]:
         else:
             yield f"backend {backend['name']}: no ({backend['reason']}); {backend['remedy']}"
         for number, card in enumerate(backend["cards"]):
-            yield f"  card {number}: {card_text(CardFacts(**card))}"
+            never = ": --backend auto never takes it" if card["software"] else ""
+            yield f"  card {number}: {card_text(CardFacts(**card))}{never}"
     for extra in facts["extras"]:
         lacks = f"no ({', '.join(extra['missing'])} missing); {extra['remedy']}"
         yield f"{', '.join(extra['commands'])}: {lacks if extra['missing'] else 'works'}"

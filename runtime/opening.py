@@ -64,6 +64,8 @@ class OpenEngines:
         check_files(self.path, self._for_cpu)
         chosen = choose_backend(self.path, self._for_cpu, backend, limits, prove=prove)
         self.name, self.reason, self.computes = chosen.name, chosen.reason, chosen.computes
+        self.alone = chosen.alone
+        """Pictures do not share a pass: on this card a bit would differ."""
         self._limits = replace(limits, form=limits.form or chosen.form)
         self._may_fall_back = backend == "auto" and self.name != "cpu"
         if self._may_fall_back and self._for_cpu.precision != "fp8":  # files opened, no session made: 0.2 ms
@@ -144,6 +146,7 @@ class OpenEngines:
         self._enter(standby or self._open("cpu"))
         why = "ran out of memory" if isinstance(cause, OutOfDeviceMemory) else "failed"
         self.name, self.reason, self.computes = "cpu", f"{self.name} {why}", "cpu"
+        self.alone = False
         self._may_fall_back = False
 
 

@@ -112,7 +112,13 @@ class Passes:
 
     def _encode_all(self, pixels: Mapping[Family, Array], observe: Observer | None) -> Array:
         """Both encoders on one backend: should the CPU take over, its packs may be of another precision."""
-        return np.concatenate([self._encode(family, pixels[family], observe) for family in ENCODERS], axis=1)
+        images = len(pixels["siglip2"])
+        most = 1 if self._open.alone else images
+        rows = []
+        for start in range(0, images, most):
+            some = {family: pixels[family][start : start + most] for family in ENCODERS}
+            rows.append(np.concatenate([self._encode(family, some[family], observe) for family in ENCODERS], axis=1))
+        return np.concatenate(rows)
 
     def _encode(self, family: Family, pixels: Array, observe: Observer | None) -> Array:
         """``[images, 3, size, size] -> [images, hidden]`` through embed, blocks and head."""
@@ -142,8 +148,9 @@ class Passes:
         All share one pass over the weights, a few at a time: a device's memory is planned for those.
         """
         factors: dict[str, tuple[Array, Array]] = {}
-        starts = range(0, len(embeddings), IMAGES_PER_PASS)
-        groups = [np.ascontiguousarray(embeddings[i : i + IMAGES_PER_PASS], np.float32) for i in starts]
+        most = 1 if self._open.alone else IMAGES_PER_PASS
+        starts = range(0, len(embeddings), most)
+        groups = [np.ascontiguousarray(embeddings[i : i + most], np.float32) for i in starts]
         with self.timings.stage("adapter"):
             for step, engine, weights in self._stream("adapter"):
                 parts = [

@@ -1,7 +1,7 @@
 """Shared fixtures: synthetic checkpoints, engines built from them once per session, and pictures."""
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -10,9 +10,14 @@ import onnx
 import pytest
 from PIL import Image
 
+from i2l.engines.base import CardFacts
 from i2l.engines.cpu import backend as cpu_backend
+from i2l.engines.plugin.loading import library_of
+from i2l.engines.plugin.presence import find_plugin
+from i2l.engines.plugin.providers import WEBGPU
 from i2l.export import build
 from i2l.export.backends import cpu as cpuplan
+from i2l.export.backends import plugin as plugin_graphs
 from i2l.export.build import build_engines
 from i2l.export.checkpoints.synthetic import make_checkpoints
 from i2l.export.graphs.graphs import export_graphs
@@ -51,6 +56,27 @@ def pytest_report_header() -> str:
 
 
 @pytest.fixture(scope="session")
+def webgpu_card() -> Iterator[CardFacts]:
+    """The card behind WebGPU, or the reason why the test is skipped.
+
+    Its library stays loaded between the tests: compiling shaders takes a software renderer ten seconds and more.
+    """
+    status = find_plugin(WEBGPU)
+    if not status.works:
+        pytest.skip(f"{status.reason}: make test-webgpu runs this on a software device")
+    library = library_of(WEBGPU)
+    library.begin()
+    yield status.cards[0]
+    library.end()
+
+
+@pytest.fixture(autouse=True)
+def card_for_the_marked(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("webgpu"):
+        request.getfixturevalue("webgpu_card")
+
+
+@pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> MakeModels:
     """``models("tiny", outliers=True) -> folder`` of synthetic checkpoints; read-only for the tests."""
     made: dict[tuple[object, ...], Path] = {}
@@ -78,6 +104,7 @@ def engines(models: MakeModels, tmp_path_factory: pytest.TempPathFactory) -> Mak
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(build, "export_graphs", graphs_once)
                 patch.setattr(cpuplan, "export_graphs", graphs_once)
+                patch.setattr(plugin_graphs, "export_graphs", graphs_once)
                 build_engines(source, made[key], precision=precision, blocks_per_chunk=blocks_per_chunk)
         return made[key]
 
@@ -85,9 +112,11 @@ def engines(models: MakeModels, tmp_path_factory: pytest.TempPathFactory) -> Mak
 
 
 @cache
-def graphs_once(spec: Spec, precision: Precision) -> tuple[tuple[str, onnx.ModelProto], ...]:
-    """Exporting takes most of a tiny build's time and depends on these two alone."""
-    return tuple(export_graphs(spec, precision))
+def graphs_once(
+    spec: Spec, precision: Precision, *, but: frozenset[str] = frozenset()
+) -> tuple[tuple[str, onnx.ModelProto], ...]:
+    """Exporting takes most of a tiny build's time and depends on these alone."""
+    return tuple(export_graphs(spec, precision, but=but))
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:

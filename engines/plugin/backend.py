@@ -101,6 +101,7 @@ class PluginBackend:
         self._opened = ExitStack()
         self._engines: dict[str, PluginEngine] = {}
         self._stores: dict[Family, PluginStore] = {}
+        self._residency: Residency | None = None
         try:
             self._open(budget_bytes)
         except BaseException:
@@ -110,6 +111,7 @@ class PluginBackend:
     @property
     def residency(self) -> Residency:
         """The plan in force."""
+        assert self._residency is not None
         return self._residency
 
     @property
@@ -134,7 +136,7 @@ class PluginBackend:
         return np.asarray(self.device.read(value), np.float32)
 
     def shrink(self, cause: OutOfDeviceMemory) -> None:
-        plan = self._residency
+        plan = self.residency
         wanted = (plan.peak_bytes + plan.least_bytes) // 2  # a few tries reach the smallest plan
         if plan.peak_bytes <= plan.least_bytes:
             raise cause
@@ -160,22 +162,16 @@ class PluginBackend:
         while True:
             try:
                 self._open_device()
-                self._residency = self._plan(budget_bytes)
-                self._stores = open_stores(
-                    self.device,
-                    self._build.manifest.models,
-                    self._packs,
-                    self._places(),
-                    self._residency.resident,
-                    self._residency.slots,
-                )
+                plan = self._residency = self._plan(budget_bytes)
+                models = self._build.manifest.models
+                self._stores = open_stores(self.device, models, self._packs, self._places(), plan.resident, plan.slots)
             except OutOfDeviceMemory as error:
-                plan = self._residency if self._engines else None
-                if plan is None or plan.peak_bytes <= plan.least_bytes:
+                failed = self._residency
+                if failed is None or failed.peak_bytes <= failed.least_bytes:
                     raise
                 traceback.clear_frames(error.__traceback__)
                 self._close_device()
-                budget_bytes = (plan.peak_bytes + plan.least_bytes) // 2
+                budget_bytes = (failed.peak_bytes + failed.least_bytes) // 2
                 log.warning("%s: trying %s", error, format_bytes(budget_bytes))
             else:
                 return
@@ -220,9 +216,9 @@ class PluginBackend:
         log.warning(
             "%s: going on with %s instead of %s of it, %s instead of %s copied per pass",
             self._seat.name,
-            format_bytes(self._residency.peak_bytes),
+            format_bytes(self.residency.peak_bytes),
             format_bytes(old.peak_bytes),
-            format_bytes(self._residency.streamed_bytes),
+            format_bytes(self.residency.streamed_bytes),
             format_bytes(old.streamed_bytes),
         )
 

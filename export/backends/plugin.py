@@ -62,4 +62,4 @@ def plugin_graphs(
             same.add(name)
             yield name, exported[name]
     if same != exported.keys():
-        yield from export_graphs(spec, wanted, but=same)
+        yield from export_graphs(spec, wanted, but=frozenset(same))

@@ -32,6 +32,8 @@ class Chosen:
     """Of the backend's graphs; None takes its first."""
     card: CardFacts | None = None
     """None for the CPU."""
+    alone: bool = False
+    """Pictures do not share a pass there, as a bit would differ."""
 
     @property
     def computes(self) -> str:
@@ -59,8 +61,13 @@ def choose(candidates: Iterable[Candidate]) -> Chosen:
     record = right[name]
     cpu = "" if record.cpu_ms_per_image is None else f", the CPU {record.cpu_ms_per_image:.0f}"
     proven = f"proven on {record.subject.card.name}, {times[name]:.0f} ms an image{cpu}"
-    form = record.best.form if record.best else None
-    return Chosen(name, f"auto: {proven}{_others(passed)}", form, record.subject.card)
+    return proven_choice(record, f"auto: {proven}{_others(passed)}")
+
+
+def proven_choice(record: Record, reason: str) -> Chosen:
+    """A backend as its proof says that it is right."""
+    assert record.best is not None
+    return Chosen(record.subject.backend, reason, record.best.form, record.subject.card, record.best.alone)
 
 
 def passed_over(candidate: Candidate) -> str:

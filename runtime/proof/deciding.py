@@ -11,7 +11,7 @@ from ...engines.base import BackendStatus, CardFacts, Limits
 from ...engines.directory.manifest import Manifest
 from ...machine.wording import format_path
 from .child import TimeLimits
-from .choice import Candidate, Chosen, choose
+from .choice import Candidate, Chosen, choose, proven_choice
 from .judging import FormOutcome
 from .proving import TIMING, Prover
 from .records import Record, Records, Subject, card_of
@@ -91,7 +91,7 @@ class Decider:
         record = self.records.of(subject) if subject else None
         card = subject.card if subject else None
         if record and record.best:
-            return Chosen(status.name, "asked for", record.best.form, card)
+            return proven_choice(record, "asked for")
         if subject:
             where = f"{status.name} on {subject.card.name}"
             how = f"i2l prove --engines {format_path(self.engines)} --backend {status.name}"

@@ -23,6 +23,7 @@ TOLERANCES: Mapping[Arithmetic, float] = {
 """The largest relative error of a token, by what the operands of products are rounded to."""
 LEAST_CHANGE = 1e-3
 """Of the result: a change that is smaller drowns in float32's own rounding, 6e-8 of the result."""
+SMALLEST = 1e-30
 NOT_FINITE = 1e9
 """The error of a value that is no number; records are JSON, which has none for it."""
 
@@ -41,6 +42,8 @@ class FormOutcome:
     errors: Mapping[str, float] = field(default_factory=dict)
     """``graph -> the worst relative error``."""
     tolerance: float = 0.0
+    alone: bool = False
+    """In a batch a picture gets other bits, within the tolerance: so it is run alone. A LoRA is that of its picture."""
     peak_bytes: int | None = None
     """The most that the card saw in use; None where the backend cannot tell."""
     budget_bytes: int | None = None
@@ -81,7 +84,7 @@ def worst_error(spec: Spec, activation: Array, found: Mapping[str, Array], wante
         change = right - activation if right.shape == activation.shape else right
         rows, changes, rights = (x.reshape(-1, width).astype(np.float64) for x in (found[name] - right, change, right))
         scale = np.maximum(np.linalg.norm(changes, axis=1), LEAST_CHANGE * np.linalg.norm(rights, axis=1))
-        errors.append(float((np.linalg.norm(rows, axis=1) / np.maximum(scale, 1e-30)).max()))
+        errors.append(float((np.linalg.norm(rows, axis=1) / np.maximum(scale, SMALLEST)).max()))
     return float(np.nan_to_num(np.max(errors), nan=NOT_FINITE, posinf=NOT_FINITE))  # unlike max(), NaN wins here
 
 
@@ -91,13 +94,19 @@ def error_failure(errors: Mapping[str, float], tolerance: float) -> str:
     return f"{', '.join(wrong)} (tolerance {_percent(tolerance)})" if wrong else ""
 
 
-def difference_failure(what: str, first: Iterable[Array], second: Iterable[Array]) -> str:
-    """Say that two results are not the same to the bit, and how far they are apart; empty if they are."""
+def difference(first: Iterable[Array], second: Iterable[Array]) -> float:
+    """How far two results are apart, relative to the first, in the worst array; 0 if and only if no bit differs."""
     worst = 0.0
     for x, y in zip(first, second, strict=True):
-        if not np.array_equal(x, y, equal_nan=True):
-            worst = max(worst, float(np.linalg.norm(x - y) / max(float(np.linalg.norm(x)), 1e-30)), 1e-30)
-    return f"{what}: another result, {_percent(worst)} apart" if worst else ""
+        if not np.array_equal(x.view(np.uint32), y.view(np.uint32)):
+            apart = np.linalg.norm(x - y) / max(float(np.linalg.norm(x)), SMALLEST)
+            worst = max(worst, float(np.nan_to_num(apart, nan=NOT_FINITE, posinf=NOT_FINITE)), SMALLEST)
+    return worst
+
+
+def difference_failure(what: str, apart: float) -> str:
+    """Say that two results are not the same; empty if they are."""
+    return f"{what}: another result, {_percent(apart)} apart" if apart else ""
 
 
 def memory_failure(peak_bytes: int | None, budget_bytes: int | None) -> str:

@@ -26,7 +26,8 @@ def verdict(record: Record) -> str:
         return f"{'could not be proven' if record.refused else 'failed its proof'}: {record.failure}"
     form = f" ({record.best.form})" if record.best.form else ""
     cpu = "" if record.cpu_ms_per_image is None else f", the CPU {_ms(record.cpu_ms_per_image, record.cpu_estimated)}"
-    return f"right{form}, {_ms(record.best.ms_per_image, record.best.estimated)} an image{cpu}"
+    alone = ", one picture at a time" if record.best.alone else ""
+    return f"right{form}{alone}, {_ms(record.best.ms_per_image, record.best.estimated)} an image{cpu}"
 
 
 def record_lines(record: Record) -> Iterator[str]:

@@ -23,6 +23,7 @@ from .activations import seeded_activation
 from .judging import (
     TOLERANCES,
     FormOutcome,
+    difference,
     difference_failure,
     error_failure,
     first_steps,
@@ -93,7 +94,7 @@ class Trial:
             self.results, _ = outputs(opened, first, STRETCH)
             again, seconds = outputs(opened, first, STRETCH)
             self._advance()
-            if failure := difference_failure("a second time", self.results, again):
+            if failure := difference_failure("a second time", difference(self.results, again)):
                 return failure
             if failure := self._company(opened, images):
                 return failure
@@ -118,7 +119,7 @@ class Trial:
             self._advance()
             first = self._inputs(opened, 1)
             found, _ = outputs(opened, first, STRETCH)
-            if failure := difference_failure("with the smallest slots", self.results, found):
+            if failure := difference_failure("with the smallest slots", difference(self.results, found)):
                 return failure
             self._advance()
             self.facts |= upload_rates(opened, first)
@@ -135,7 +136,7 @@ class Trial:
         opened = offer_of(self.backend).open(self.engines, self.manifest, limits)
         with closing(opened.backend):
             found, _ = outputs(opened, self._inputs(opened, 1), STRETCH)
-        return difference_failure("with chunks that stay", self.results, found)
+        return difference_failure("with chunks that stay", difference(self.results, found))
 
     def _within(self, budget_bytes: int) -> Limits:
         return replace(self.limits, vram=VramBudget(budget_bytes))
@@ -158,16 +159,16 @@ class Trial:
         return errors
 
     def _company(self, opened: Opened, images: Mapping[Family, Array]) -> str:
-        """In a batch every image must get what it gets alone."""
+        """In a batch every image must get what it gets alone; other bits within the tolerance cost it the batch."""
         together, _ = outputs(opened, images, STRETCH)
+        apart = 0.0
         for index in {0, self.limits.images - 1}:
             one = {family: array[index : index + 1] for family, array in images.items()}
             alone = self.results if index == 0 else outputs(opened, one, STRETCH)[0]
-            among = [array[index : index + 1] for array in together]
-            if failure := difference_failure(f"in a batch of {self.limits.images}", alone, among):
-                return failure
+            apart = max(apart, difference(alone, [array[index : index + 1] for array in together]))
         self._advance()
-        return ""
+        self.facts["alone"] = 0 < apart <= self.facts["tolerance"]
+        return "" if self.facts["alone"] else difference_failure(f"in a batch of {self.limits.images}", apart)
 
     def _inputs(self, opened: Opened, images: int) -> dict[Family, Array]:
         """What the first step of each model takes."""

@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +20,19 @@ PICTURES = [picture(320, 240), picture(240, 700, seed=1)]
 CASES = [  # a new backend is one line here
     ("cpu", "fp32"),
     ("cpu", "int8"),
+    ("webgpu", "fp32"),
+    ("webgpu", "int8"),
     ("toy", "fp32"),
     ("toy", "int8"),
 ]
+MARKED = {"webgpu": [pytest.mark.webgpu]}
+"""What a backend's tests need."""
+
+
+def marked(cases: list[Any]) -> list[Any]:
+    """The cases, each with its backend's marks."""
+    rows = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*row, marks=MARKED.get(row[0], [])) for row in rows]
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +41,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BACKENDS, "toy", "toy_backend")
 
 
-@pytest.mark.parametrize(("backend", "precision"), CASES)
+@pytest.mark.parametrize(("backend", "precision"), marked(CASES))
 def test_the_lora_is_the_reference(models: MakeModels, engines: MakeEngines, backend: str, precision: str) -> None:
     with Pipeline(engines("tiny", precision), backend=backend) as pipeline:
         assert pipeline.backend_name == backend
@@ -45,7 +56,7 @@ def test_the_lora_is_the_reference(models: MakeModels, engines: MakeEngines, bac
         pipeline.lora_from_images(PICTURES)
 
 
-@pytest.mark.parametrize("backend", sorted({backend for backend, _ in CASES}))
+@pytest.mark.parametrize("backend", marked(sorted({backend for backend, _ in CASES})))
 def test_every_store_gives_what_the_graphs_take(engines: MakeEngines, backend: str) -> None:
     """Chunks that come and go twice, each with exactly the inputs of its graph."""
     directory = engines("tiny", "fp32")
@@ -68,7 +79,7 @@ def test_every_backend_says_whether_it_works() -> None:
     assert [status.name for status in statuses] == list(BACKENDS)
     assert all(status.reason and (status.works or status.remedy) for status in statuses)
     assert working_backend("toy").reason == "it is a toy"
-    with pytest.raises(BackendUnavailable, match="use one of auto, cpu, cuda, tensorrt, toy"):
+    with pytest.raises(BackendUnavailable, match="use one of auto, cpu, webgpu, cuda, tensorrt-rtx, tensorrt, toy"):
         working_backend("openvino")
 
 

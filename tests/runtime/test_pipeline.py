@@ -381,7 +381,7 @@ def test_the_remedy_for_a_missing_package_installs_it(engines: MakeEngines, back
 
 
 def test_a_backend_that_does_not_exist(engines: MakeEngines) -> None:
-    with pytest.raises(BackendUnavailable, match="use one of auto, cpu, cuda, tensorrt"):
+    with pytest.raises(BackendUnavailable, match="use one of auto, cpu, webgpu, cuda, "):
         open_engines(engines("tiny", "fp32"), backend="gpu")
 
 
@@ -390,7 +390,9 @@ def test_auto_says_why(engines: MakeEngines) -> None:
     with open_engines(engines("tiny", "fp32")) as opened:
         assert opened.backend_name == "cpu"
         reason = "no NVIDIA driver on this machine"
-        assert opened.backend_reason == f"auto: the best that works here (cuda: {reason}; tensorrt: {reason})"
+        assert opened.backend_reason.startswith("auto: the best that works here (webgpu: ")
+        assert f"; cuda: {reason}; " in opened.backend_reason
+        assert opened.backend_reason.endswith(f"; tensorrt: {reason})")
 
 
 def test_a_named_backend_was_asked_for(engines: MakeEngines) -> None:

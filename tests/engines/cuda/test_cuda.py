@@ -31,7 +31,7 @@ from i2l.engines.device import card as cuda_device
 from i2l.engines.device.backend import DeviceBackend
 from i2l.engines.device.driver import driver_release
 from i2l.engines.device.tensor import DeviceTensor
-from i2l.engines.directory.manifest import read_manifest
+from i2l.engines.directory.manifest import PROOFS, read_manifest
 from i2l.errors import (
     BackendUnavailable,
     BudgetTooSmall,
@@ -334,9 +334,11 @@ def test_the_command_makes_the_graphs(
     copy = tmp_path / "engines"
     shutil.copytree(engines("tiny", "int8"), copy)
     command = ["build-engines", "--models", str(models("tiny")), "--engines", str(copy), "--precision", "int8"]
+    (copy / PROOFS).write_text("what a card lacked")
     run = CliRunner().invoke(main, [*command, "--backend", "cuda"], catch_exceptions=False)
+    assert not (copy / PROOFS).exists()  # it may be there now
     assert run.exit_code == 0
-    assert "8 graphs for the cuda backend, which was never run on a GPU" in run.output
+    assert "8 graphs for the cuda backend; i2l prove shows whether the card is right" in run.output
     written = json.loads((graphs_folder(copy, "int8") / FACTS).read_text())
     assert {"siglip2.embed", "dinov3.embed"} < set(written)
     with pytest.raises(CudaGraphsUnusable, match="is not there"):

@@ -23,6 +23,8 @@ from i2l.engines.errors import BudgetTooSmall, DeviceFailed, EnginesMissing, Out
 
 VARIABLE = "PLAYED_CARD"
 NAME = "played"
+COMPANY = {"batches": 1.5, "company": 1 + 1e-6}
+"""What becomes of the last picture of a batch."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ class PlayedEngine:
             array[:, -1] *= 1.02  # one token
         if self._fault == "nan" and self._graph == "siglip2.head":
             array[0, 0] = np.nan
-        if self._fault == "batches" and len(array) > 1:
-            array[-1] *= 1.0001
+        if self._fault in COMPANY and len(array) > 1:
+            array[-1] *= COMPANY[self._fault]
         if self._fault == "restless":
             array += 1e-7 * np.random.default_rng().standard_normal(array.shape, np.float32)
         return array

@@ -14,6 +14,7 @@ from i2l.runtime.proof.activations import MASSIVE, seeded_activation
 from i2l.runtime.proof.choice import Candidate, choose
 from i2l.runtime.proof.judging import (
     FormOutcome,
+    difference,
     difference_failure,
     error_failure,
     memory_failure,
@@ -33,6 +34,7 @@ OUTCOMES = st.builds(
     failure=st.sampled_from(["", "wrong"]),
     refusal=st.sampled_from(["", "not built"]),
     lasting=st.booleans(),
+    alone=st.booleans(),
     errors=st.dictionaries(TEXT, st.floats(0, 1e9), max_size=2),
     peak_bytes=st.none() | st.integers(0, 1 << 40),
     ms_per_image=MS,
@@ -50,6 +52,7 @@ RECORDS = st.builds(
 
 
 def candidate(name: str, record: Record | None, *, works: bool) -> Candidate:
+    record = record and replace(record, subject=replace(record.subject, backend=name))
     card = record.subject.card if record else CardFacts("unknown")
     return Candidate(BackendStatus(name, works=works, reason="a reason", cards=(card,)), card, record)
 
@@ -119,9 +122,12 @@ def test_activations_are_massive_for_some_pictures_and_the_same_in_every_batch()
 
 def test_not_the_same_and_too_much_are_said() -> None:
     x = np.ones((2, 2), np.float32)
-    assert not difference_failure("again", [x], [x.copy()])
-    assert difference_failure("again", [x], [x + 1e-6]) == "again: another result, 9.5e-05 % apart"
-    assert "again: another result" in difference_failure("again", [x], [np.full_like(x, np.nan)])
+    assert difference([x], [x.copy()]) == 0
+    assert difference([x * 0], [x * -0.0]) > 0  # not even the sign of a zero
+    assert difference([x, x], [x, x + np.float32(1e-6)]) == pytest.approx(9.5e-7, rel=0.01)
+    assert difference([x], [np.full_like(x, np.nan)]) > 1
+    assert not difference_failure("again", 0.0)
+    assert difference_failure("again", 9.5e-7) == "again: another result, 9.5e-05 % apart"
     assert not memory_failure(None, 1)
     assert not memory_failure(1 << 30, 1 << 30)
     assert memory_failure(2 << 30, 1 << 30) == "it took 2.00 GiB of the card, 1.00 GiB were allowed"

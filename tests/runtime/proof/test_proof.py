@@ -29,6 +29,7 @@ from i2l.runtime.proof.choice import Chosen
 from i2l.runtime.proof.deciding import Decider
 from i2l.runtime.proof.judging import FormOutcome
 from i2l.runtime.proof.records import Record
+from i2l.runtime.proof.telling import verdict
 from played_card import NAME, VARIABLE, Part, find_played, open_played
 
 CPU = FormOutcome(None, ms_per_image=1e6)
@@ -151,6 +152,21 @@ def test_a_card_that_takes_the_least_by_itself_is_given_more_once(
     assert re.match("with chunks that stay: another result", prove(directory).failure)
     play(monkeypatch, modest=True)
     assert prove(directory).best
+
+
+def test_pictures_go_alone_where_company_changes_a_bit(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A LoRA is that of its picture, to the bit: a library that takes other kernels for larger batches loses them."""
+    play(monkeypatch, fault="company")
+    pictures = [picture(90, 70), picture(64, 64, seed=1)]
+    with Pipeline(directory) as pipeline:
+        assert pipeline.backend_name == NAME
+        together = pipeline.embed(pictures)
+        factors = pipeline.factors(together)
+        np.testing.assert_array_equal(together[1:], pipeline.embed(pictures[1:]))
+        for module, (a, b) in pipeline.factors(together[1:]).items():
+            np.testing.assert_array_equal(factors[module][0][1:], a)
+            np.testing.assert_array_equal(factors[module][1][1:], b)
+    assert "right, one picture at a time, " in verdict(kept(directory)[0])
 
 
 def test_a_card_that_hangs_is_left_alone(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
