@@ -30,7 +30,7 @@ from .comfy_host.folders import (
     register_folders,
     root_of,
 )
-from .comfy_host.pipelines import OpenPipelines
+from .comfy_host.pipelines import OpenPipelines, backend_names
 from .comfy_host.progress import comfy_report, total_steps
 from .lora.errors import LoraNotASum
 from .lora.keys import KEYS, KeyFormat, parse_keys
@@ -137,6 +137,14 @@ class Apply:
                         "tooltip": "Reduce the LoRA to this rank: a smaller file. 0 keeps four per picture.",
                     },
                 ),
+                "backend": (
+                    backend_names(),
+                    {
+                        "default": "auto",
+                        "tooltip": "Where to compute. auto: the best that is proven on this machine. webgpu: any card; "
+                        "it needs pip install onnxruntime-ep-webgpu in ComfyUI's Python, 3.11 or newer.",
+                    },
+                ),
             },
         }
 
@@ -152,6 +160,7 @@ class Apply:
         vram_budget_gib: float = 0.0,
         precision: str = "auto",
         rank: int = 0,
+        backend: str = "auto",
     ) -> tuple[Any, LoraData]:
         arrays = arrays_from_images(images)
         adapter = Path(z_image_file_path)
@@ -159,7 +168,7 @@ class Apply:
         roots = [home, *(root for root in model_roots() if root != home)]
         with torch.inference_mode(mode=False):  # ComfyUI runs nodes in it, torch.export refuses it
             engines, manifest = prepare_engines(adapter, roots, precision, comfy_report(), engine_folders(home))
-        backend = "cpu" if use_cpu_for_vision else "auto"
+        backend = "cpu" if use_cpu_for_vision else backend
         report = comfy_report(total_steps(manifest, len(images)))
         budget_bytes = round(vram_budget_gib * GIB) or None
         with open_pipelines.use(engines, manifest, backend, budget_bytes, report, I2LPipeline()) as pipeline:

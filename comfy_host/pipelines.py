@@ -16,6 +16,7 @@ from comfy.model_management import get_torch_device, load_models_gpu, unet_offlo
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP
 
+from ..engines.backends import BACKENDS
 from ..engines.directory.manifest import Manifest
 from ..machine.progress import Report, silent
 from ..machine.wording import format_path
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
     from ..runtime.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
+
+
+def backend_names() -> list[str]:
+    """What the node offers."""
+    return ["auto", *BACKENDS]
 
 
 class OpenPipelines:

@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"engines.cpu", "engines.plugin"}
     | {"export.checkpoints", "export.precisions", "export.graphs", "export.packs", "export.backends"},
     "look": RUNNING | {"runtime", "engines.cpu", "engines.cuda", "engines.tensorrt", "export.checkpoints", "export"},
-    "comfy_host": DISK | {"runtime", "export.checkpoints", "export"},
+    "comfy_host": DISK | {"engines.backends", "runtime", "export.checkpoints", "export"},
     "comfy_nodes": {"machine", "lora", "comfy_host"},
     "commands": RUNNING
     | {"runtime", "look", "engines.tensorrt"}
