@@ -117,11 +117,12 @@ class Apply:
         vram_budget_gib: float = 0.0,
         precision: str = "auto",
         rank: int = 0,
+        backend: str = "auto",
     ) -> tuple[Any, LoraData, Any]:
         adapter = Path(z_image_file_path)
         home = root_of(adapter)
         roots = [home, *(root for root in model_roots() if root != home)]
-        backend = "cpu" if use_cpu_for_vision else "auto"
+        backend = "cpu" if use_cpu_for_vision else backend
         budget_bytes = round(vram_budget_gib * GIB) or None
         with node_text() as tell:
             arrays = arrays_from_images(images)

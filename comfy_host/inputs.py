@@ -8,6 +8,8 @@ every new widget comes after them, and all are optional, so that prompts sent th
 
 from typing import Any, TypeAlias
 
+from ..engines.backends import BACKENDS
+
 Inputs: TypeAlias = dict[str, dict[str, tuple[Any, ...]]]
 CATEGORY = "Z-Image-i2L"
 SEARCH_ALIASES = ("image to lora", "picture to lora", "style lora", "lora from images", "i2l")
@@ -84,6 +86,15 @@ def apply_inputs() -> Inputs:
                     "max": 256,
                     "advanced": True,
                     "tooltip": "Reduce the LoRA to this rank: a smaller file. 0 keeps four per picture.",
+                },
+            ),
+            "backend": (
+                ["auto", *BACKENDS],
+                {
+                    "default": "auto",
+                    "advanced": True,
+                    "tooltip": "Where to compute. auto: the best that is proven on this machine. webgpu: any card; it "
+                    "needs pip install onnxruntime-ep-webgpu in ComfyUI's Python.",
                 },
             ),
         },

@@ -60,7 +60,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "serve": RUNNING | {"runtime"},
     "serve.http": RUNNING | {"runtime", "look", "serve"},
-    "comfy_host": DISK | {"lora", "runtime", "export.checkpoints", "export"},
+    "comfy_host": DISK | {"engines.backends", "lora", "runtime", "export.checkpoints", "export"},
     "comfy_nodes": {"machine", "lora", "comfy_host"},
     "commands": RUNNING
     | {"runtime", "runtime.proof", "look", "engines.tensorrt", "serve", "serve.http"}

@@ -202,6 +202,17 @@ def test_saved_widget_values_keep_their_meaning(nodes: ModuleType, values: list[
     assert nodes.open_pipelines._key[2] == backend
 
 
+@pytest.mark.parametrize("backend", ["cpu", pytest.param("webgpu", marks=pytest.mark.webgpu)])
+def test_apply_takes_a_backend(nodes: ModuleType, backend: str) -> None:
+    names, facts = nodes.Apply.INPUT_TYPES()["optional"]["backend"]
+    assert {"auto", backend} <= set(names)
+    assert "onnxruntime-ep-webgpu" in facts["tooltip"]
+    adapter = nodes.PipelineLoader().load("Z-Image-i2L.safetensors")[0]
+    _, data = nodes.Apply().apply(adapter, batch(), 0.5, backend=backend)
+    assert nodes.open_pipelines._pipeline.backend_name == backend
+    assert data
+
+
 def test_apply_gives_what_the_pipeline_gives(apply: Callable[..., Any], home: Path) -> None:
     images = batch(2)
     _, data = apply(images, 1.0)
