@@ -64,7 +64,7 @@ def require_writable(path: Path) -> None:
     """Find out before any work whether ``path`` can be written; raises like :func:`atomic_path`, leaves nothing."""
     with explained_os_errors(path):
         _require_replaceable(path)
-        folder = next(p for p in path.absolute().parents if p.exists())
+        folder = _existing(path.absolute().parent, path)
         probe = folder / f".{path.name}.{os.getpid()}.probe"
         probe.touch()
         probe.unlink()
@@ -81,8 +81,15 @@ def _require_replaceable(path: Path) -> None:
 
 def free_bytes(path: Path) -> int:
     """Free bytes on the disk that ``path`` is, or will be, on."""
-    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(_existing(path.absolute(), path)).free
+
+
+def _existing(folder: Path, path: Path) -> Path:
+    """``folder``, or the nearest folder above it that is there; on Windows a whole drive may be missing."""
+    for place in (folder, *folder.parents):
+        if place.exists():
+            return place
+    raise OutputUnwritable(path, f"there is no drive {folder.drive}")
 
 
 def require_free(path: Path, needed_bytes: int) -> None:

@@ -1,5 +1,6 @@
 """Limits of control groups, as a container's process finds them."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,7 @@ def test_the_memory_of_a_control_group(tmp_path: Path, case: str) -> None:
     assert memory_limit(tmp_path / "membership", tmp_path / "groups") == wanted
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="of /proc and /sys")
 def test_available_memory_is_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "memory_limit", lambda: None)
     unlimited = memory.available_bytes()
