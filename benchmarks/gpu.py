@@ -3,7 +3,8 @@
 Makes synthetic checkpoints and engines in the work folder if they are not there. Without a GPU it says why and ends.
 A backend behind a plugin provider, such as webgpu, counts no bytes on the card and copies from pageable memory: what it
 uploads in a second stands in the place of the pinned bandwidth.
-Usage: python benchmarks/gpu.py --preset tiny|small|full [--backend NAME] [--precision int8|fp8] [--work DIR] [--json FILE]
+Usage: python benchmarks/gpu.py --preset tiny|small|full [--backend NAME] [--precision int8|fp8] [--work DIR]
+       [--json FILE]
 """
 
 import argparse

@@ -98,7 +98,7 @@ def batch(
     if plan.skipped:
         tell(skipped_line(plan.skipped) if per == "image" else skipped_beside_folders(plan.skipped), err=True)
     if dry_run:
-        forecast(plan, engines, output_dir, dtype)
+        forecast(plan, engines, output_dir, dtype, as_json=as_json)
         return
     with explained_os_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,9 @@ def batch(
         raise click.exceptions.Exit(1)
 
 
-def forecast(plan: "Plan", engines: Path, output_dir: Path, dtype: Literal["bf16", "fp16", "fp32"]) -> None:
+def forecast(
+    plan: "Plan", engines: Path, output_dir: Path, dtype: Literal["bf16", "fp16", "fp32"], *, as_json: bool
+) -> None:
     """Say what the batch will take. A LoRA that is there counts as finished: whether it still is, shows the batch."""
     from ..engines.directory.manifest import read_manifest  # noqa: PLC0415
     from ..look.forecast import lora_bytes, room, roughly, seconds_per_image  # noqa: PLC0415
@@ -156,12 +158,23 @@ def forecast(plan: "Plan", engines: Path, output_dir: Path, dtype: Literal["bf16
     assert isinstance(adapter, AdapterSpec)
     missing = [job for job in plan.jobs if not job.output.exists()]
     images = [len(job.images) for job in missing]
-    click.echo(
-        f"{counted(len(missing), 'LoRA')} from {counted(sum(images), 'picture')} to {format_path(output_dir)}, "
-        f"{len(plan.jobs) - len(missing)} there already"
-    )
-    for job in missing:
-        click.echo(f"  {format_path(job.output)}")
     per_image = seconds_per_image(manifest.models, manifest.precision)
     seconds = None if per_image is None else per_image * sum(images)
-    click.echo(f"needs {room(lora_bytes(adapter, images, dtype), free_bytes(output_dir))}; {roughly(seconds)}")
+    needed, free = lora_bytes(adapter, images, dtype), free_bytes(output_dir)
+    there = len(plan.jobs) - len(missing)
+    if as_json:
+        outputs = [str(job.output) for job in missing]
+        facts = {
+            "outputs": outputs,
+            "there_already": there,
+            "pictures": sum(images),
+            "bytes": needed,
+            "free_bytes": free,
+        }
+        click.echo(json.dumps({**facts, "predicted_seconds": seconds}))
+        return
+    loras, pictures = counted(len(missing), "LoRA"), counted(sum(images), "picture")
+    click.echo(f"{loras} from {pictures} to {format_path(output_dir)}, {there} there already")
+    for job in missing:
+        click.echo(f"  {format_path(job.output)}")
+    click.echo(f"needs {room(needed, free)}; {roughly(seconds)}")

@@ -11,7 +11,9 @@ class LoraUnreadable(I2LError, ValueError):
     """A file is not a LoRA that i2l understands."""
 
     def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{format_path(path)} is not a LoRA that i2l understands ({reason})")
+        super().__init__(
+            f"{format_path(path)} is not a LoRA that i2l understands ({reason}): i2l inspect says what it is"
+        )
 
 
 class LoraMissing(LoraUnreadable, FileNotFoundError):

@@ -77,7 +77,7 @@ def require_writable(path: Path) -> None:
         _require_replaceable(path)
         with suppress(FileNotFoundError):
             path.lstat()  # the system says here that a name is too long
-        create_temporary(next(p for p in path.absolute().parents if p.exists())).unlink()
+        create_temporary(_existing(path.absolute().parent, path)).unlink()
 
 
 def create_temporary(folder: Path) -> Path:
@@ -183,8 +183,15 @@ def _require_replaceable(path: Path) -> None:
 
 def free_bytes(path: Path) -> int:
     """Free bytes on the disk that ``path`` is, or will be, on."""
-    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(_existing(path.absolute(), path)).free
+
+
+def _existing(folder: Path, path: Path) -> Path:
+    """``folder``, or the nearest folder above it that is there; on Windows a whole drive may be missing."""
+    for place in (folder, *folder.parents):
+        if place.exists():
+            return place
+    raise OutputUnwritable(path, f"there is no drive {folder.drive}")
 
 
 def require_free(path: Path, needed_bytes: int) -> None:

@@ -22,7 +22,9 @@ def format_bytes(count: int) -> str:
 
 
 def format_path(path: Path) -> str:
-    """A path with the home directory written as ``~``."""
+    """A path with the home directory written as ``~``, where shells know that."""
+    if os.name == "nt":
+        return str(path)
     try:
         return printable(f"~/{path.relative_to(Path.home())}")
     except (ValueError, RuntimeError):

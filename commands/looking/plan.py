@@ -51,7 +51,7 @@ def plan(
         engines = Path(value)
         tell(f"--engines {value} (${ENGINES_VARIABLE})", err=True)
     if (engines is None) == (preset is None):
-        raise click.UsageError(f"give either --engines (or ${ENGINES_VARIABLE}) or --preset")
+        raise click.UsageError(f"give either --engines or --preset; or set ${ENGINES_VARIABLE}")
     found = models_of_engines(engines) if engines else {precision: models_of_preset(str(preset), precision)}
     tables = {
         name: [{"precision": name} | row for size in budgets for row in predicted(models, size, links, tflops, images)]

@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,6 +92,18 @@ def test_a_log_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err == "dinov3: 10 %\ndinov3: 20 %\n"
 
 
+def test_completion_knows_commands_and_options() -> None:
+    """As README says; asked as a shell asks."""
+    command = str(Path(sys.executable).with_name("i2l"))
+    asked = {"_I2L_COMPLETE": "bash_complete", "COMP_WORDS": "i2l batch --dry", "COMP_CWORD": "2"}
+    answers = [
+        subprocess.run([command], env=os.environ | more, capture_output=True, text=True, check=False).stdout
+        for more in ({"_I2L_COMPLETE": "bash_source"}, asked)
+    ]
+    assert "_i2l_completion i2l" in answers[0]
+    assert answers[1].strip() == "plain,--dry-run"
+
+
 # --- what was meant ----------------------------------------------------------------------------------------------
 
 
@@ -148,6 +163,10 @@ def test_a_batch_is_forecast_and_nothing_is_made(photos: Path, engines: MakeEngi
     assert first.startswith(f"2 LoRAs from 2 pictures to {output}, 0 there already")
     assert named == [f"  {output / '0.safetensors'}", f"  {output / '1.safetensors'}"]
     assert "predicted" in last
+    facts = json.loads(i2l(*arguments, "--dry-run", "--json").stdout)
+    assert facts["outputs"] == [line.strip() for line in named]
+    assert 0 < facts["bytes"] < facts["free_bytes"]
+    assert facts["predicted_seconds"] > 0
     assert i2l(*arguments).exit_code == 0
     bytes_forecast = lora_bytes(PRESETS["tiny"].adapter, [1, 1], "bf16")
     header = 20_000  # at most, of each

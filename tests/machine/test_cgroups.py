@@ -1,5 +1,6 @@
 """Limits of control groups, as a container's process finds them."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,9 +69,23 @@ def test_the_memory_of_a_control_group(tmp_path: Path, case: str) -> None:
     assert memory_limit(tmp_path / "membership", tmp_path / "groups") == wanted
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="of /proc and /sys")
 def test_available_memory_is_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "memory_limit", lambda: None)
     unlimited = memory.available_bytes()
     monkeypatch.setattr(memory, "memory_limit", lambda: 12345)
     assert memory.available_bytes() == 12345
     assert unlimited is None or unlimited > 12345
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="of /proc and getrusage")
+def test_the_peak_without_a_line_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gVisor's /proc/self/status has none; the LoRA is written by then, so this must not fail."""
+    for name, text in (("status", "Name:\tpython\n"), ("absent", None)):
+        if text:
+            (tmp_path / name).write_text(text)
+        monkeypatch.setattr(memory, "STATUS", tmp_path / name)
+        assert 1 << 20 < memory.peak_resident_bytes() < 1 << 46
+    (tmp_path / "status").write_text("Name:\tpython\nVmHWM:\t    1234 kB\n")
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "status")
+    assert memory.peak_resident_bytes() == 1234 * 1024

@@ -17,6 +17,7 @@ def write(path: Path, text: str) -> None:
     path.write_text(text, encoding="ascii")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="of /proc and /sys")
 @given(cores=st.integers(1, 16), siblings=st.integers(1, 4), data=st.data())
 def test_siblings_count_once(
     tmp_path_factory: pytest.TempPathFactory, cores: int, siblings: int, data: st.DataObject

@@ -20,6 +20,8 @@ from i2l.machine.filenames import windows_problem
 from i2l.machine.platforms import mapping, windows
 from i2l.machine.wording import command_path
 
+posix = pytest.mark.skipif(os.name == "nt", reason="of POSIX paths and shells")
+
 
 class Kernel32:
     """What the functions are documented to do with what they are given; it writes down the addresses."""
@@ -112,9 +114,8 @@ def test_reading_ahead_is_the_threads(kernel32: Kernel32, tmp_path: Path, monkey
     mapped.close()
 
 
+@posix
 def test_elsewhere_there_is_no_kernel32() -> None:
-    if os.name == "nt":
-        pytest.skip("this is Windows")
     with pytest.raises(OSError, match="no kernel32"):
         windows.kernel32()
 
@@ -165,6 +166,7 @@ def test_names_that_windows_does_not_keep(name: str, problem: str) -> None:
     assert problem in found if problem else not found
 
 
+@posix
 def test_such_a_name_is_refused_on_windows_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files.require_writable(tmp_path / "a:b.safetensors")
     monkeypatch.setattr(files, "os", Nt())
@@ -184,12 +186,14 @@ class Nt:
 # --- commands to copy --------------------------------------------------------------------------------------------
 
 
+@posix
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1))
 def test_sh_reads_the_path_that_was_meant(text: str) -> None:
     path = Path(text)
     assert shlex.split(command_path(path)) == [str(path)]
 
 
+@posix
 @pytest.mark.parametrize(
     ("path", "wanted"),
     [
@@ -209,6 +213,7 @@ def test_paths_in_commands_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert command_path(Path(r"C:\Users\me\My $Models")) == r'"C:\Users\me\My $Models"'
 
 
+@posix
 def test_errors_name_whole_paths_in_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """``~`` is for reading: pip and cmd.exe do not know it."""
     monkeypatch.setenv("HOME", str(tmp_path))

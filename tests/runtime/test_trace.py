@@ -60,10 +60,23 @@ def test_the_picture_shows_lanes_and_memory(engines: MakeEngines, photo: Path, t
     assert run(engines("tiny", "fp32"), photo, output, direct).exit_code == 0
     assert run(engines("tiny", "fp32"), photo, output, file).exit_code == 0
     assert CliRunner().invoke(main, ["plot-trace", str(file), str(drawn)]).exit_code == 0
+    for name in ("trace.trace.png", "trace-2.trace.png"):  # a default name replaces nothing
+        assert CliRunner().invoke(main, ["plot-trace", str(file)]).stdout.strip().endswith(name)
     for path in (direct, drawn):
         with Image.open(path) as image:
             colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 24) or []}
         assert {(31, 119, 180), (44, 160, 44)} <= colours  # tab:blue runs, tab:green prefetches
+
+
+def test_the_models_of_a_trace_are_named_where_they_run() -> None:
+    from i2l.look.trace_picture import models_of
+
+    def span(name: str, begin: float) -> dict[str, Any]:
+        return {"name": name, "ts": begin, "dur": 5.0}
+
+    spans = [span("run siglip2.embed", 10), span("prefetch dinov3.embed", 11), span("run siglip2.head", 20)]
+    spans += [span("run siglip2.embed", 40), span("run dinov3.embed", 30)]  # a second pass; lanes come in any order
+    assert models_of(spans) == [("siglip2", 10, 25), ("dinov3", 30, 35), ("siglip2", 40, 45)]
 
 
 def test_what_cannot_be_traced(engines: MakeEngines, photo: Path, tmp_path: Path) -> None:
