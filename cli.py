@@ -30,8 +30,8 @@ from .commands.options import DEBUG
 from .commands.run import run
 from .machine.errors import I2LError, StandardOutputUnwritable, SystemRefused
 
-LOOKING = frozenset({"plan", "inspect", "verify", "doctor"})
-"""Commands whose work is what they print."""
+LOOKING = frozenset({"plan", "inspect", "verify", "doctor", "--help", "-h", "--version"})
+"""Commands and options whose work is what they print."""
 INTERRUPTED = 128 + signal.SIGINT
 """What a shell makes of a program that Ctrl-C has ended."""
 
@@ -94,7 +94,7 @@ class Commands(click.Group):
             quiet = isinstance(failure, BrokenPipeError)
             if not quiet:
                 click.echo(f"error: {StandardOutputUnwritable(failure.strerror or str(failure))}", err=True)
-            sys.exit(ending.code or sys.argv[1] in LOOKING)
+            sys.exit(ending.code or not LOOKING.isdisjoint(sys.argv[1:2] + sys.argv[-1:]))
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
