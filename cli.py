@@ -56,8 +56,8 @@ def lenient_streams() -> Lenient | None:
     One that is closed becomes the null device: else the first file that is opened would take its number, and whatever
     writes to standard error would write into a LoRA. Streams that somebody else has put there stay.
     """
-    if sys.stdout is not sys.__stdout__ or sys.stderr is not sys.__stderr__:
-        return None
+    if os.name == "nt" or sys.stdout is not sys.__stdout__ or sys.stderr is not sys.__stderr__:
+        return None  # Windows' console is no file descriptor
     for number in range(3):
         try:
             os.fstat(number)
@@ -84,7 +84,8 @@ class Commands(click.Group):
         """As click's, with streams that stop no work; a full disk behind standard output is explained at the end."""
         if (output := lenient_streams()) is None:
             return super().main(*args, **options)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             return super().main(*args, **options)
         except SystemExit as ending:
