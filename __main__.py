@@ -5,7 +5,8 @@ import signal
 
 def main() -> None:
     """Run the command line."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line takes over
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a script's background job has it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the command line takes over
     from .cli import main as cli  # noqa: PLC0415 - the imports are what takes time
 
     cli()

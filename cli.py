@@ -32,8 +32,8 @@ from .commands.run import run
 from .commands.serve import serve
 from .machine.errors import I2LError, StandardOutputUnwritable, SystemRefused
 
-LOOKING = frozenset({"plan", "inspect", "verify", "doctor"})
-"""Commands whose work is what they print."""
+LOOKING = frozenset({"plan", "inspect", "verify", "doctor", "--help", "-h", "--version"})
+"""Commands and options whose work is what they print."""
 INTERRUPTED = 128 + signal.SIGINT
 """What a shell makes of a program that Ctrl-C has ended."""
 
@@ -58,8 +58,8 @@ def lenient_streams() -> Lenient | None:
     One that is closed becomes the null device: else the first file that is opened would take its number, and whatever
     writes to standard error would write into a LoRA. Streams that somebody else has put there stay.
     """
-    if sys.stdout is not sys.__stdout__ or sys.stderr is not sys.__stderr__:
-        return None
+    if os.name == "nt" or sys.stdout is not sys.__stdout__ or sys.stderr is not sys.__stderr__:
+        return None  # Windows' console is no file descriptor
     for number in range(3):
         try:
             os.fstat(number)
@@ -86,7 +86,8 @@ class Commands(click.Group):
         """As click's, with streams that stop no work; a full disk behind standard output is explained at the end."""
         if (output := lenient_streams()) is None:
             return super().main(*args, **options)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             return super().main(*args, **options)
         except SystemExit as ending:
@@ -96,7 +97,7 @@ class Commands(click.Group):
             quiet = isinstance(failure, BrokenPipeError)
             if not quiet:
                 click.echo(f"error: {StandardOutputUnwritable(failure.strerror or str(failure))}", err=True)
-            sys.exit(ending.code or sys.argv[1] in LOOKING)
+            sys.exit(ending.code or not LOOKING.isdisjoint(sys.argv[1:2] + sys.argv[-1:]))
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

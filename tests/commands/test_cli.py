@@ -202,7 +202,6 @@ RUN_FAILURES: dict[str, tuple[Case, Sequence[str]]] = {
     "output under a file": (lambda p: p.run(output=p.photo / "lora"), ["cannot write", "Not a directory"]),
     "output far under a file": (lambda p: p.run(output=p.photo / "a" / "lora"), ["cannot write", "Not a directory"]),
     "output in /proc": (lambda p: p.run(output=Path("/proc/lora")), ["cannot write /proc/lora"]),
-    "output name too long": (lambda p: p.run(output=p.folder / ("x" * 260)), ["cannot write", "File name too long"]),
     "no cuda": (lambda p: [*p.run(), "--backend", "cuda"], ["backend cuda cannot run here"]),
     "no tensorrt": (lambda p: [*p.run(), "--backend", "tensorrt"], ["backend tensorrt cannot run here"]),
     "too strong": (lambda p: [*p.run(), "--strength", "1e9", "--dtype", "fp16"], ["too large for fp16", "fp32"]),
@@ -374,8 +373,8 @@ def test_ctrl_c_during_a_run(place: Place, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(ort.OrtEngine, "run", interrupted)
     result = i2l(*place.run())
-    assert result.exit_code == 1
-    assert "Aborted!" in result.stderr
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert "error" not in result.stderr
     assert set(load_file(place.output)) == {f"diffusion_model.zero.lora_{side}.weight" for side in "AB"}
 
 
@@ -828,8 +827,7 @@ def test_ctrl_c_leaves_whole_files(place: Place, monkeypatch: pytest.MonkeyPatch
         time.sleep(0.005)
     running.send_signal(signal.SIGINT)
     _, stderr = running.communicate(timeout=60)
-    assert running.returncode == 1
-    assert "Aborted!" in stderr
+    assert running.returncode == 130
     assert "Traceback" not in stderr
     left = list(folder.iterdir())
     assert whole <= len(left) < whole + 2
@@ -871,9 +869,8 @@ def test_ctrl_c_during_a_build_leaves_the_previous_engines(place: Place) -> None
         time.sleep(0.01)
     build.send_signal(signal.SIGINT)
     stdout, stderr = build.communicate(timeout=60)
-    assert build.returncode == 1
+    assert build.returncode == 130
     assert stdout == ""
-    assert "Aborted!" in stderr
     assert "Traceback" not in stderr
     assert [path.name for path in engines.glob("build-*")] == [old]
     assert i2l(*place.run(engines=engines)).exit_code == 0

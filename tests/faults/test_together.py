@@ -70,7 +70,7 @@ def test_a_failed_call_leaves_the_pipeline_free(pipeline: Pipeline) -> None:
 
 def test_threads_with_a_pipeline_each_share_a_cache(engines: MakeEngines, tmp_path: Path) -> None:
     pictures = [picture(40, 40, seed) for seed in range(3)]
-    with open_engines(engines("tiny", "int8")) as one:
+    with open_engines(engines("tiny", "int8"), threads=1) as one:
         wanted = one.embed(pictures)
     found: list[Any] = []
 
