@@ -55,7 +55,7 @@ $(CPUS)/.ready: $(VENV)/.ready tests/cpus/setup
 
 test-comfyui: setup $(if $(filter $(COMFYUI_OWN)/%,$(COMFYUI_PYTHON)),$(COMFYUI_OWN)/.ready)  ## The nodes in a real ComfyUI and a browser (COMFYUI=folder; COMFYUI_PYTHON=its Python, or one is set up)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt playwright
-	$(BIN)/python tests/real_comfyui.py $(COMFYUI) --python $(COMFYUI_PYTHON)
+	$(BIN)/python tests/real_comfyui.py $(COMFYUI) --python $(COMFYUI_PYTHON) $(if $(SCREENSHOTS),--screenshots $(SCREENSHOTS))
 
 $(COMFYUI_OWN)/.ready: $(VENV)/.ready tests/comfyui/setup
 	tests/comfyui/setup $(COMFYUI_OWN) $(COMFYUI) $(BIN)/python
