@@ -275,6 +275,22 @@ def test_progress_counts_every_step_once(
     assert set(values) == set(range(steps + 1))
 
 
+@pytest.mark.parametrize("total", [1, 1000, 9 << 30])
+@pytest.mark.parametrize("graphs", [1, 12, 40])
+@pytest.mark.usefixtures("host")
+def test_the_bar_of_a_build_moves_with_every_graph_and_ends_at_its_end(graphs: int, total: int) -> None:
+    place = importlib.import_module("i2l.comfy_host.progress").of_build(graphs)
+    reports = [0] * graphs + [total * step // 8 for step in range(1, 9)]
+    stands = [place("any", done, total) for done in reports]
+    (of,) = {of for _, of in stands}
+    shares = [value / of for value, _ in stands]
+    assert shares == sorted(shares)
+    assert all(before < after for before, after in zip(shares, shares[1:graphs], strict=False))
+    assert shares[-1] == 1
+    if total > 1000:
+        assert 0.19 < shares[graphs - 1] < 0.21  # a fifth is a quarter of the rest
+
+
 def test_a_second_run_opens_nothing(apply: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     apply()
     opened: list[object] = []
