@@ -6,7 +6,8 @@ CPUS := .cpus
 DEMO := demo
 PRESET ?= small
 COMFYUI ?= ../ComfyUI
-COMFYUI_PYTHON ?= $(COMFYUI)/venv/bin/python
+COMFYUI_OWN := .comfyui
+COMFYUI_PYTHON ?= $(COMFYUI_OWN)/bin/python
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint types unit soak fuzz audit test-cpus test-comfyui test-gpu test-webgpu test-serve soak-serve format bench-cpu bench-peers bench-gpu clean
@@ -70,8 +71,13 @@ $(CPUS)/.ready: $(VENV)/.ready tests/cpus/setup
 	tests/cpus/setup $(CPUS) $(BIN)/python
 	@touch $@
 
-test-comfyui: setup  ## The nodes in a real ComfyUI (COMFYUI=folder COMFYUI_PYTHON=its Python)
-	$(BIN)/python tests/real_comfyui.py $(COMFYUI) --python $(COMFYUI_PYTHON)
+test-comfyui: setup $(if $(filter $(COMFYUI_OWN)/%,$(COMFYUI_PYTHON)),$(COMFYUI_OWN)/.ready)  ## The nodes in a real ComfyUI and a browser (COMFYUI=folder; COMFYUI_PYTHON=its Python, or one is set up)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt playwright
+	$(BIN)/python tests/real_comfyui.py $(COMFYUI) --python $(COMFYUI_PYTHON) $(if $(SCREENSHOTS),--screenshots $(SCREENSHOTS))
+
+$(COMFYUI_OWN)/.ready: $(VENV)/.ready tests/comfyui/setup
+	tests/comfyui/setup $(COMFYUI_OWN) $(COMFYUI) $(BIN)/python
+	@touch $@
 
 test-gpu: setup  ## i2l prove, and what else only a GPU shows; skipped with a reason where there is none
 	$(BIN)/python -m pytest -m gpu -rs
@@ -100,4 +106,4 @@ bench-gpu: setup  ## The backends of a GPU: parity, bandwidth, times, VRAM, kern
 	$(BIN)/python benchmarks/gpu.py --preset $(PRESET)
 
 clean:  ## Remove the demo and all caches
-	rm -rf $(DEMO) $(CPUS) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(DEMO) $(CPUS) $(COMFYUI_OWN) .mypy_cache .pytest_cache .ruff_cache .hypothesis

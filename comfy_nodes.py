@@ -22,11 +22,14 @@ from .comfy_host.folders import (
     new_preview,
     register_folders,
     root_of,
+    shown_path,
 )
 from .comfy_host.heat_map import heat_map
 from .comfy_host.inputs import (
     APPLY_OUTPUTS,
     CATEGORY,
+    LOADER_ALIASES,
+    SAVE_ALIASES,
     SEARCH_ALIASES,
     Inputs,
     apply_inputs,
@@ -41,7 +44,6 @@ from .comfy_host.requirements import absent_packages, install_command, require_p
 from .comfy_host.tensors import LoraData, arrays_from_images, lora_from_tensors, tensors_from_lora
 from .lora.lowrank import reduce_lora
 from .lora.norms import norm_table
-from .machine.errors import I2LError
 from .machine.wording import GIB, format_bytes, format_path
 
 log = logging.getLogger(__name__)
@@ -60,7 +62,7 @@ class PipelineLoader:
 
     CATEGORY = CATEGORY
     DESCRIPTION = "Chooses the Z-Image-i2L adapter, a file in models/I2L/Z-Image, for Z-Image i2L Apply."
-    SEARCH_ALIASES = SEARCH_ALIASES
+    SEARCH_ALIASES = LOADER_ALIASES
     RETURN_TYPES = ("ZI2L_FILE",)
     RETURN_NAMES = ("z_image_file_path",)
     OUTPUT_TOOLTIPS = ("The chosen file, for Z-Image i2L Apply.",)
@@ -71,19 +73,11 @@ class PipelineLoader:
         names = adapter_names() or [DEFAULT_ADAPTER]
         return loader_inputs(names, DEFAULT_ADAPTER if DEFAULT_ADAPTER in names else names[0])
 
-    @classmethod
-    def VALIDATE_INPUTS(cls, model_filename: str) -> bool | str:  # noqa: N802 - ComfyUI's name
-        """Ask for packages and for the right file before anything runs; ComfyUI shows the text on the node."""
-        try:
-            cls().load(model_filename)
-        except I2LError as error:
-            return str(error)
-        return True
-
     def load(self, model_filename: str) -> tuple[str]:
-        require_packages()
-        path = adapter_path(model_filename)
-        adapter_checkpoint(path)
+        with node_text():  # what is wrong with packages or files is said here, before the pictures are computed
+            require_packages()
+            path = adapter_path(model_filename)
+            adapter_checkpoint(path)
         return (str(path),)
 
 
@@ -158,7 +152,7 @@ class Save:
         "Saves to output/loras, where Load LoRA finds the file, and shows how much it changes each weight. A name that "
         "is taken gets a number."
     )
-    SEARCH_ALIASES = (*SEARCH_ALIASES, "save lora")
+    SEARCH_ALIASES = SAVE_ALIASES
     RETURN_TYPES = ()
     FUNCTION = "save"
     OUTPUT_NODE = True
@@ -172,7 +166,7 @@ class Save:
             lora = lora_from_tensors(lora_data)
             path = lora.save(free_lora_path(filename))
             size, made = format_bytes(path.stat().st_size), getattr(lora_data, "made", "")
-            tell(f"{path}\nrank {lora.rank}, {size} {made}".rstrip())
+            tell(f"{shown_path(path)}\nrank {lora.rank}, {size} {made}".rstrip())
             log.info("i2l: saved %s, rank %d", format_path(path), lora.rank)
             picture, preview = new_preview()
             heat_map(norm_table(lora), f"{path.stem}, rank {lora.rank}").save(picture)

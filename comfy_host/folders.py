@@ -132,6 +132,12 @@ def new_preview() -> tuple[Path, dict[str, str]]:
     return folder / name, {"filename": name, "subfolder": "", "type": "temp"}
 
 
+def shown_path(path: Path) -> str:
+    """A path on a node, which has little room: from ComfyUI's ``output`` on, or as a whole if it lies elsewhere."""
+    output = Path(folder_paths.get_output_directory()).resolve()
+    return path.relative_to(output.parent).as_posix() if path.is_relative_to(output) else str(path)
+
+
 def engine_folders(home: Path) -> list[Path]:
     """Where engines may be, best first: by the adapter, ``models/I2L``, ``output``, ``user``, other search paths."""
     own = Path(folder_paths.models_dir) / KIND

@@ -16,6 +16,8 @@ VIRIDIS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231,
 BLANK, INK, PAPER = (217, 217, 217), (40, 40, 40), (255, 255, 255)
 CELL_WIDTH, CELL_HEIGHT = 18, 28
 LEFT, TOP, BOTTOM, RIGHT = 150, 46, 48, 96
+COLUMNS_WIDTH = 270
+"""At least, so that the title has room above few blocks."""
 LETTERS = 15
 """Height of the text in pixels."""
 
@@ -23,7 +25,8 @@ LETTERS = 15
 def heat_map(table: NormTable, title: str) -> Image.Image:
     """The norms as rectangles: a column for each block, a row for each target, dark for 0."""
     rows, columns = table.norms.shape
-    width, height = LEFT + columns * CELL_WIDTH + RIGHT, TOP + rows * CELL_HEIGHT + BOTTOM
+    cell = cell_width(columns)
+    width, height = LEFT + columns * cell + RIGHT, TOP + rows * CELL_HEIGHT + BOTTOM
     image = Image.new("RGB", (width, height), PAPER)
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(LETTERS)
     highest = float(np.nanmax(table.norms)) or 1.0
@@ -33,11 +36,16 @@ def heat_map(table: NormTable, title: str) -> Image.Image:
         y = TOP + row * CELL_HEIGHT
         draw.text((LEFT - 8, y + CELL_HEIGHT // 2), target, INK, font, anchor="rm")
         for column in range(columns):
-            x = LEFT + column * CELL_WIDTH
-            draw.rectangle((x, y, x + CELL_WIDTH - 2, y + CELL_HEIGHT - 2), colour(table.norms[row, column] / highest))
-    _axis(draw, table, TOP + rows * CELL_HEIGHT)
-    _scale(draw, LEFT + columns * CELL_WIDTH + 16, rows * CELL_HEIGHT, highest)
+            x = LEFT + column * cell
+            draw.rectangle((x, y, x + cell - 2, y + CELL_HEIGHT - 2), colour(table.norms[row, column] / highest))
+    _axis(draw, table, cell, TOP + rows * CELL_HEIGHT)
+    _scale(draw, LEFT + columns * cell + 16, rows * CELL_HEIGHT, highest)
     return image
+
+
+def cell_width(columns: int) -> int:
+    """Pixels of a column."""
+    return max(CELL_WIDTH, COLUMNS_WIDTH // columns)
 
 
 def colour(share: float) -> tuple[int, int, int]:
@@ -51,15 +59,15 @@ def colour(share: float) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def _axis(draw: Any, table: NormTable, y: int) -> None:
+def _axis(draw: Any, table: NormTable, cell: int, y: int) -> None:
     """Every fifth block's number, and below it the component's name."""
     small = ImageFont.load_default(11)
     for column, block in enumerate(table.blocks):
         number = max(block_number(block), 0)
         if number % 5 == 0:
-            draw.text((LEFT + (column + 0.5) * CELL_WIDTH, y + 2), str(number), INK, small, anchor="ma")
+            draw.text((LEFT + (column + 0.5) * cell, y + 2), str(number), INK, small, anchor="ma")
     for level, (name, first, last) in enumerate(components(table.blocks)):
-        start, end = LEFT + first * CELL_WIDTH, LEFT + (last + 1) * CELL_WIDTH - 2
+        start, end = LEFT + first * cell, LEFT + (last + 1) * cell - 2
         draw.line((start, y + 16, end, y + 16), INK, 2)
         # names of short components would overlap side by side
         draw.text(((start + end) / 2, y + 19 + 13 * (level % 2)), name, INK, small, anchor="ma")

@@ -13,7 +13,10 @@ from ..engines.backends import BACKENDS
 Inputs: TypeAlias = dict[str, dict[str, tuple[Any, ...]]]
 CATEGORY = "Z-Image-i2L"
 SEARCH_ALIASES = ("image to lora", "picture to lora", "style lora", "lora from images", "i2l")
-"""What people type who do not know the name."""
+"""What people type who do not know the name of Apply."""
+LOADER_ALIASES = tuple(f"{alias}: load" for alias in SEARCH_ALIASES)
+SAVE_ALIASES = (*(f"{alias}: save" for alias in SEARCH_ALIASES), "save lora")
+"""Longer, so that the other nodes stand behind Apply in what a search finds."""
 
 
 def loader_inputs(names: list[str], default: str) -> Inputs:

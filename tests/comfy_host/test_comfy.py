@@ -17,10 +17,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from pathspec import PathSpec
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from comfy_standins import EnumWeightTarget, Host, InterruptProcessingException, ModelPatcher
+from comfyui.server import prompt_from_workflow
 from conftest import MakeEngines, MakeModels, graphs_once, picture
 from i2l.comfy_host.errors import (
     MODEL_FILES,
@@ -32,7 +34,7 @@ from i2l.comfy_host.errors import (
     NoPlaceForEngines,
     OutputOutside,
 )
-from i2l.comfy_host.heat_map import CELL_HEIGHT, CELL_WIDTH, LEFT, TOP, VIRIDIS
+from i2l.comfy_host.heat_map import CELL_HEIGHT, LEFT, TOP, VIRIDIS, cell_width
 from i2l.engines.cpu.backend import OrtEngine
 from i2l.engines.cpu.converted import CPU_FOLDER
 from i2l.errors import BackendUnavailable, CheckpointMissing, ImageAbsurd
@@ -44,7 +46,6 @@ from i2l.machine.wording import format_bytes
 from i2l.runtime.cache import FOLDER_VARIABLE, default_cache_folder
 from i2l.runtime.pipeline import Pipeline
 from i2l.specs import PRESETS, Spec
-from real_comfyui import prompt_from_workflow
 
 ROOT = Path(__file__).parents[2]
 ADAPTER = PRESETS["tiny"].adapter
@@ -143,8 +144,23 @@ save.save(data, "from a pack")
 """
 
 
-def test_the_pack_loads_and_runs_as_comfyui_loads_it(home: Path) -> None:
-    arguments = [str(ROOT), str(ROOT / "tests"), str(home)]
+def as_the_registry_ships_it(folder: Path) -> Path:
+    """A copy of the repository without what is ignored."""
+    ignored = [line for name in (".gitignore", ".comfyignore") for line in (ROOT / name).read_text().splitlines()]
+    spec = PathSpec.from_lines("gitignore", [*ignored, ".git"])
+
+    def left_out(place: str, names: list[str]) -> set[str]:
+        paths = {name: Path(place).relative_to(ROOT) / name for name in names}
+        folders = {name: f"{path.as_posix()}{'/' * (ROOT / path).is_dir()}" for name, path in paths.items()}
+        return {name for name, path in folders.items() if spec.match_file(path)}
+
+    return Path(shutil.copytree(ROOT, folder, ignore=left_out))
+
+
+def test_the_pack_loads_and_runs_as_comfyui_loads_it(home: Path, tmp_path: Path) -> None:
+    pack = as_the_registry_ships_it(tmp_path / "i2l v0.1")
+    assert not (pack / "tests").exists()
+    arguments = [str(pack), str(ROOT / "tests"), str(home)]
     run = subprocess.run(
         [sys.executable, "-c", AS_COMFYUI_LOADS_PACKS, *arguments], capture_output=True, text=True, check=False
     )
@@ -268,6 +284,22 @@ def test_progress_counts_every_step_once(
     assert values == sorted(values)
     assert {total for _, total in host.progress} == {steps}
     assert set(values) == set(range(steps + 1))
+
+
+@pytest.mark.parametrize("total", [1, 1000, 9 << 30])
+@pytest.mark.parametrize("graphs", [1, 12, 40])
+@pytest.mark.usefixtures("host")
+def test_the_bar_of_a_build_moves_with_every_graph_and_ends_at_its_end(graphs: int, total: int) -> None:
+    place = importlib.import_module("i2l.comfy_host.progress").of_build(graphs)
+    reports = [0] * graphs + [total * step // 8 for step in range(1, 9)]
+    stands = [place("any", done, total) for done in reports]
+    (of,) = {of for _, of in stands}
+    shares = [value / of for value, _ in stands]
+    assert shares == sorted(shares)
+    assert all(before < after for before, after in zip(shares, shares[1:graphs], strict=False))
+    assert shares[-1] == 1
+    if total > 1000:
+        assert 0.19 < shares[graphs - 1] < 0.21  # a fifth is a quarter of the rest
 
 
 def test_a_second_run_opens_nothing(apply: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,13 +451,15 @@ def test_a_backend_that_cannot_run_is_an_error(
     assert nodes.open_pipelines._pipeline is None
 
 
-def test_an_adapter_that_is_not_there_is_named_with_its_place_and_its_source(nodes: ModuleType, home: Path) -> None:
+def test_an_adapter_that_is_not_there_is_named_with_its_place_and_its_source(
+    nodes: ModuleType, host: Host, home: Path
+) -> None:
     with pytest.raises(CheckpointMissing) as caught:
         nodes.PipelineLoader().load("mine.safetensors")
     place = home / "models" / "I2L" / "Z-Image" / "Z-Image-i2L.safetensors"
     assert str(caught.value).startswith("mine.safetensors is not there; no checkpoint for adapter under ")
     assert str(caught.value).endswith(f"put {MODEL_FILES['adapter'][1]} to {place}")
-    assert nodes.PipelineLoader.VALIDATE_INPUTS("mine.safetensors") == str(caught.value)  # before anything runs
+    assert host.texts == [str(caught.value)]
 
 
 def test_a_file_that_is_no_adapter_is_named_for_what_it_is(nodes: ModuleType, home: Path) -> None:
@@ -440,7 +474,6 @@ def test_a_file_that_is_no_adapter_is_named_for_what_it_is(nodes: ModuleType, ho
             nodes.PipelineLoader().load(f"{name}.safetensors")
         with pytest.raises(AdapterUnfit):  # a prompt of the API may name the path itself
             nodes.Apply().apply(str(adapters / f"{name}.safetensors"), batch(), 1.0)
-    assert nodes.PipelineLoader.VALIDATE_INPUTS("Z-Image-i2L.safetensors") is True
 
 
 def test_extra_model_paths_are_searched(host: Host, home: Path) -> None:
@@ -733,13 +766,15 @@ def test_save_shows_the_file_its_facts_and_where_it_acts(
     shown = nodes.Save().save(data, "portraits/style")["ui"]
     path = home / "output" / "loras" / "portraits" / "style.safetensors"
     size = format_bytes(path.stat().st_size)
-    assert host.texts[-1].startswith(f"{path}\nrank 3, {size} from 2 pictures (0 known before) in ")
+    assert host.texts[-1].startswith(
+        f"output/loras/portraits/style.safetensors\nrank 3, {size} from 2 pictures (0 known before) in "
+    )
     assert "rank 8 reduced to 3: relative error of B @ A" in host.texts[-1]
     (preview,) = shown["images"]
     with Image.open(home / "temp" / preview["filename"]) as image:
         norms = norm_table(read_lora(path).lora).norms
         row, column = np.unravel_index(np.nanargmax(norms), norms.shape)
-        centre = (LEFT + int(column) * CELL_WIDTH + 4, TOP + int(row) * CELL_HEIGHT + 4)
+        centre = (LEFT + int(column) * cell_width(norms.shape[1]) + 4, TOP + int(row) * CELL_HEIGHT + 4)
         assert image.getpixel(centre) == VIRIDIS[-1]
 
 
@@ -767,7 +802,7 @@ def test_every_socket_and_widget_says_what_it_is(nodes: ModuleType) -> None:
         inputs = {name: value for group in node.INPUT_TYPES().values() for name, value in group.items()}
         assert [name for name, (_, *options) in inputs.items() if not (options and options[0].get("tooltip"))] == []
         assert len(getattr(node, "OUTPUT_TOOLTIPS", ())) == len(node.RETURN_TYPES)
-        assert "image to lora" in node.SEARCH_ALIASES
+        assert any("image to lora" in alias for alias in node.SEARCH_ALIASES)
         page = (ROOT / nodes.WEB_DIRECTORY / "docs" / f"{name}.md").read_text(encoding="utf-8")
         assert page.startswith(f"# {nodes.NODE_DISPLAY_NAME_MAPPINGS[name][2:]}\n")
         if name == "ZImageI2L_Apply":
