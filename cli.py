@@ -23,11 +23,11 @@ from .commands.looking.inspect import inspect
 from .commands.looking.plan import plan
 from .commands.looking.plot import plot
 from .commands.looking.plot_trace import plot_trace
+from .commands.looking.prove import prove
 from .commands.looking.verify import verify
 from .commands.make_checkpoints import make_checkpoints
 from .commands.merge import merge
 from .commands.options import DEBUG
-from .commands.prove import prove
 from .commands.run import run
 from .commands.serve import serve
 from .machine.errors import I2LError, StandardOutputUnwritable, SystemRefused

@@ -26,7 +26,7 @@ from ..machine.files import free_bytes, require_free
 from ..machine.memory import available_bytes
 from ..machine.wording import GIB, format_bytes, format_path
 from ..runtime.opening import decider
-from ..runtime.proof.telling import card_text, verdict
+from ..runtime.proof.sentences import card_text, verdict
 
 
 def check_engines(directory: Path, *, full: bool = False) -> dict[str, Any]:

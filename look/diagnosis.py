@@ -11,7 +11,7 @@ from ..engines.backends import detect_backends
 from ..engines.base import CardFacts
 from ..machine.memory import total_bytes
 from ..machine.wording import format_bytes
-from ..runtime.proof.telling import card_text
+from ..runtime.proof.sentences import card_text
 
 EXTRAS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     "export": (

@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -145,7 +146,7 @@ def sync_tree(folder: Path) -> None:
 
 def _sync(descriptor: int) -> None:
     try:
-        if os.name == "posix":
+        if sys.platform != "win32":
             import fcntl  # noqa: PLC0415 - absent on Windows
 
             if (full := getattr(fcntl, "F_FULLFSYNC", None)) is not None:

@@ -102,13 +102,13 @@ def test_files_that_pages_name_are_there(page: Path) -> None:
 
 
 def test_the_page_is_short() -> None:
-    assert len(PAGE.splitlines()) < 130
+    assert len(PAGE.splitlines()) < 140
 
 
 def test_every_file_is_short() -> None:
     lengths = {path: len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in sources()}
     assert {path: lines for path, lines in lengths.items() if lines >= 300} == {}
-    assert median(lengths.values()) < 130
+    assert median(lengths.values()) < 140
 
 
 def test_every_folder_can_be_looked_over() -> None:

@@ -15,7 +15,7 @@ from .choice import Candidate, Chosen, choose, proven_choice
 from .judging import FormOutcome
 from .proving import TIMING, Prover
 from .records import Record, Records, Subject, card_of
-from .telling import verdict
+from .sentences import verdict
 
 log = logging.getLogger(__name__)
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -107,6 +108,7 @@ def batch(count: int = 1, width: int = 48, height: int = 40) -> torch.Tensor:
 
 AS_COMFYUI_LOADS_PACKS = """
 import importlib.metadata, importlib.util, sys
+from itertools import pairwise
 from pathlib import Path
 
 class NotInstalled:  # the package is in ComfyUI's folder and nowhere else
@@ -296,7 +298,7 @@ def test_the_bar_of_a_build_moves_with_every_graph_and_ends_at_its_end(graphs: i
     (of,) = {of for _, of in stands}
     shares = [value / of for value, _ in stands]
     assert shares == sorted(shares)
-    assert all(before < after for before, after in zip(shares, shares[1:graphs], strict=False))
+    assert all(before < after for before, after in pairwise(shares[:graphs]))
     assert shares[-1] == 1
     if total > 1000:
         assert 0.19 < shares[graphs - 1] < 0.21  # a fifth is a quarter of the rest

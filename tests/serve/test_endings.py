@@ -237,7 +237,7 @@ def fail_in_the_middle(pipeline: Pipeline) -> None:
             raise DeviceFailed("GPU 0", "an illegal memory access was encountered")
         return real(family, *arguments)
 
-    pipeline._passes._encode = encode  # type: ignore[method-assign]
+    pipeline._passes._encode = encode  # type: ignore[method-assign, assignment]
     pipeline._open.name = "cuda"
 
 

@@ -1,4 +1,6 @@
 """The page at / in a real browser: Debian's chromium, driven by playwright, which downloads nothing."""
+# mypy: disable-error-code="arg-type"
+# Playwright types what it takes more narrowly than a literal in a list is inferred.
 
 import os
 import re
@@ -12,19 +14,20 @@ from safetensors.numpy import load_file
 from conftest import MakeEngines
 from served import Served, png
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+from playwright.sync_api import Browser, Page, sync_playwright
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 if CHROMIUM is None and os.environ.get("I2L_TEST_PAGE") != "must":
     pytest.skip("needs a browser: apt-get install chromium", allow_module_level=True)
 
-Page = playwright.Page
 TOKEN = "0123456789abcdef0123"
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[playwright.Browser]:
+def browser() -> Iterator[Browser]:
     assert CHROMIUM, "make test-serve needs a browser: apt-get install chromium"
-    with playwright.sync_playwright() as driver:
+    with sync_playwright() as driver:
         started = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield started
         started.close()
@@ -37,7 +40,7 @@ def served(engines: MakeEngines, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @pytest.fixture
-def page(browser: playwright.Browser, served: Served) -> Iterator[Page]:
+def page(browser: Browser, served: Served) -> Iterator[Page]:
     """The page; anything that it asks of another host, and any error in its console, fails the test."""
     context = browser.new_context(accept_downloads=True)
     opened = context.new_page()
@@ -177,7 +180,7 @@ def test_a_narrow_screen_scrolls_one_way_only(page: Page) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 320
 
 
-def test_the_token_is_asked_for(browser: playwright.Browser, engines: MakeEngines, tmp_path: Path) -> None:
+def test_the_token_is_asked_for(browser: Browser, engines: MakeEngines, tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
     with Served(engines("tiny", "int8"), tmp_path, "--token-file", tmp_path / "token") as served:
         opened = browser.new_page()
@@ -191,7 +194,7 @@ def test_the_token_is_asked_for(browser: playwright.Browser, engines: MakeEngine
         opened.close()
 
 
-def test_a_job_is_cancelled_from_the_page(browser: playwright.Browser, engines: MakeEngines, tmp_path: Path) -> None:
+def test_a_job_is_cancelled_from_the_page(browser: Browser, engines: MakeEngines, tmp_path: Path) -> None:
     from served import SLOW
 
     with Served(engines("tiny", "int8"), tmp_path, "--no-cache", code=SLOW) as served:

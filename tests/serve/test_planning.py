@@ -155,7 +155,7 @@ def test_what_an_earlier_service_left_is_said(tmp_path: Path) -> None:
     (tmp_path / "a" / ".lora.safetensors.9.part").write_bytes(b"half")
     (tmp_path / "a" / "square-0.rgb").write_bytes(b"private")
     book = JobBook(spool, ServeLimits(), Sharing())
-    states = {}
+    states: dict[str, str] = {}
     for name in "abcde":
         try:
             states[name] = book.get(name).state
@@ -169,7 +169,7 @@ def test_what_an_earlier_service_left_is_said(tmp_path: Path) -> None:
 
 
 def test_jobs_end_once_and_old_ones_are_forgotten(tmp_path: Path) -> None:
-    ended = []
+    ended: list[object] = []
     book = JobBook(Spool(tmp_path), ServeLimits(requests=2, keep_seconds=0.0), Sharing(), ended.append)
     first, second = book.begin(), book.begin()
     with pytest.raises(QueueFull):

@@ -56,7 +56,13 @@ def of_run(engines: Path, folder: Path, seeds: tuple[int, ...], name: str, *opti
 
 
 def test_the_lora_is_that_of_run_to_the_bit(served: Served, directory: Path, tmp_path: Path) -> None:
-    wish = {"strength": "0.8", "rank": "4", "dtype": "fp16", "key_format": "diffsynth", "name": "zwei Bilder"}
+    wish: dict[str, Any] = {
+        "strength": "0.8",
+        "rank": "4",
+        "dtype": "fp16",
+        "key_format": "diffsynth",
+        "name": "zwei Bilder",
+    }
     response = served.post(1, 2, weights=["0.7", "0.3"], **wish)
     assert response.status_code == 200, response.text
     assert "zwei%20Bilder.safetensors" in response.headers["content-disposition"]

@@ -36,7 +36,8 @@ def test_the_wheel_is_the_package_without_nodes_and_tests(built: Path) -> None:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         archive.extractall(built / "installed")
     ours = {path for path in sources() if not path.startswith("comfy_")}
-    assert names == {f"i2l/{path}" for path in ours} | {"i2l/py.typed"}
+    page = {f"i2l/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "serve" / "page").iterdir()}
+    assert names == {f"i2l/{path}" for path in ours} | page | {"i2l/py.typed"}
     code = "import i2l.cli, i2l.errors; from i2l import Lora, open_engines; print(i2l.__file__)"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=built / "installed", check=True, capture_output=True, text=True

@@ -22,7 +22,7 @@ from i2l.runtime.proof.judging import (
     worst_error,
 )
 from i2l.runtime.proof.records import Record, Subject, card_of, records_from_json, records_to_json
-from i2l.runtime.proof.telling import anonymous, verdict
+from i2l.runtime.proof.sentences import anonymous, verdict
 from i2l.specs import PRESETS
 
 TINY = PRESETS["tiny"]

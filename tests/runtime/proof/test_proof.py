@@ -29,7 +29,7 @@ from i2l.runtime.proof.choice import Chosen
 from i2l.runtime.proof.deciding import Decider
 from i2l.runtime.proof.judging import FormOutcome
 from i2l.runtime.proof.records import Record
-from i2l.runtime.proof.telling import verdict
+from i2l.runtime.proof.sentences import verdict
 from played_card import NAME, VARIABLE, Part, find_played, open_played
 
 CPU = FormOutcome(None, ms_per_image=1e6)

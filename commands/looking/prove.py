@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from ..machine.progress import show_progress
-from ..machine.wording import format_path
-from .options import (
+from ...machine.progress import show_progress
+from ...machine.wording import format_path
+from ..options import (
     backend_option,
     debug_option,
     device_option,
@@ -54,13 +54,13 @@ def prove(
     if backend == "cpu":
         raise click.UsageError("the CPU is what cards are held against: name another --backend, or none")
     require_gpu_for_budget(backend, vram_budget_bytes)
-    from ..engines.base import Limits, VramBudget  # noqa: PLC0415
-    from ..engines.directory.integrity import check_files  # noqa: PLC0415
-    from ..engines.directory.manifest import read_manifest  # noqa: PLC0415
-    from ..runtime.opening import decider  # noqa: PLC0415
-    from ..runtime.passes import IMAGES_PER_PASS  # noqa: PLC0415
-    from ..runtime.proof.deciding import to_prove  # noqa: PLC0415
-    from ..runtime.proof.telling import record_lines, report_text  # noqa: PLC0415
+    from ...engines.base import Limits, VramBudget  # noqa: PLC0415
+    from ...engines.directory.integrity import check_files  # noqa: PLC0415
+    from ...engines.directory.manifest import read_manifest  # noqa: PLC0415
+    from ...runtime.opening import decider  # noqa: PLC0415
+    from ...runtime.passes import IMAGES_PER_PASS  # noqa: PLC0415
+    from ...runtime.proof.deciding import to_prove  # noqa: PLC0415
+    from ...runtime.proof.sentences import record_lines, report_text  # noqa: PLC0415
 
     manifest = read_manifest(engines)
     check_files(engines, manifest)
@@ -88,7 +88,7 @@ def prove(
 
 
 def _write(path: Path, text: str) -> None:
-    from ..machine.files import atomic_path  # noqa: PLC0415
+    from ...machine.files import atomic_path  # noqa: PLC0415
 
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
