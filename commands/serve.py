@@ -26,8 +26,16 @@ SECONDS = click.FloatRange(min=0.1, max=86_400)
 
 @click.command()
 @engines_option
-@click.option("--host", default="127.0.0.1", show_default=True, help="Any but loopback needs a token or --insecure.")
-@click.option("--port", type=click.IntRange(0, 65_535), default=8190, show_default=True, help="0: a free one.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    metavar="ADDRESS",
+    help="Any but loopback needs a token or --insecure.",
+)
+@click.option(
+    "--port", type=click.IntRange(0, 65_535), default=8190, show_default=True, metavar="N", help="0: a free one."
+)
 @click.option("--jobs-dir", type=PATH, metavar="DIR", show_default="beside the kept embeddings",
               help="Keeps accepted jobs and finished LoRAs.")  # fmt: skip
 @click.option("--token-file", type=PATH, metavar="FILE", help="Ask every request for the token in FILE.")
@@ -80,9 +88,9 @@ def serve(
     insecure: bool,
     no_cache: bool,
 ) -> None:
-    """Make LoRAs for whoever asks, over HTTP, from engines that stay open; with a page at /.
+    """Make LoRAs over HTTP, with a page for people.
 
-    SIGTERM or Ctrl-C stops it once what it accepted is done.
+    The engines stay open. SIGTERM or Ctrl-C stops it once what it accepted is done.
     """
     require_gpu_for_budget(backend, vram_budget_bytes)
     with needs_extra("serve", "i2l serve"):

@@ -166,6 +166,8 @@ def regular_file_problem(path: Path) -> str:
     """
     try:
         mode = path.stat().st_mode
+    except FileNotFoundError:
+        return ""  # whoever opens it says so
     except OSError as error:
         return error.strerror or str(error)
     if stat.S_ISREG(mode):

@@ -108,7 +108,7 @@ def test_the_page_is_short() -> None:
 def test_every_file_is_short() -> None:
     lengths = {path: len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in sources()}
     assert {path: lines for path, lines in lengths.items() if lines >= 300} == {}
-    assert median(lengths.values()) < 140
+    assert median(lengths.values()) < 130
 
 
 def test_every_folder_can_be_looked_over() -> None:

@@ -226,7 +226,7 @@ def test_apply_takes_a_backend(nodes: ModuleType, backend: str) -> None:
     assert {"auto", backend} <= set(names)
     assert "onnxruntime-ep-webgpu" in facts["tooltip"]
     adapter = nodes.PipelineLoader().load("Z-Image-i2L.safetensors")[0]
-    _, data = nodes.Apply().apply(adapter, batch(), 0.5, backend=backend)
+    _, data, _ = nodes.Apply().apply(adapter, batch(), 0.5, backend=backend)
     assert nodes.open_pipelines._pipeline.backend_name == backend
     assert data
 

@@ -31,6 +31,7 @@ from safetensors.numpy import load_file
 
 from conftest import MakeEngines, MakeModels, picture
 from i2l.cli import main
+from i2l.engines.backends import BACKENDS
 from i2l.engines.cpu import backend as ort
 from i2l.engines.directory.integrity import CHECKED
 from i2l.engines.directory.manifest import MANIFEST, read_manifest
@@ -636,12 +637,12 @@ def test_doctor_names_every_backend(options: list[str]) -> None:
     assert result.exit_code == 0
     if options:
         backends = {backend["name"]: backend for backend in json.loads(result.stdout)["backends"]}
-        assert list(backends) == ["cpu", "cuda", "tensorrt"]
+        assert list(backends) == list(BACKENDS)
         assert backends["cpu"]["works"]
         assert all(backend["works"] or backend["remedy"] for backend in backends.values())
     else:
         lines = result.stdout.splitlines()
-        assert len([line for line in lines if line.startswith("backend ")]) == 3
+        assert len([line for line in lines if line.startswith("backend ")]) == len(BACKENDS)
         assert [line for line in lines if line.startswith("backend cpu: works (onnxruntime ")]
 
 
