@@ -168,8 +168,8 @@ def regular_file_problem(path: Path) -> str:
         mode = path.stat().st_mode
     except FileNotFoundError:
         return ""  # whoever opens it says so
-    except OSError as error:
-        return error.strerror or str(error)
+    except (OSError, ValueError) as error:  # a name with a null byte
+        return getattr(error, "strerror", None) or str(error)
     if stat.S_ISREG(mode):
         return ""
     return os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "it is a pipe, a socket or a device, not a file"

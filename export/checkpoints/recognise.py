@@ -88,6 +88,8 @@ def recognise(path: Path, *shards: Path) -> Checkpoint:
     for part in (path, *shards):
         try:
             own, marks = read_header(part)
+        except FileNotFoundError as error:
+            raise CheckpointUnreadable(part, error.strerror or str(error)) from error
         except OSError as error:
             raise CheckpointLocked(part, error.strerror or str(error)) from error
         except (SafetensorError, ValueError) as error:

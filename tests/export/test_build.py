@@ -31,6 +31,7 @@ from i2l.engines.cpu.backend import CpuBackend
 from i2l.engines.directory.hashing import REGION_BYTES, FileFacts
 from i2l.engines.directory.manifest import MANIFEST, Manifest, Step, manifest_to_json, read_manifest
 from i2l.engines.directory.ownership import LOCK
+from i2l.engines.plugin.graph_paths import PLUGIN_FOLDER
 from i2l.errors import CheckpointsUnfit, DiskFull, EnginesMissing, ManifestInvalid, OutputUnwritable
 from i2l.export import build, build_folder
 from i2l.export.backends import cpu as cpuplan
@@ -525,8 +526,10 @@ def test_a_graphs_weights_are_the_packs_tensors(built: tuple[Path, Manifest], gr
 def test_every_onnx_file_passes_the_checker(built: tuple[Path, Manifest]) -> None:
     folder, manifest = built
     paths = sorted(folder.rglob("*.onnx"))
+    for_plugins = [path for path in paths if PLUGIN_FOLDER in path.parts]  # two forms where there is attention
     for_the_cpu = len(manifest.graphs) if manifest.precision == "fp8" else 0
-    assert len(paths) == len(manifest.graphs) + len(steps(manifest)) + for_the_cpu
+    assert len(paths) == len(manifest.graphs) + len(steps(manifest)) + for_the_cpu + len(for_plugins)
+    assert bool(for_plugins) == (manifest.precision in {"int8", "fp32"})
     for path in paths:
         onnx.checker.check_model(str(path), full_check=True)
 

@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from i2l.export.checkpoints.shapes import shape_hash, tensor_shapes
-from i2l.specs import FAMILIES, PRESETS, AdapterSpec, EncoderSpec, Family, Spec, spec_from_dict, spec_to_dict
+from i2l.specs import (
+    FAMILIES,
+    LARGEST_EPS,
+    LARGEST_THETA,
+    PRESETS,
+    AdapterSpec,
+    EncoderSpec,
+    Family,
+    Spec,
+    spec_from_dict,
+    spec_to_dict,
+)
 
 # Facts about the published files: shape hash, tensors, parameters.
 PUBLISHED: dict[Family, tuple[str, int, int]] = {
@@ -26,20 +37,28 @@ ENCODERS = [
 ]
 
 counts = st.integers(1, 1 << 20)
-reals = st.floats(0, 1e9)
-encoder_specs = st.builds(
-    EncoderSpec,
-    family=st.sampled_from(["siglip2", "dinov3"]),
-    hidden=counts,
-    depth=counts,
-    heads=counts,
-    intermediate=counts,
-    image_size=counts,
-    patch=counts,
-    registers=st.integers(0, 8),
-    norm_eps=reals,
-    rope_theta=reals,
-)
+
+
+@st.composite
+def sound_encoder_specs(draw: st.DrawFn) -> EncoderSpec:
+    """Specs whose numbers fit one another."""
+    family = draw(st.sampled_from(["siglip2", "dinov3"]))
+    heads, patch = draw(st.integers(1, 8)), draw(st.integers(1, 32))
+    return EncoderSpec(
+        family=family,
+        hidden=4 * heads * draw(st.integers(1, 64)),
+        depth=draw(counts),
+        heads=heads,
+        intermediate=draw(counts),
+        image_size=patch * draw(st.integers(1, 16)),
+        patch=patch,
+        registers=draw(st.integers(0, 8)) if family == "dinov3" else 0,
+        norm_eps=draw(st.floats(1e-12, LARGEST_EPS)),
+        rope_theta=draw(st.floats(1, LARGEST_THETA)),
+    )
+
+
+encoder_specs = sound_encoder_specs()
 adapter_specs = st.builds(
     AdapterSpec,
     family=st.just("adapter"),

@@ -394,7 +394,7 @@ def test_nothing_opens_a_socket(engines: MakeEngines, photo: Path, tmp_path: Pat
         "url": ["run", "https://example.org/photo.jpg", *run],
     }[command]
     done = run_python(NO_SOCKETS, *arguments)
-    assert done.returncode == (1 if command == "url" else 0), done.stderr
+    assert done.returncode == (2 if command == "url" else 0), done.stderr
     assert "a socket" not in done.stderr
 
 

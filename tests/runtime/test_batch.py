@@ -87,7 +87,7 @@ def test_what_cannot_be_read_is_a_failed_item_each(folder: Path, engines: MakeEn
     for name in ("a.psd", "b.jpg", "c.bak"):
         assert sum(f"{name} cannot be read as an image" in line for line in result.stderr.splitlines()) == 1
     assert "error: 3 of 6 LoRAs were not made" in result.stderr
-    assert "skipped 3 that are not a picture: cats, d.mov, empty" in result.stderr
+    assert "skipped 1 that is not a picture: d.mov; 2 folders" in result.stderr
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.booleans()), min_size=1, max_size=12))

@@ -21,6 +21,7 @@ from i2l.cli import main
 from i2l.engines.backends import BACKENDS
 from i2l.engines.base import Limits, Offer
 from i2l.engines.directory.manifest import PROOFS, read_manifest
+from i2l.machine import files
 from i2l.runtime.opening import OpenEngines
 from i2l.runtime.pipeline import Pipeline
 from i2l.runtime.proof import child, proving, records
@@ -214,14 +215,14 @@ def test_a_record_that_does_not_parse_is_made_anew(
 def test_engines_that_cannot_be_written_have_their_record_in_the_cache(
     directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    real = Path.touch
+    real = files.create_temporary
 
-    def touch(path: Path, *arguments: Any, **options: Any) -> None:
-        if path.parent == directory:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
-        real(path, *arguments, **options)
+    def create(folder: Path) -> Path:
+        if folder == directory:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
+        return real(folder)
 
-    monkeypatch.setattr(Path, "touch", touch)
+    monkeypatch.setattr(files, "create_temporary", create)
     with caplog.at_level(logging.INFO, "i2l"):
         assert auto(directory).name == NAME
     assert not (directory / PROOFS).exists()
