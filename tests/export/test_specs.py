@@ -3,7 +3,7 @@
 import json
 import math
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -42,7 +42,8 @@ counts = st.integers(1, 1 << 20)
 @st.composite
 def sound_encoder_specs(draw: st.DrawFn) -> EncoderSpec:
     """Specs whose numbers fit one another."""
-    family = draw(st.sampled_from(["siglip2", "dinov3"]))
+    families: tuple[Literal["siglip2", "dinov3"], ...] = ("siglip2", "dinov3")
+    family = draw(st.sampled_from(families))
     heads, patch = draw(st.integers(1, 8)), draw(st.integers(1, 32))
     return EncoderSpec(
         family=family,
