@@ -312,12 +312,13 @@ def test_a_lost_device_is_an_error(directory: Path, monkeypatch: pytest.MonkeyPa
 
 def test_whoever_holds_a_value_of_a_closed_backend_holds_nothing(directory: Path) -> None:
     """Or else unloading the library would end the process."""
+    of_others = set(loading.library_of(HOST).made)  # an error of another test may still hold some
     with opened(directory) as pipeline:
         backend = backend_of(pipeline)
         kept = backend.value(np.zeros((1, 3, 64, 64), np.float32))
         assert kept.shape() == [1, 3, 64, 64]
     assert kept.held is None
-    assert not loading.library_of(HOST).made
+    assert set(loading.library_of(HOST).made) <= of_others
     with opened(directory) as pipeline:  # and again
         pipeline.lora_from_images(PICTURES[:1])
 
