@@ -89,7 +89,8 @@ def batch(
     """
     require_gpu_for_budget(backend, vram_budget_bytes, device)
     from ..machine.files import explained_os_errors, remove_leftovers  # noqa: PLC0415
-    from ..runtime.jobs import BatchProgress, plan_jobs, run_jobs  # noqa: PLC0415
+    from ..runtime.jobs import BatchProgress, plan_jobs  # noqa: PLC0415
+    from ..runtime.making import Form, run_jobs  # noqa: PLC0415
     from ..runtime.pictures.listing import skipped_beside_folders, skipped_line  # noqa: PLC0415
     from ..runtime.pipeline import Pipeline  # noqa: PLC0415
 
@@ -103,6 +104,7 @@ def batch(
     with explained_os_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
     remove_leftovers(output_dir)
+    form = Form(strength, dtype, key_format, ignore_icc)
     with show_progress("steps", quiet=as_json or is_quiet()) as report:
         progress = BatchProgress(report)
         cache = cache_folder(no_cache=no_cache)
@@ -118,15 +120,7 @@ def batch(
             report=progress,
             cache=cache,
         ) as pipeline:
-            result = run_jobs(
-                pipeline,
-                plan.jobs,
-                strength=strength,
-                dtype=dtype,
-                key_format=key_format,
-                ignore_icc=ignore_icc,
-                progress=progress,
-            )
+            result = run_jobs(pipeline, plan.jobs, form, progress)
             vram = pipeline.vram
     seconds = time.perf_counter() - start
     if as_json:
