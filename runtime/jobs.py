@@ -120,6 +120,10 @@ class BatchProgress:
         self._images = 0
         self._report(STAGE, self._done, self._total)
 
+    def under_way(self, images: float) -> None:
+        """So much of passes that have not ended is done, by whoever is at them."""
+        self._report(STAGE, self._done + int(images * UNITS), self._total)
+
     def __call__(self, stage: str, done: int, total: int) -> None:
         """A stage of the pass has come so far. The two encoders take about the same time, the adapter hardly any."""
         before = [str(family) for family in ENCODERS].index(stage) if stage in ENCODERS else len(ENCODERS)

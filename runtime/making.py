@@ -9,15 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from ..engines.base import Array
 from ..lora.errors import LoraNotFinite, LoraUnreadable
 from ..lora.keys import KeyFormat
-from ..lora.lora import DTYPES, Dtype, Lora
-from ..lora.origin import Origin
+from ..lora.lora import DTYPES, Dtype, Lora, Origin
 from ..lora.reading import describe_lora
+from ..lora.replacing import LORA
 from ..machine.errors import OutputTaken, OutputUnwritable
+from ..machine.files import remove_leftovers
+from ..machine.outputs import output_path
 from .jobs import BatchProgress, BatchResult, Job
 from .passes import IMAGES_PER_PASS
 from .pictures.errors import ImageError
@@ -135,6 +138,13 @@ def _joined(
         own = {module: (a[start : start + count], b[start : start + count]) for module, (a, b) in factors.items()}
         yield pipeline.lora_from_factors(own, strength=strength)
         start += count
+
+
+def write_made(file: NDArray[np.uint8], output: Path) -> None:
+    """A LoRA that was made elsewhere gets its name here, whole or not at all, as :meth:`Lora.save` would."""
+    remove_leftovers(output.parent)
+    with output_path(output, LORA) as temporary:
+        file.tofile(temporary)
 
 
 def _is_finished(path: Path, marks: Mapping[str, str], form: Form) -> bool:

@@ -12,8 +12,7 @@ from ..engines.base import MARGIN_BYTES, Array, Backend, Limits, VramBudget
 from ..engines.device.backend import DeviceBackend
 from ..engines.device.residency import Planned
 from ..engines.directory.manifest import Manifest, content_id
-from ..lora.lora import MODEL_METADATA, Lora, joining_weights, lora_from_factors, require_finite
-from ..lora.origin import Origin
+from ..lora.lora import MODEL_METADATA, Lora, Origin, joining_weights, lora_from_factors, require_finite
 from ..machine.locks import OneUser
 from ..machine.progress import Report, silent
 from ..machine.threads import require_threads
