@@ -3,6 +3,7 @@
 It is told pixels and gives back whole files, so that a machine needs engines, but none of the batch's folders.
 """
 
+import os
 import platform
 import tempfile
 from collections.abc import Sequence
@@ -47,6 +48,10 @@ class Opened:
     version: str
     origin: Origin | None = None
     backend: str = ""
+    reason: str = ""
+    """Why there."""
+    cards: str = ""
+    """The GPUs that Ray leaves visible to it."""
     problem: str = ""
     """Why it cannot work; then there is no origin."""
 
@@ -101,8 +106,8 @@ class BatchWorker:
             )
         except (I2LError, OSError, MemoryError, ImportError) as error:
             return Opened(host, __version__, problem=str(error) or type(error).__name__)
-        pipeline = self._pipeline
-        return Opened(host, __version__, pipeline.origin, f"{pipeline.backend_name} ({pipeline.backend_reason})")
+        pipeline, cards = self._pipeline, os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        return Opened(host, __version__, pipeline.origin, pipeline.backend_name, pipeline.backend_reason, cards)
 
     def make(self, orders: Sequence[Order]) -> Made:
         """Make a group's LoRAs, in one pass over the weights."""

@@ -6,7 +6,6 @@ to be dealt again when it dies.
 """
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +34,7 @@ PATIENCE_TICKS = 40
 class WorkerShare:
     """Who made how much."""
 
+    worker: int
     host: str
     backend: str
     loras: int
@@ -57,7 +57,6 @@ def run_on_ray(
         WorkersLost: nobody is left; every file that is there is whole.
         DiskFull: there is no room for a LoRA.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # whether to report use is the user's to say, not a library's
     with connected(address) as machines:
         seats, why = plan_seats(machines, settings.backend, settings.threads)
         log.info("%d worker%s on %d machine%s: %s", len(seats), "s" * (len(seats) != 1), len(machines),
@@ -77,7 +76,8 @@ class _Drive:
         self._progress = progress
         self._origin: Origin | None = None
         self._result = BatchResult()
-        self._shares: dict[tuple[str, str], int] = {}
+        self._said: set[str] = set()
+        self._shares: dict[tuple[int, str, str], int] = {}
         self._dealer = Dealer(unfinished_groups(jobs, self._known_origin, form, progress, self._result))
 
     def run(self) -> tuple[BatchResult, list[WorkerShare]]:
@@ -87,7 +87,7 @@ class _Drive:
             members = self._crew.members
             at_work = any(member.hands for member in members)
             if not dealt and not at_work and any(member.opened for member in members):
-                return self._result, [WorkerShare(*who, loras) for who, loras in self._shares.items()]
+                return self._result, [WorkerShare(*who, loras) for who, loras in sorted(self._shares.items())]
             if not members:
                 raise WorkersLost(self._crew.reasons)
             waited = {member.hands[0][0] if member.opened else member.opening: member
@@ -137,13 +137,16 @@ class _Drive:
             self._crew.retire(member, problem)
             return
         member.opened, self._origin = opened, opened.origin
-        log.info("%s is ready: %s", member.name, opened.backend)
+        card = f", GPU {opened.cards}" if member.seat.gpus else ""
+        reason = "" if opened.reason in self._said else f" ({opened.reason})"
+        self._said.add(opened.reason)
+        log.info("%s is ready: %s%s%s", member.name, opened.backend, card, reason)
 
     def _take(self, member: Member, made: Made) -> None:
         """Write what a worker has made."""
         _, hand = member.hands.popleft()
         member.share, member.asked, member.lives = 0.0, None, LIVES
-        who = (member.seat.host, made.backend)
+        who = (member.number, member.seat.host, made.backend)
         for loaded, file in zip(hand.jobs, made.files, strict=True):
             output = loaded.job.output
             if isinstance(file, str):

@@ -21,7 +21,6 @@ from .options import (
     ignore_icc_option,
     json_option,
     key_format_option,
-    needs_extra,
     no_cache_option,
     no_prove_option,
     ram_budget_option,
@@ -134,9 +133,8 @@ def batch(
                 if pipeline.vram:
                     more["vram"] = pipeline.vram
         else:
-            with needs_extra("ray", "i2l batch --ray"):
-                from ..cluster.driving import run_on_ray  # noqa: PLC0415
             from ..cluster.batch_worker import WorkerSettings  # noqa: PLC0415
+            from ..cluster.driving import run_on_ray  # noqa: PLC0415
 
             settings = WorkerSettings(engines.absolute(), **options, use_cache=not no_cache)
             address = None if ray_address == HERE else ray_address
