@@ -103,6 +103,16 @@ class Planned(Protocol):
         ...
 
 
+@runtime_checkable
+class Counted(Protocol):
+    """A backend that counts what it has of a card."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most at one time."""
+        ...
+
+
 @dataclass(frozen=True)
 class Slots:
     """How chunks that do not stay pass through."""

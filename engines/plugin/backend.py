@@ -115,6 +115,11 @@ class PluginBackend:
         return self._residency
 
     @property
+    def peak_bytes(self) -> int:
+        """The most of the card by our own count, since it was last opened."""
+        return self.device.peak_bytes
+
+    @property
     def placement(self) -> dict[str, dict[str, set[str]]]:
         """``graph -> provider -> operators``."""
         return {graph: engine.placement for graph, engine in self._engines.items()}

@@ -35,10 +35,12 @@ NO_MEMORY = re.compile(
 class DeviceValue:
     """A tensor on the card, which can be taken back whoever still holds this."""
 
-    __slots__ = ("__weakref__", "held")
+    __slots__ = ("__weakref__", "held", "nbytes")
 
-    def __init__(self, held: ort.OrtValue) -> None:
+    def __init__(self, held: ort.OrtValue, nbytes: int = 0) -> None:
         self.held: ort.OrtValue | None = held
+        self.nbytes = nbytes
+        """0 of what a run made: that counts as the run's."""
 
     def shape(self) -> list[int]:
         assert self.held is not None, "the backend is closed"
@@ -70,8 +72,12 @@ class PluginDevice:
         self._errors = ErrorLog(provider.error_log)
         self._values: WeakSet[DeviceValue] = WeakSet()
         self._unsettled_bytes = 0
+        self._ran: dict[int, int] = {}
+        """``session -> bytes`` that its runs computed in, which the provider keeps."""
         self.allocated_bytes = 0
-        """Of values that were asked for by :meth:`allocate`; what runs take is the provider's."""
+        """The most at one time of values that were asked for by :meth:`allocate`; what runs take is the provider's."""
+        self.staged_bytes = 0
+        """The most at one time of copies on their way."""
         with ExitStack() as undo:
             self._library = library_of(provider)
             self._library.begin()
@@ -82,6 +88,12 @@ class PluginDevice:
     def open(self) -> None:
         """Allocate what waits; once the first session has brought the provider up."""
         self._smallest = self.allocate(np.float32, (1,))
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most of the card by this count: a provider tells neither what it holds nor what it keeps for reuse."""
+        ran = sum(self._ran.values())
+        return self.allocated_bytes + self.staged_bytes + ran + self._provider.reserved_bytes
 
     # --- memory ---------------------------------------------------------------------------------------------------
 
@@ -110,8 +122,9 @@ class PluginDevice:
         except FAILURES as error:
             raise self._failure(str(error), nbytes) from error
         self._check(nbytes)
-        self.allocated_bytes += nbytes
-        return self._keep(held)
+        value = self._keep(held, nbytes)
+        self.allocated_bytes = max(self.allocated_bytes, sum(value.nbytes for value in self._values))
+        return value
 
     def write(self, value: DeviceValue, array: NDArray[np.generic]) -> None:
         """Enqueue a copy to the card; the array is free again at once."""
@@ -122,6 +135,7 @@ class PluginDevice:
             raise self._failure(str(error), array.nbytes) from error
         self._check(array.nbytes)
         self._unsettled_bytes += array.nbytes
+        self.staged_bytes = max(self.staged_bytes, self._unsettled_bytes)
 
     def read(self, value: DeviceValue) -> NDArray[Any]:
         """A value as an array, once it is computed."""
@@ -180,6 +194,7 @@ class PluginDevice:
         except FAILURES as error:
             raise self._failure(str(error), wanted_bytes) from error
         self._check(wanted_bytes)
+        self._ran[id(session)] = wanted_bytes
         return {name: self._keep(held) for name, held in zip(outputs, binding.get_outputs(), strict=True)}
 
     def close(self) -> None:
@@ -190,9 +205,9 @@ class PluginDevice:
 
     # --------------------------------------------------------------------------------------------------------------
 
-    def _keep(self, held: ort.OrtValue) -> DeviceValue:
+    def _keep(self, held: ort.OrtValue, nbytes: int = 0) -> DeviceValue:
         self._library.made.add(held)
-        value = DeviceValue(held)
+        value = DeviceValue(held, nbytes)
         self._values.add(value)
         return value
 

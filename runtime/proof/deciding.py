@@ -64,7 +64,22 @@ class Decider:
         return Subject(status.name, card, self.manifest.build, __version__) if card else None
 
     def prove(self, subject: Subject) -> Record:
-        """Prove a backend now, and keep the record."""
+        """Prove a backend now, and keep the record.
+
+        Two proofs at once would spoil each other's times: who comes second waits, and takes what the first found.
+        """
+        waited = False
+
+        def waiting() -> None:
+            nonlocal waited
+            waited = True
+            log.info("another process proves a card: waiting for it")
+
+        with self.records.turn(waiting, lambda: self.limits.report("waiting for another proof", 0, 1)):
+            record = self.records.of(subject) if waited else None
+            return record or self._prove(subject)
+
+    def _prove(self, subject: Subject) -> Record:
         if not self._cpu_known:
             self._cpu, self._cpu_known = self._prover.cpu_time(), True
         record = self._prover.prove(subject, self._cpu)

@@ -42,7 +42,7 @@ class Prover:
         """
         start = time.monotonic()
         forms: Sequence[str | None] = offer_of(subject.backend).forms or (None,)
-        outcomes = tuple(self._form(subject.backend, form) for form in forms)
+        outcomes = tuple(self._form(subject, form) for form in forms)
         return Record(
             subject=subject,
             forms=outcomes,
@@ -59,8 +59,9 @@ class Prover:
         task = Task(self.engines, TIMING, replace(self.limits, device=None, form=None), time_only=True)
         return run_task(task, self._tell("timing the CPU"), self.time_limits)
 
-    def _form(self, backend: str, form: str | None) -> FormOutcome:
-        task = Task(self.engines, backend, replace(self.limits, form=form))
+    def _form(self, subject: Subject, form: str | None) -> FormOutcome:
+        backend = subject.backend
+        task = Task(self.engines, backend, replace(self.limits, form=form), software=subject.card.software)
         return run_task(task, self._tell(f"proving {backend}{f' ({form})' if form else ''}"), self.time_limits)
 
     def _tell(self, stage: str) -> Tell:

@@ -80,12 +80,19 @@ def _form_lines(outcome: FormOutcome) -> Iterator[str]:
         yield f"worst error {outcome.errors[worst]:.1e} ({worst}), tolerance {outcome.tolerance:.0e}"
     if outcome.peak_bytes is not None and outcome.budget_bytes is not None:
         peak, budget = format_bytes(outcome.peak_bytes), format_bytes(outcome.budget_bytes)
-        yield f"{peak} of the card in use at most, budget {budget}"
+        yield f"{peak} of the card in use at most by i2l's count, budget {budget}; {_told(outcome)}"
     if outcome.upload_bytes_per_second and outcome.busy_upload_bytes_per_second:
         alone, busy = (x / 1e9 for x in (outcome.upload_bytes_per_second, outcome.busy_upload_bytes_per_second))
         yield f"uploads {alone:.3g} GB/s alone, {busy:.3g} GB/s while computing"
     if outcome.ms_per_image is not None:
         yield f"{_ms(outcome.ms_per_image, outcome.estimated)} an image"
+
+
+def _told(outcome: FormOutcome) -> str:
+    """What others counted."""
+    if outcome.told_bytes is None:
+        return "neither NVML nor the kernel tells more"
+    return f"{format_bytes(outcome.told_bytes)} by the {outcome.told_by}'s"
 
 
 def _ms(ms: float | None, estimated: bool) -> str:

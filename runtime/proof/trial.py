@@ -13,13 +13,13 @@ from typing import Any
 
 from ...engines.backends import offer_of, right_outputs
 from ...engines.base import Array, Limits, Opened, VramBudget
-from ...engines.device.backend import DeviceBackend
-from ...engines.device.residency import Planned
+from ...engines.device.residency import Counted, Planned
 from ...engines.directory.manifest import Chunk, Manifest
 from ...engines.errors import BudgetTooSmall
 from ...specs import Family
 from ..streamer import stream
 from .activations import seeded_activation
+from .card_memory import Told, growth, told_memory
 from .judging import (
     TOLERANCES,
     FormOutcome,
@@ -29,6 +29,7 @@ from .judging import (
     first_steps,
     memory_failure,
     stretch,
+    time_failure,
     worst_error,
 )
 
@@ -55,6 +56,7 @@ class Trial:
         backend: its name.
         limits: what it may take, and the form of graphs.
         tell: told the phases done.
+        software: the card is a renderer on the CPU.
     """
 
     engines: Path
@@ -62,10 +64,13 @@ class Trial:
     backend: str
     limits: Limits
     tell: Tell
+    software: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
     """What was measured, by the names of :class:`FormOutcome`."""
     results: list[Array] = field(default_factory=list)
     """Of one image, to which all else must be equal."""
+    _before: Told | None = None
+    """What the process held before the card was opened."""
     _done: int = 0
     _least_bytes: int = 0
     _streamed: int | None = None
@@ -76,6 +81,7 @@ class Trial:
         """All checks, until one fails."""
         start = time.perf_counter()
         self._advance(0)
+        self._before = told_memory(software=self.software)
         failure = self._in_force() or self._smallest() or self._roomier()
         return FormOutcome(self.limits.form, failure, seconds=time.perf_counter() - start, **self.facts)
 
@@ -101,8 +107,10 @@ class Trial:
             self.facts |= pass_time(opened, first, seconds)
             self._advance()
             self.facts |= memory(opened)
+            told = self._told()
+            self.facts |= {"told_bytes": told.nbytes, "told_by": told.by} if told else {}
             self._streamed = streamed_bytes(opened)
-        return memory_failure(self.facts["peak_bytes"], self.facts["budget_bytes"])
+        return memory_failure(self.facts["peak_bytes"], self.facts["budget_bytes"], told)
 
     def _smallest(self) -> str:
         """The least plan that works, where everything streams; nothing to do for a backend without a budget."""
@@ -124,8 +132,10 @@ class Trial:
             self._advance()
             self.facts |= upload_rates(opened, first)
             self._advance()
-            used = memory(opened)
-        return memory_failure(used["peak_bytes"], used["budget_bytes"])
+            used, told = memory(opened), self._told()
+        rate = self.facts.get("upload_bytes_per_second")
+        late = time_failure(self.facts["ms_per_image"], self._streamed, rate)
+        return memory_failure(used["peak_bytes"], used["budget_bytes"], told) or late
 
     def _roomier(self) -> str:
         """A plan where chunks stay, if that in force is the smallest, as where a card does not tell what is free."""
@@ -137,6 +147,10 @@ class Trial:
         with closing(opened.backend):
             found, _ = outputs(opened, self._inputs(opened, 1), STRETCH)
         return difference_failure("with chunks that stay", difference(self.results, found))
+
+    def _told(self) -> Told | None:
+        """What others say that the card holds for this process, now that everything has run."""
+        return growth(self._before, told_memory(software=self.software))
 
     def _within(self, budget_bytes: int) -> Limits:
         return replace(self.limits, vram=VramBudget(budget_bytes))
@@ -257,7 +271,7 @@ def memory(opened: Opened) -> dict[str, int | None]:
     """What was in use at most, and what was allowed, as far as the backend counts it."""
     backend = opened.backend
     return {
-        "peak_bytes": backend.peak_bytes if isinstance(backend, DeviceBackend) else None,
+        "peak_bytes": backend.peak_bytes if isinstance(backend, Counted) else None,
         "budget_bytes": backend.residency.budget_bytes if isinstance(backend, Planned) else None,
     }
 

@@ -104,7 +104,7 @@ def test_every_budget_gives_the_same_bits(directory: Path, wanted: Lora, least: 
         plan = backend_of(pipeline).residency
         assert pipeline.vram == {"budget_bytes": least + spare_bytes, "planned_peak_bytes": plan.peak_bytes}
         assert (plan.streamed_bytes == 0) == (spare_bytes == ALL)
-        assert backend_of(pipeline).device.allocated_bytes <= plan.peak_bytes
+        assert 0.9 * plan.peak_bytes < backend_of(pipeline).peak_bytes <= plan.peak_bytes
 
 
 def test_a_pass_is_traced_and_told_and_can_be_stopped(directory: Path, wanted: Lora, least: int) -> None:
