@@ -78,6 +78,8 @@ class PluginDevice:
         """The most at one time of values that were asked for by :meth:`allocate`; what runs take is the provider's."""
         self.staged_bytes = 0
         """The most at one time of copies on their way."""
+        self.read_bytes = 0
+        """Of the largest value that was read: it comes through a buffer that the provider keeps."""
         with ExitStack() as undo:
             self._library = library_of(provider)
             self._library.begin()
@@ -93,7 +95,8 @@ class PluginDevice:
     def peak_bytes(self) -> int:
         """The most of the card by this count: a provider tells neither what it holds nor what it keeps for reuse."""
         ran = sum(self._ran.values())
-        return self.allocated_bytes + self.staged_bytes + ran + self._provider.reserved_bytes
+        copies = self.staged_bytes + self.read_bytes
+        return self.allocated_bytes + copies + ran + self._provider.reserved_bytes
 
     # --- memory ---------------------------------------------------------------------------------------------------
 
@@ -146,6 +149,7 @@ class PluginDevice:
             raise self._failure(str(error), 0) from error
         self._check(array.nbytes)
         self._unsettled_bytes = 0
+        self.read_bytes = max(self.read_bytes, array.nbytes)
         return array
 
     def settle(self) -> None:
