@@ -1,6 +1,6 @@
 """A process that streams known weights through a plan, and says what it grew by: ``weights grown planned`` bytes.
 
-Planned are the chunks and one more: what is read comes through a buffer that the provider keeps; a backend plans it too.
+Planned are the chunks and one more: what is read comes through a buffer that the provider keeps, as a backend plans.
 
 usage: weights_taken.py FOLDER SPARE_CHUNKS      the folder holds tiny.onnx; so many chunks more than the least budget
 """
