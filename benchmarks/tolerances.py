@@ -12,6 +12,7 @@ Usage: python benchmarks/tolerances.py [--preset full] [--gains 1 2 4]
 import argparse
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +29,8 @@ from i2l.runtime.proof.judging import worst_error
 from i2l.specs import PRESETS, EncoderSpec, Spec
 
 Rounding = Callable[[Array], Array]
+PLAYED: Any = plain
+"""Whose attention is replaced."""
 ATTENTION = plain._attended  # noqa: SLF001 - what is played is inside
 
 
@@ -52,9 +55,9 @@ def errors_of(spec: Spec, gain: float) -> Iterator[tuple[str, list[float]]]:
         wanted = plain_step(spec, graph, activation, held)
         errors = []
         for leaves, operands in ROUNDINGS.values():
-            plain._attended = rounded_attention(leaves)  # noqa: SLF001
+            PLAYED._attended = rounded_attention(leaves)  # noqa: SLF001
             found = plain_step(spec, graph, activation, Rounded(held.infos, held.arrays, leaves, operands))
-            plain._attended = ATTENTION  # noqa: SLF001
+            PLAYED._attended = ATTENTION  # noqa: SLF001
             errors.append(worst_error(spec, activation, found, wanted))
         yield graph, errors
 
