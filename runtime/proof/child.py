@@ -28,7 +28,8 @@ from ...engines.errors import BackendUnavailable, BudgetTooSmall, EnginesError, 
 from ...machine.errors import I2LError, PackageMissing
 from .judging import FormOutcome
 from .records import outcome_from_dict
-from .trial import Tell, Trial, time_backend
+from .timing import time_cpu
+from .trial import Tell, Trial
 
 ROOT = Path(__file__).parents[2]
 BOOT = """
@@ -155,7 +156,7 @@ def serve(values: dict[str, Any]) -> None:
 def _do(task: Task, tell: Tell) -> FormOutcome:
     manifest = read_manifest(task.engines)
     if task.time_only:
-        return time_backend(task.engines, manifest, task.backend, task.limits)
+        return time_cpu(task.engines, manifest, task.limits)
     return Trial(task.engines, manifest, task.backend, task.limits, tell, task.software).run()
 
 

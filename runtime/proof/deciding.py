@@ -38,11 +38,10 @@ class Decider:
     fallback: Path
     time_limits: TimeLimits = field(default_factory=TimeLimits)
     _cpu: FormOutcome | None = None
-    _cpu_known: bool = False
 
     def __post_init__(self) -> None:
         self.records = Records(self.engines, self.manifest.build, self.fallback)
-        self._prover = Prover(self.engines, self.manifest.precision, self.limits, self.time_limits)
+        self._prover = Prover(self.engines, self.limits, self.time_limits)
 
     def decide(self, backend: str, *, prove: bool) -> Chosen:
         """Where to compute.
@@ -80,8 +79,7 @@ class Decider:
             return record or self._prove(subject)
 
     def _prove(self, subject: Subject) -> Record:
-        if not self._cpu_known:
-            self._cpu, self._cpu_known = self._prover.cpu_time(), True
+        self._cpu = self._cpu or self._prover.cpu_time()
         record = self._prover.prove(subject, self._cpu)
         if record.lasting:
             self.records.keep(record)

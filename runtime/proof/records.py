@@ -50,7 +50,7 @@ class Record:
     forms: tuple[FormOutcome, ...]
     """Each on its own, as a crash ends a process."""
     cpu_ms_per_image: float | None
-    """None where the CPU would first convert the packs."""
+    """None where it could not be timed."""
     cpu_estimated: bool
     seconds: float
     """The proof took, the CPU's time included."""
