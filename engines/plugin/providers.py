@@ -51,7 +51,8 @@ WEBGPU = Provider(
     # memory (measured). Kept ones are given back as a whole when the library is unloaded.
     options={"storageBufferCacheMode": "simple"},
     vulkan=True,
-    # Assumed for cards. On SwiftShader, where shaders are compiled in the process's memory, 90 to 170 MiB.
+    # Assumed for cards. On SwiftShader, where shaders are compiled in the process's memory, 90 to 170 MiB; the process
+    # of a proof grows by 312 to 345 MiB for a plan of 261, but then onnxruntime and the reference are among it.
     reserved_bytes=256 << 20,
     error_log="WebGPU device error",
 )
