@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -77,6 +78,17 @@ def test_nvml_is_asked_for_this_process(
     monkeypatch.setitem(sys.modules, "pynvml", module)
     monkeypatch.setattr(card_memory, "drm_bytes", lambda _: 0)
     assert told_memory(software=False) == wanted
+
+
+def test_the_kernel_is_asked_where_there_is_no_nvml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr(card_memory, "FDINFO", tmp_path)
+    assert told_memory(software=False) is None
+    (tmp_path / "3").write_text(AMD.format(client=1))
+    (tmp_path / "4").symlink_to(tmp_path / "closed since")
+    assert told_memory(software=False) == Told(2 << 20, "kernel")
+    monkeypatch.setattr(card_memory, "FDINFO", tmp_path / "no Linux")
+    assert told_memory(software=False) is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process's own memory apart")
