@@ -207,7 +207,7 @@ class PluginBackend:
             chunks,
             memory,
             slots=Slots(kinds=kinds, staged=True),
-            reserved_bytes=self._seat.provider.reserved_bytes + largest_read,
+            reserved_bytes=self.device.reserved_bytes + largest_read,
         )
         return plan(plan(1 << 62).least_bytes if budget_bytes is None else budget_bytes)
 

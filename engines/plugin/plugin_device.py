@@ -96,7 +96,13 @@ class PluginDevice:
         """The most of the card by this count: a provider tells neither what it holds nor what it keeps for reuse."""
         ran = sum(self._ran.values())
         copies = self.staged_bytes + self.read_bytes
-        return self.allocated_bytes + copies + ran + self._provider.reserved_bytes
+        return self.allocated_bytes + copies + ran + self.reserved_bytes
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What the provider takes beside the tensors."""
+        software = self._card is not None and self._card.kind == "software"
+        return self._provider.reserved_in_software_bytes if software else self._provider.reserved_bytes
 
     # --- memory ---------------------------------------------------------------------------------------------------
 

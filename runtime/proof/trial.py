@@ -77,6 +77,7 @@ class Trial:
         """All checks, until one fails."""
         start = time.perf_counter()
         self._advance(0)
+        offer_of(self.backend)  # what it imports is not the card's
         self._before = told_memory(software=self.software)
         failure = self._in_force() or self._smallest() or self._roomier()
         return FormOutcome(self.limits.form, failure, seconds=time.perf_counter() - start, **self.facts)

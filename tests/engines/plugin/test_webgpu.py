@@ -7,7 +7,7 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper
+from test_plugin import buffers_swapped, overwritten_too_early, slots_swapped, upload_dropped
 
 from conftest import MakeEngines, MakeModels, picture
 from i2l.cli import main
@@ -108,6 +109,19 @@ def test_every_budget_and_every_batch_gives_the_same_bits(models: MakeModels, en
     with Pipeline(directory, backend="cpu") as pipeline:
         _, factors = oracle_lora(models("tiny"), pipeline.pixels(PICTURES))
     assert worst_module(found[0], factors) < TOLERANCES["int8"]
+
+
+@pytest.mark.parametrize("mutate", [overwritten_too_early, upload_dropped, buffers_swapped, slots_swapped])
+def test_a_mutation_is_seen(
+    engines: MakeEngines, monkeypatch: pytest.MonkeyPatch, mutate: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    """On a real queue, too, a slot that is written too early, or another's, shows in the LoRA."""
+    directory = engines("tiny", "int8")
+    with Pipeline(directory, backend="webgpu", vram_budget_bytes=smallest(directory)) as pipeline:
+        wanted = pipeline.embed(PICTURES[:1])
+        assert np.array_equal(pipeline.embed(PICTURES[:1]), wanted)
+        mutate(monkeypatch)
+        assert not all(np.array_equal(pipeline.embed(PICTURES[:1]), wanted) for _ in range(2))
 
 
 def test_two_hundred_runs_take_no_more_memory(engines: MakeEngines, monkeypatch: pytest.MonkeyPatch) -> None:
