@@ -54,7 +54,7 @@ WEBGPU = Provider(
     options={"storageBufferCacheMode": "simple"},
     vulkan=True,
     reserved_bytes=256 << 20,  # assumed
-    # SwiftShader compiles shaders into the process's memory: beside 5 MiB of tensors it grew by 237 to 439 MiB, in eight
+    # SwiftShader compiles shaders into the process's memory: beside 5 MiB of tensors it grew by 237 to 439 MiB in eight
     # proofs of the same engines.
     reserved_in_software_bytes=512 << 20,
     error_log="WebGPU device error",
