@@ -37,6 +37,7 @@ from i2l.comfy_host.errors import (
     OutputOutside,
 )
 from i2l.comfy_host.heat_map import CELL_HEIGHT, LEFT, TOP, VIRIDIS, cell_width
+from i2l.engines.backends import BACKENDS
 from i2l.engines.cpu.backend import OrtEngine
 from i2l.engines.cpu.converted import CPU_FOLDER
 from i2l.errors import BackendUnavailable, CheckpointMissing, ImageAbsurd, ImageUnreadable
@@ -799,6 +800,24 @@ def test_an_error_and_an_interrupt_stand_on_the_node(apply: Callable[..., Any], 
     with pytest.raises(LoraDataForeign) as foreign:
         nodes.Save().save({}, "style")
     assert host.texts[-1] == str(foreign.value)
+
+
+def test_a_card_that_proves_itself_is_spoken_of(
+    apply: Callable[..., Any], host: Host, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text moves with its phases, so that nobody takes it for hung; the CPU goes on, as this card crashes."""
+    engines = home / "models" / "I2L" / "engines"
+    shared = engines.resolve()
+    engines.unlink()
+    shutil.copytree(shared, engines)  # the record lies beside them
+    monkeypatch.setitem(BACKENDS, "played", "played_card")
+    monkeypatch.setenv("PLAYED_CARD", json.dumps({"fault": "crashes"}))
+    _, data = apply()
+    assert data.made
+    proving = [text for text in host.texts if text.startswith("proving played, ")]
+    assert proving[0] == "proving played, 0 %"
+    assert len(proving) > 1
+    assert any(text.startswith("timing the CPU, ") for text in host.texts)
 
 
 def test_a_prompt_of_the_api_has_nobody_to_tell(apply: Callable[..., Any], host: Host) -> None:
