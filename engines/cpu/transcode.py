@@ -118,7 +118,7 @@ def exact_scales(values: Array) -> Array:
     even = values[:, : values.shape[1] // 2 * 2]
     pair = np.abs(even.reshape(len(values), -1, 2).sum(axis=2)).max(axis=1, initial=0)
     scale = np.maximum(peak / np.float32(WEIGHT_LEVELS), pair / np.float32(LARGEST_PAIR))
-    return np.maximum(scale, np.float32(SMALLEST))
+    return np.asarray(np.maximum(scale, np.float32(SMALLEST)))
 
 
 def transcode_pack(

@@ -99,6 +99,8 @@ class BalancedInt8Linear(BalancedLinear):
 class BalancedInt8Linears(Linears):
     """The inputs quantised together: a block has up to eight, and each node costs as much as a small product."""
 
+    rotation: Tensor
+
     def __init__(self, names: Sequence[str], in_features: int) -> None:
         super().__init__([BalancedInt8Linear(name, in_features) for name in names])
         self.register_buffer("rotation", balanced_rotation(in_features))
@@ -107,7 +109,7 @@ class BalancedInt8Linears(Linears):
         panels, _, width, _ = weights[f"{self.linears[0].name}.weight"].shape
         together = panel_levels(x.flatten(1), self.rotation, len(self.linears) * panels, width)
         parts = zip(self.linears, *(torch.split(part, panels) for part in together), strict=True)
-        return [linear.multiply(*part, weights) for linear, *part in parts]  # type: ignore[operator]
+        return [linear.multiply(*part, weights) for linear, *part in parts]
 
 
 def panel_levels(x: Tensor, rotation: Tensor, panels: int, width: int) -> tuple[Tensor, Tensor]:
