@@ -24,7 +24,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ...machine.errors import I2LError
-from ...machine.files import atomic_path, read_small
+from ...machine.files import atomic_path, read_small, remove_leftovers
 from ...machine.platforms.mapping import MappedFile
 from ...machine.wording import format_bytes
 from ..errors import EngineFileChanged, EngineFileDamaged, EngineFileUnreadable
@@ -196,6 +196,7 @@ def _forget(directory: Path, name: str) -> None:
 
 
 def _write_notes(directory: Path, notes: Notes) -> None:
+    remove_leftovers(directory)  # of runs that were killed while they noted this
     try:
         with atomic_path(directory / CHECKED) as temporary:
             temporary.write_text(json.dumps({"word": notes.word, "files": notes.marks}), encoding="utf-8")

@@ -18,7 +18,7 @@ from ...engines.base import CardFacts
 from ...engines.directory.manifest import PROOFS
 from ...engines.directory.typed_facts import typed
 from ...machine.errors import I2LError
-from ...machine.files import atomic_path, read_small
+from ...machine.files import atomic_path, read_small, remove_leftovers
 from ...machine.wording import format_path
 from .judging import FormOutcome
 
@@ -118,6 +118,7 @@ class Records:
         others = [kept for kept in self.read() if (kept.subject.backend, kept.subject.card.name) != same]
         reasons = []
         for path in self._paths:
+            remove_leftovers(path.parent)
             try:
                 with atomic_path(path) as temporary:
                     temporary.write_text(records_to_json([*others, record]), encoding="utf-8")
