@@ -4,6 +4,7 @@ Each stands beside what it is about, in a file called ``errors.py``; how they ar
 The nodes' own are not here: the wheel has no nodes, and ComfyUI alone shows them.
 """
 
+from .cluster.errors import ClusterError, MachinesTooSmall, PictureFatal, RayUnreachable, WorkersLost
 from .engines.cpu.errors import CpuPacksUnwritable
 from .engines.cuda.errors import CudaGraphsUnusable, ProviderMissing
 from .engines.errors import (
@@ -127,6 +128,7 @@ __all__ = [
     "CheckpointOfAnotherKind",
     "CheckpointUnreadable",
     "CheckpointsUnfit",
+    "ClusterError",
     "ComparisonNotFinite",
     "CpuPacksUnwritable",
     "CudaGraphsUnusable",
@@ -165,6 +167,7 @@ __all__ = [
     "LoraUnreadable",
     "LorasDiffer",
     "LorasForOthers",
+    "MachinesTooSmall",
     "ManifestInvalid",
     "MediaTypeForeign",
     "NoImages",
@@ -177,6 +180,7 @@ __all__ = [
     "OutputTaken",
     "OutputUnwritable",
     "PackageMissing",
+    "PictureFatal",
     "PictureTooLarge",
     "PicturesTooMany",
     "PipelineBusy",
@@ -191,6 +195,7 @@ __all__ = [
     "ProviderFailed",
     "ProviderMissing",
     "QueueFull",
+    "RayUnreachable",
     "RequestInvalid",
     "RequestTimedOut",
     "ServeError",
@@ -205,4 +210,5 @@ __all__ = [
     "TokenWrong",
     "TraceUnreadable",
     "WeightsMismatch",
+    "WorkersLost",
 ]
