@@ -47,7 +47,7 @@ def arm(countdown: int, number: int) -> None:
 
 @contextmanager
 def answered(seconds: int = 20) -> Iterator[None]:
-    """The body answers in time: whoever waits for a pipe that nobody writes is ended with an error that nobody catches."""
+    """The body answers in time: whoever waits for a pipe that nobody writes is ended with an error of the test."""
 
     def late(*_: object) -> None:
         raise AssertionError("no answer")
