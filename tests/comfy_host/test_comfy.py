@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
