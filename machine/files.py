@@ -31,6 +31,8 @@ UNWRITABLE = frozenset(
 """What the operating system says of a place that cannot be written."""
 LEFTOVER = re.compile(r"\.i2l-(?P<host>[0-9a-f]{6})-(?P<pid>[0-9]{1,10})-[0-9a-f]{16}\.part")
 LEFTOVER_SECONDS = 24 * 3600
+SMALL_BYTES = 64 << 20
+"""Of a file of facts. The manifest of full size has 1 MB."""
 
 
 @contextmanager
@@ -173,6 +175,21 @@ def regular_file_problem(path: Path) -> str:
     if stat.S_ISREG(mode):
         return ""
     return os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "it is a pipe, a socket or a device, not a file"
+
+
+def read_small(path: Path, most_bytes: int = SMALL_BYTES) -> bytes:
+    """The bytes of a file of facts, such as a manifest or a record.
+
+    Raises:
+        OSError: it cannot be read, is no file, or is larger than any of its kind: sparse files cost nothing to make.
+    """
+    if problem := regular_file_problem(path):
+        raise OSError(errno.EINVAL, problem)
+    with path.open("rb") as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    return data
 
 
 def _require_replaceable(path: Path) -> None:

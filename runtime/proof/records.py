@@ -18,8 +18,9 @@ from typing import Any
 
 from ...engines.base import CardFacts
 from ...engines.directory.manifest import PROOFS
+from ...engines.directory.typed_facts import typed
 from ...machine.errors import I2LError
-from ...machine.files import atomic_path
+from ...machine.files import atomic_path, read_small, remove_leftovers
 from ...machine.locks import exclusive
 from ...machine.wording import format_path
 from .judging import FormOutcome
@@ -139,6 +140,7 @@ class Records:
         others = [kept for kept in self.read() if (kept.subject.backend, kept.subject.card.name) != same]
         reasons = []
         for path in self._paths:
+            remove_leftovers(path.parent)
             try:
                 with atomic_path(path) as temporary:
                     temporary.write_text(records_to_json([*others, record]), encoding="utf-8")
@@ -157,11 +159,11 @@ def records_to_json(records: Iterable[Record]) -> str:
     return json.dumps({"format": FORMAT, "records": [asdict(record) for record in records]}, indent=1)
 
 
-def records_from_json(text: str) -> list[Record]:
+def records_from_json(text: str | bytes) -> list[Record]:
     """What :func:`records_to_json` wrote.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: it does not parse.
+        ValueError, KeyError, TypeError, AttributeError: it does not parse, or a value is of another kind.
     """
     values = json.loads(text)
     if values["format"] != FORMAT:
@@ -175,18 +177,21 @@ def outcome_from_dict(row: Mapping[str, Any]) -> FormOutcome:
 
 
 def _record(row: Mapping[str, Any]) -> Record:
-    subject = {**row["subject"], "card": CardFacts(**row["subject"]["card"])}
-    forms = tuple(outcome_from_dict(outcome) for outcome in row["forms"])
-    return Record(**{**row, "subject": Subject(**subject), "forms": forms})
+    subject = {**row["subject"], "card": typed(CardFacts(**row["subject"]["card"]))}
+    forms = tuple(typed(outcome_from_dict(outcome)) for outcome in row["forms"])
+    record = Record(**{**row, "subject": typed(Subject(**subject)), "forms": forms})
+    if any(outcome.passed and outcome.ms_per_image is None for outcome in forms):
+        raise ValueError("a form is right and has no time")
+    return typed(record)
 
 
 def _read(path: Path) -> list[Record]:
     try:
-        return records_from_json(path.read_text(encoding="utf-8"))
+        return records_from_json(read_small(path))
     except FileNotFoundError:
         return []
     except OSError as error:
-        reason = str(error.strerror)
+        reason = error.strerror or str(error)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         reason = "it does not parse"
     log.warning("%s cannot be used (%s): cards prove themselves anew", format_path(path), reason)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ...engines.base import CardFacts
 from ...engines.directory.manifest import Manifest
+from ...machine.outputs import Format, Found
 from ...machine.threads import default_threads
-from ...machine.wording import format_bytes
+from ...machine.wording import format_bytes, printable
 from ...specs import EncoderSpec
 from .judging import FormOutcome
 from .records import Record
@@ -18,13 +19,23 @@ from .records import Record
 PATHS = re.compile(r"\S*[\\/]\S*")
 """What may be a path, or a part of one with blanks in it."""
 CARD_WORD = re.compile(r"\w{1,8}/\w{1,8}")
+HEAD = b"i2l proof report, "
+"""How every report begins."""
 RATES = re.compile(r"GB/s[,;)]?")
+
+
+def _find_report(path: Path) -> Found | None:
+    with path.open("rb") as file:
+        return None if file.read(len(HEAD)) == HEAD else Found("there already, and no proof report of i2l")
+
+
+REPORT = Format("a proof report", (".txt", ".md"), _find_report)
 
 
 def verdict(record: Record) -> str:
     """One line: right or not, and how fast."""
     if record.best is None:
-        return f"{'could not be proven' if record.refused else 'failed its proof'}: {record.failure}"
+        return f"{'could not be proven' if record.refused else 'failed its proof'}: {printable(record.failure)}"
     form = f" ({record.best.form})" if record.best.form else ""
     cpu = "" if record.cpu_ms_per_image is None else f", the CPU {_ms(record.cpu_ms_per_image, record.cpu_estimated)}"
     alone = ", one picture at a time" if record.best.alone else ""
@@ -32,7 +43,11 @@ def verdict(record: Record) -> str:
 
 
 def record_lines(record: Record) -> Iterator[str]:
-    """A record for people."""
+    """A record for people: files of records are anybody's, so nothing in it does anything to a terminal."""
+    return map(printable, _record_lines(record))
+
+
+def _record_lines(record: Record) -> Iterator[str]:
     yield f"{record.subject.backend} on {card_text(record.subject.card)}: {verdict(record)}"
     for outcome in record.forms:
         if len(record.forms) > 1:
@@ -50,7 +65,7 @@ def report_text(records: Sequence[Record], manifest: Manifest) -> str:
     )
     system = f"{platform.system()} {platform.machine()}"
     lines = [
-        f"i2l proof report, {system}, Python {platform.python_version()}, {default_threads()} cores for the CPU",
+        f"{HEAD.decode()}{system}, Python {platform.python_version()}, {default_threads()} cores for the CPU",
         f"engines: {manifest.precision}, {', '.join(sizes)}",
     ]
     for record in records:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -1019,6 +1020,8 @@ def test_load_picture_lists_what_it_reads_and_sees_a_change(nodes: ModuleType, p
     assert before == changed(image="no suffix", ignore_icc=False)
     photo.write_bytes(photo.read_bytes() + b"\0")
     assert before != changed(image="photo.jpg", ignore_icc=False)
+    os.mkfifo(photo.parent / "pipe.jpg")
+    assert not changed(image="pipe.jpg", ignore_icc=False)  # which would wait for who writes there
 
 
 def test_what_load_picture_cannot_read_stands_on_the_node(
