@@ -19,6 +19,8 @@ from ..errors import BudgetTooSmall, OutOfDeviceMemory
 from .arena import Arena
 from .session import OrtDeviceEngine
 
+SESSION_BYTES = 10 << 20
+"""Assumed of one before it is opened: cuBLAS' workspace, 8.1 MiB by its documentation (32 from sm90 on), and code."""
 SESSIONS = "sessions"
 """Under this name stands what all graphs keep together."""
 
@@ -54,7 +56,7 @@ def measured_memory(
     room = min(budget_bytes - RESERVED_BYTES - kept, device.free_bytes()) // 256 * 256
     scratch = room - values - weights
     if scratch < 0:
-        raise too_small(models, images, budget_bytes)
+        raise too_small(models, images, budget_bytes, kept)
     address = device.allocate(room)
     workspace = arena.workspace
     workspace.address, workspace.scratch_bytes, workspace.values_bytes = address, scratch, values
@@ -67,7 +69,7 @@ def measured_memory(
                 engine.run(engine.activation_at(workspace.values_address, count), placed)
             memory[graph] = GraphMemory(arena.most_bytes, engine.value_bytes(images), 0)
     except OutOfDeviceMemory as error:
-        raise too_small(models, images, budget_bytes) from error
+        raise too_small(models, images, budget_bytes, kept) from error
     finally:
         device.finish()
         device.free(address)
@@ -76,10 +78,16 @@ def measured_memory(
     return memory | {SESSIONS: GraphMemory(0, 0, kept)}
 
 
-def too_small(models: Mapping[Family, Model], images: int, budget_bytes: int) -> BudgetTooSmall:
-    """The error, with what is estimated to be enough."""
+def too_small(
+    models: Mapping[Family, Model], images: int, budget_bytes: int, kept_bytes: int | None = None
+) -> BudgetTooSmall:
+    """The error, with what is estimated to be enough; ``kept_bytes``: what the sessions keep, where that is known."""
     chunks = {family: model.chunks for family, model in models.items()}
-    least = plan_residency(chunks, estimated_memory(models, images), 1 << 62).least_bytes
+    memory = estimated_memory(models, images)
+    if kept_bytes is None:
+        kept_bytes = SESSION_BYTES * len(memory)
+    memory = {graph: replace(facts, context_bytes=0) for graph, facts in memory.items()}
+    least = plan_residency(chunks, memory | {SESSIONS: GraphMemory(0, 0, kept_bytes)}, 1 << 62).least_bytes
     return BudgetTooSmall(budget_bytes, max(least, budget_bytes + 1))
 
 

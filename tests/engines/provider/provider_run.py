@@ -10,7 +10,7 @@ import ctypes
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,8 @@ from i2l.engines.device.backend import DeviceBackend
 from i2l.errors import BudgetTooSmall, I2LError
 from i2l.runtime.pipeline import Pipeline
 
-COUNTED = (
-    "problems",
-    "live_bytes",
-    "peak_bytes",
-    "pinned_bytes",
-    "copies",
-    "copied_bytes",
-    "pageable_copies",
-    "launches",
-    "calls",
-)
+EACH_PASS = ("copies", "copied_bytes", "pageable_copies", "launches", "calls")
+COUNTED = ("problems", "live_bytes", "peak_bytes", "pinned_bytes", *EACH_PASS)
 
 
 class Driver:
@@ -65,14 +56,16 @@ def run(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, Any]:
             before, begin = driver.seen(), time.perf_counter()
             pipeline.lora_from_images(pictures[:images])
             spent, after = time.perf_counter() - begin, driver.seen()
-            steps = {
-                name: after[name] - before[name]
-                for name in ("copies", "copied_bytes", "pageable_copies", "launches", "calls")
-            }
+            steps = {name: after[name] - before[name] for name in EACH_PASS}
             facts["passes"].append({"images": images, "seconds": spent, "live_bytes": after["live_bytes"], **steps})
         if isinstance(backend, DeviceBackend):
             plan = backend.residency
-            facts |= {"parts": plan.parts, "streamed_bytes": plan.streamed_bytes, "least_bytes": plan.least_bytes}
+            facts |= {
+                "card": backend.device.name,
+                "parts": plan.parts,
+                "streamed_bytes": plan.streamed_bytes,
+                "least_bytes": plan.least_bytes,
+            }
             if case.get("placement"):
                 facts["elsewhere"] = elsewhere(backend._engines)
         facts["vram"] = pipeline.vram
@@ -89,6 +82,17 @@ def elsewhere(engines: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def recording(make: Callable[[], Any]) -> Callable[[], Any]:
+    """Options of sessions that note where each node went."""
+
+    def options() -> Any:
+        made = make()
+        made.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        return made
+
+    return options
+
+
 def least_budget(engines: Path, backend: str) -> int:
     """What the smallest plan needs."""
     try:
@@ -101,6 +105,8 @@ def least_budget(engines: Path, backend: str) -> int:
 def main() -> None:
     engines, case = Path(sys.argv[1]), json.loads(sys.argv[2])
     driver = Driver()
+    if case.get("placement"):
+        ort.SessionOptions = recording(ort.SessionOptions)
     try:
         facts = run(engines, driver, case)
     except I2LError as error:
