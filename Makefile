@@ -30,7 +30,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 # What the demo needs, and none of what the tests compare with; a whole setup has it too.
 $(VENV)/.demo-ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,export]'
 	@touch $@
 
 demo: $(if $(wildcard $(VENV)/.ready),setup,$(VENV)/.demo-ready)  ## Tiny checkpoints, engines, a LoRA from a picture, and what is in it; installs only what that takes

@@ -19,6 +19,7 @@ from ..directory.manifest import Manifest
 from ..errors import BackendUnavailable
 from .arena import Arena
 from .graph_files import checked_graphs
+from .libraries import missing_libraries
 
 if TYPE_CHECKING:
     from ..device.card import CudaDevice
@@ -34,6 +35,9 @@ def find_cuda() -> BackendStatus:
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         remedy = 'pip uninstall onnxruntime, then pip install "i2l-engines[cuda]"'
         return BackendStatus("cuda", works=False, reason="onnxruntime is the build for the CPU", remedy=remedy)
+    if lacking := missing_libraries():
+        reason = f"CUDA's libraries are missing for onnxruntime-gpu {onnxruntime.__version__} ({', '.join(lacking)})"
+        return BackendStatus("cuda", works=False, reason=reason, remedy='pip install "onnxruntime-gpu[cuda]"')
     if status := driver.without_cuda_python("cuda"):
         return status
     version = onnxruntime.__version__

@@ -24,6 +24,7 @@ from ..directory.dtypes import FLOAT32
 from ..errors import DeviceFailed, OutOfDeviceMemory, ShapeMismatch
 from .arena import Arena
 from .errors import ProviderMissing
+from .libraries import missing_libraries
 
 NO_MEMORY = re.compile(r"out of memory|failed to allocate memory|available memory of \d+ is smaller", re.IGNORECASE)
 """How the CUDA provider and its arena say that memory ran out; they have no error class for it."""
@@ -110,7 +111,7 @@ class OrtDeviceEngine:
         if target.provider not in ort.get_available_providers():
             raise ProviderMissing(target.provider, ort.get_available_providers())
         if target.kind == "cuda":
-            ort.preload_dlls()  # CUDA's libraries from pip's packages, where the system has none
+            missing_libraries()  # loads those that are there, so that the provider finds them
         providers = [(target.provider, target.options)]
         self._graph, self._target, self._workspace = graph, target, workspace
         with self._our_errors(), target.opening():  # without fallback: it would go on with the CPU, and write to stdout

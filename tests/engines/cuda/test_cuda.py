@@ -29,6 +29,7 @@ from i2l.engines.base import CardFacts, Limits, VramBudget
 from i2l.engines.cuda.arena import Arena
 from i2l.engines.cuda.backend import open_cuda
 from i2l.engines.cuda.graph_files import FACTS, checked_graphs, graphs_folder
+from i2l.engines.cuda.libraries import missing_libraries
 from i2l.engines.cuda.session import CpuTarget, CudaTarget, OrtDeviceEngine
 from i2l.engines.device import card as cuda_device
 from i2l.engines.device.backend import DeviceBackend
@@ -43,6 +44,7 @@ from i2l.errors import (
     CudaGraphsUnusable,
     DeviceFailed,
     OutOfDeviceMemory,
+    PackageMissing,
     ProviderMissing,
     ShapeMismatch,
 )
@@ -331,12 +333,42 @@ def test_the_cards_are_what_a_proof_is_of(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("i2l.engines.device.driver._driver_library", PlayedDriver)
     monkeypatch.setattr("i2l.engines.device.driver.driver_release", lambda: "")
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr("i2l.engines.cuda.backend.missing_libraries", tuple)
     libraries = {"onnxruntime-gpu": ort.__version__}
     cards = tuple(CardFacts(name, "for CUDA 13.1", libraries) for name in ("card 0", "card 1"))
     assert backends.working_backend("cuda").cards == cards
     monkeypatch.setattr(PlayedDriver, "count", 0)
     with pytest.raises(BackendUnavailable, match="the NVIDIA driver finds no GPU"):
         backends.working_backend("cuda")
+
+
+def test_what_is_missing_is_told_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """No driver, the build for the CPU, CUDA's libraries; what onnxruntime prints does not reach the output."""
+    missing_libraries.cache_clear()
+    monkeypatch.setattr("i2l.engines.device.driver._driver_library", lambda: None)
+    assert backends.offer_of("cuda").find().reason == "no NVIDIA driver on this machine"
+    monkeypatch.setattr("i2l.engines.device.driver._driver_library", PlayedDriver)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert backends.offer_of("cuda").find().reason == "onnxruntime is the build for the CPU"
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    lacking = "Failed to load libcublas.so.13: cannot open shared object file\nPlease follow https://onnxruntime.ai"
+    monkeypatch.setattr(ort, "preload_dlls", lambda **_: print(lacking))  # noqa: T201 - as onnxruntime does
+    status = backends.offer_of("cuda").find()
+    missing_libraries.cache_clear()
+    assert "CUDA's libraries are missing" in status.reason
+    assert status.reason.endswith("(libcublas.so.13)")
+    assert capsys.readouterr().out == ""
+
+
+def test_without_any_onnxruntime_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "import_module", missing)
+    assert {status.reason for status in backends.detect_backends()} == {"no onnxruntime is installed"}
+    with pytest.raises(PackageMissing, match=r"onnxruntime, which is not installed.*\[cpu\]"):
+        backends.offer_of("cpu")
+
+
+def missing(*_: object) -> None:
+    raise ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime")
 
 
 @pytest.mark.parametrize(
