@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ..machine.errors import PackageMissing
 from .errors import BackendUnavailable
 
 if TYPE_CHECKING:  # the command line lists the names, and must not pay for numpy
@@ -24,13 +25,28 @@ BACKENDS: dict[str, str] = {
 
 def offer_of(name: str) -> "Offer":
     """What a backend's room offers."""
-    offer: Offer = import_module(BACKENDS[name], __package__).OFFER
+    try:
+        offer: Offer = import_module(BACKENDS[name], __package__).OFFER
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":
+            raise
+        raise PackageMissing("onnxruntime", "computing", "cpu") from error
     return offer
 
 
 def detect_backends() -> "tuple[BackendStatus, ...]":
     """The state of every backend, best last."""
-    return tuple(offer_of(name).find() for name in BACKENDS)
+    return tuple(map(_found, BACKENDS))
+
+
+def _found(name: str) -> "BackendStatus":
+    from .base import BackendStatus  # noqa: PLC0415 - numpy
+
+    try:
+        return offer_of(name).find()
+    except PackageMissing:
+        reason, remedy = "no onnxruntime is installed", 'pip install "i2l-engines[cpu]", or [cuda] for NVIDIA cards'
+        return BackendStatus(name, works=False, reason=reason, remedy=remedy)
 
 
 def working_backend(name: str) -> "BackendStatus":
