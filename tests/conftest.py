@@ -17,9 +17,7 @@ from i2l.engines.cpu import backend as cpu_backend
 from i2l.engines.plugin.loading import library_of
 from i2l.engines.plugin.presence import find_plugin
 from i2l.engines.plugin.providers import WEBGPU
-from i2l.export import build
-from i2l.export.backends import cpu as cpuplan
-from i2l.export.backends import plugin as plugin_graphs
+from i2l.engines.tensorrt.library import build_plan
 from i2l.export.build import build_engines
 from i2l.export.checkpoints.synthetic import make_checkpoints
 from i2l.export.graphs.graphs import export_graphs
@@ -103,11 +101,7 @@ def engines(models: MakeModels, tmp_path_factory: pytest.TempPathFactory) -> Mak
         if key not in made:
             made[key] = tmp_path_factory.mktemp(f"engines-{preset}-{precision}")
             source = models(preset, **options)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(build, "export_graphs", graphs_once)
-                patch.setattr(cpuplan, "export_graphs", graphs_once)
-                patch.setattr(plugin_graphs, "export_graphs", graphs_once)
-                build_engines(source, made[key], precision=precision, blocks_per_chunk=blocks_per_chunk)
+            build_engines(source, made[key], precision=precision, blocks_per_chunk=blocks_per_chunk)
         return made[key]
 
     return make
@@ -119,6 +113,16 @@ def graphs_once(
 ) -> tuple[tuple[str, onnx.ModelProto], ...]:
     """Exporting takes most of a tiny build's time and depends on these alone."""
     return tuple(export_graphs(spec, precision, but=but))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def export_once() -> Iterator[None]:
+    """Every build in this process shares graphs, and plans of equal ones, of which each takes TensorRT a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("i2l.export.backends.tensorrt.build_plan", cache(build_plan))
+        for module in ("build", "backends.cpu", "backends.cuda", "backends.plugin", "backends.tensorrt"):
+            patch.setattr(f"i2l.export.{module}.export_graphs", graphs_once)
+        yield
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
