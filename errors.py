@@ -4,6 +4,7 @@ Each stands beside what it is about, in a file called ``errors.py``; how they ar
 The nodes' own are not here: the wheel has no nodes, and ComfyUI alone shows them.
 """
 
+from .cluster.errors import ClusterError, MachinesTooSmall, PictureFatal, RayUnreachable, WorkersLost
 from .engines.cpu.errors import CpuPacksUnwritable
 from .engines.cuda.errors import CudaGraphsUnusable, ProviderMissing
 from .engines.errors import (
@@ -126,6 +127,7 @@ __all__ = [
     "CheckpointOfAnotherKind",
     "CheckpointUnreadable",
     "CheckpointsUnfit",
+    "ClusterError",
     "ComparisonNotFinite",
     "CpuPacksUnwritable",
     "CudaGraphsUnusable",
@@ -163,6 +165,7 @@ __all__ = [
     "LoraUnreadable",
     "LorasDiffer",
     "LorasForOthers",
+    "MachinesTooSmall",
     "ManifestInvalid",
     "MediaTypeForeign",
     "NoImages",
@@ -175,6 +178,7 @@ __all__ = [
     "OutputTaken",
     "OutputUnwritable",
     "PackageMissing",
+    "PictureFatal",
     "PictureTooLarge",
     "PicturesTooMany",
     "PipelineBusy",
@@ -189,6 +193,7 @@ __all__ = [
     "ProviderFailed",
     "ProviderMissing",
     "QueueFull",
+    "RayUnreachable",
     "RequestInvalid",
     "RequestTimedOut",
     "ServeError",
@@ -203,4 +208,5 @@ __all__ = [
     "TokenWrong",
     "TraceUnreadable",
     "WeightsMismatch",
+    "WorkersLost",
 ]
