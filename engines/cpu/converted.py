@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ...machine.files import atomic_path, explained_os_errors, remove_leftovers, require_free, sync_tree
+from ...machine.files import atomic_path, explained_os_errors, remove_folder, remove_leftovers, require_free, sync_tree
 from ...machine.locks import exclusive
 from ...machine.progress import Report, silent
 from ...machine.threads import default_threads
@@ -155,8 +155,8 @@ def remove_cpu_engines(directory: Path, *, but_of: str) -> None:
         stale = read_manifest(folder).build != but_of
     except EnginesError:
         stale = (folder / LOCK).is_file()  # a conversion that died; without the lock it is somebody else's folder
-    if stale:
-        shutil.rmtree(folder, ignore_errors=True)
+    if stale and (reason := remove_folder(folder)):
+        log.warning("%s stays until the next build: %s", format_path(folder), reason)
 
 
 def _plan(directory: Path, manifest: Manifest) -> Manifest:
