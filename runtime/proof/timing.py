@@ -19,7 +19,7 @@ from .judging import FormOutcome, stretch
 STRETCH = 7
 """Chunks of a model: with two slots each is used three times."""
 CPU_STRETCH = 4
-"""Of fp8 engines that the CPU would first convert: 0.5 GiB at full size."""
+"""Of fp8 engines that the CPU would first convert: about 0.6 GiB at full size."""
 LONG_PASS_SECONDS = 6.0
 """A pass that would take longer is estimated from the stretch."""
 
