@@ -43,7 +43,7 @@ def told_memory(*, software: bool) -> Told | None:
     """
     if software:
         nbytes = anonymous_bytes()
-        return None if nbytes is None else Told(nbytes, "process")
+        return None if nbytes is None else Told(nbytes, "the process")
     return _by_nvml() or _by_kernel()
 
 
@@ -87,7 +87,7 @@ def _by_kernel() -> Told | None:
     except OSError:
         return None
     nbytes = drm_bytes(texts)
-    return Told(nbytes, "kernel") if nbytes else None
+    return Told(nbytes, "the kernel") if nbytes else None
 
 
 def drm_bytes(texts: Iterable[str]) -> int:

@@ -59,7 +59,7 @@ class FormOutcome:
     told_bytes: int | None = None
     """What the process held of the card by somebody else's count, after the passes; None where nobody can tell."""
     told_by: str = ""
-    """Whose count: ``NVML``, ``kernel``, or for a renderer in software the ``process``."""
+    """Whose count: ``NVML``, ``the kernel``, or for a renderer in software ``the process``."""
     upload_bytes_per_second: float | None = None
     """With nothing computing."""
     busy_upload_bytes_per_second: float | None = None
@@ -136,7 +136,7 @@ def memory_failure(peak_bytes: int | None, budget_bytes: int | None, told: Told 
         return f"it took {format_bytes(peak_bytes)} of the card, {format_bytes(budget_bytes)} were allowed"
     if told and told.nbytes > budget_bytes + DRIVERS_BYTES:
         held, allowed = format_bytes(told.nbytes), format_bytes(budget_bytes)
-        return f"it holds {held} of the card by the count of the {told.by}, {allowed} were allowed"
+        return f"it holds {held} of the card by the count of {told.by}, {allowed} were allowed"
     return ""
 
 

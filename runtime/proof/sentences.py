@@ -116,7 +116,7 @@ def _told(outcome: FormOutcome) -> str:
     """What others counted."""
     if outcome.told_bytes is None:
         return "neither NVML nor the kernel tells more"
-    return f"{format_bytes(outcome.told_bytes)} by the {outcome.told_by}'s"
+    return f"{format_bytes(outcome.told_bytes)} by {outcome.told_by}'s"
 
 
 def _ms(ms: float | None, estimated: bool) -> str:

@@ -40,7 +40,7 @@ def test_the_proof_finds_the_wrong_attention_and_takes_the_other_form(directory:
     assert plain["ms_per_image"] > 0
     assert 0 < plain["peak_bytes"] <= plain["budget_bytes"]
     if proof["subject"]["card"]["name"].startswith("SwiftShader"):
-        assert plain["told_by"] == "process"  # whose memory is the card's there
+        assert plain["told_by"] == "the process"  # whose memory is the card's there
         assert 0 < plain["told_bytes"] <= plain["budget_bytes"]
         assert fast["form"] == "mha"
         wrong = {graph for graph, error in fast["errors"].items() if error > 0.01}

@@ -86,7 +86,7 @@ def test_the_kernel_is_asked_where_there_is_no_nvml(tmp_path: Path, monkeypatch:
     assert told_memory(software=False) is None
     (tmp_path / "3").write_text(AMD.format(client=1))
     (tmp_path / "4").symlink_to(tmp_path / "closed since")
-    assert told_memory(software=False) == Told(2 << 20, "kernel")
+    assert told_memory(software=False) == Told(2 << 20, "the kernel")
     monkeypatch.setattr(card_memory, "FDINFO", tmp_path / "no Linux")
     assert told_memory(software=False) is None
 
@@ -97,7 +97,7 @@ def test_a_renderer_in_software_is_this_process() -> None:
     held = bytearray(b"\1" * (64 << 20))
     grown = growth(before, told_memory(software=True))
     assert grown
-    assert grown.by == "process"
+    assert grown.by == "the process"
     assert len(held) <= grown.nbytes + (1 << 20)
     assert growth(Told(5, "NVML"), None) is None
     assert growth(None, Told(5, "NVML")) == Told(5, "NVML")
@@ -108,7 +108,7 @@ def test_over_the_budget_is_a_failure_by_either_count() -> None:
     assert memory_failure(5, 5, Told(5 + DRIVERS_BYTES, "NVML")) == ""
     assert memory_failure(6 << 30, 5 << 30).startswith("it took 6.00 GiB of the card, 5.00 GiB were allowed")
     wrong = memory_failure(5 << 30, 5 << 30, Told(6 << 30, "NVML"))
-    assert wrong == "it holds 6.00 GiB of the card by the count of the NVML, 5.00 GiB were allowed"
+    assert wrong == "it holds 6.00 GiB of the card by the count of NVML, 5.00 GiB were allowed"
 
 
 def test_a_clock_that_stops_before_the_card_is_not_believed() -> None:

@@ -19,7 +19,7 @@ OUTCOMES = {
     "a little off": "",
     "off": r"(siglip2|dinov3|adapter)\.\w+ [\d.e+]+ % off.*\(tolerance [\d.]+ %\)",
     "crashes": r"it crashed \(SIGABRT\)",
-    "hangs": r"no answer for 4 s, \d+ s in all: it was ended",
+    "hangs": r"no answer for 2 s, \d+ s in all: it was ended",
 }
 
 
@@ -47,7 +47,7 @@ def test_a_proof_comes_to_what_the_card_does(
     directory: Path, backend: str, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     monkeypatch.setenv(VARIABLE, Part(backend, fault).text())
-    deciding = decider(directory, silence_seconds=4 if fault == "hangs" else 60)
+    deciding = decider(directory, silence_seconds=2 if fault == "hangs" else 60)
     subject = deciding.subject(find_played())
     assert subject
     record = deciding.prove(subject)
