@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from comfy.model_management import intermediate_device
+
 from .comfy_host.engines import adapter_checkpoint, prepare_engines
 from .comfy_host.folders import (
     DEFAULT_ADAPTER,
@@ -29,19 +31,24 @@ from .comfy_host.inputs import (
     APPLY_OUTPUTS,
     CATEGORY,
     LOADER_ALIASES,
+    PICTURE_ALIASES,
+    PICTURE_OUTPUTS,
     SAVE_ALIASES,
     SEARCH_ALIASES,
     Inputs,
     apply_inputs,
     loader_inputs,
+    picture_inputs,
     save_inputs,
 )
 from .comfy_host.node_text import node_text
 from .comfy_host.patching import patched_model, positive_hooks
+from .comfy_host.pictures.input_files import picture_is_there, picture_names, picture_sha256, read_picture
+from .comfy_host.pictures.profiles import Prompt, profiles_mark
 from .comfy_host.pipelines import OpenPipelines
 from .comfy_host.progress import comfy_report, of_run, total_steps, whole
 from .comfy_host.requirements import absent_packages, install_command, require_packages
-from .comfy_host.tensors import LoraData, arrays_from_images, lora_from_tensors, tensors_from_lora
+from .comfy_host.tensors import LoraData, arrays_from_images, image_from_picture, lora_from_tensors, tensors_from_lora
 from .lora.lowrank import reduce_lora
 from .lora.norms import norm_table
 from .machine.wording import GIB, format_bytes, format_path
@@ -81,6 +88,37 @@ class PipelineLoader:
         return (str(path),)
 
 
+class LoadPicture:
+    """A picture as ``i2l run`` reads it, which ComfyUI's Load Image does not: by its colour profile."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Loads a picture for Z-Image i2L Apply with the colours that a person sees: its colour profile is converted to "
+        "sRGB, or ignored on request. Also reads HEIC and JPEG XL."
+    )
+    SEARCH_ALIASES = PICTURE_ALIASES
+    RETURN_TYPES = ("IMAGE",)
+    RETURN_NAMES = ("image",)
+    OUTPUT_TOOLTIPS = PICTURE_OUTPUTS
+    FUNCTION = "load"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> Inputs:  # noqa: N802 - ComfyUI's name
+        return picture_inputs(picture_names())
+
+    @classmethod
+    def IS_CHANGED(cls, image: str, ignore_icc: bool) -> str:  # noqa: ARG003, N802 - ComfyUI's form
+        return picture_sha256(image)
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, image: str) -> bool | str:  # noqa: N802 - ComfyUI's name
+        return picture_is_there(image) or f"{image} is not in ComfyUI's input folder: put it there, then press R"
+
+    def load(self, image: str, ignore_icc: bool) -> tuple[torch.Tensor]:
+        with node_text():
+            return (image_from_picture(read_picture(image, ignore_icc=ignore_icc)).to(intermediate_device()),)
+
+
 class Apply:
     """Images to a LoRA: as data, on a model, and as hooks."""
 
@@ -112,6 +150,8 @@ class Apply:
         precision: str = "auto",
         rank: int = 0,
         backend: str = "auto",
+        prompt: Prompt | None = None,
+        unique_id: str = "",
     ) -> tuple[Any, LoraData, Any]:
         adapter = Path(z_image_file_path)
         home = root_of(adapter)
@@ -121,14 +161,16 @@ class Apply:
         with node_text() as tell:
             arrays = arrays_from_images(images)
             with torch.inference_mode(mode=False):  # ComfyUI runs nodes in it, torch.export refuses it
-                engines, manifest = prepare_engines(adapter, roots, precision, tell, engine_folders(home))
+                engines, manifest = prepare_engines(
+                    adapter, roots, precision, tell, engine_folders(home), close=open_pipelines.close
+                )
             opening = comfy_report(tell, whole, "")
             report = comfy_report(tell, of_run(total_steps(manifest, len(images))), "computing ")
             with open_pipelines.use(
                 engines, manifest, backend, budget_bytes, opening, report, I2LPipeline()
             ) as pipeline:
-                # Load Image has dropped the profiles: the metadata says so
-                lora = pipeline.lora_from_images(arrays, strength=strength, ignore_icc=True)
+                lora = pipeline.lora_from_images(arrays, strength=strength)
+            lora.metadata |= profiles_mark(prompt, unique_id)
             reduced = ""
             if rank:
                 lora, reduction = reduce_lora(lora, rank)
@@ -177,11 +219,13 @@ NODE_CLASS_MAPPINGS: Mapping[str, type] = {
     "ZImageI2L_PipelineLoader": PipelineLoader,
     "ZImageI2L_Apply": Apply,
     "ZImageI2L_Save": Save,
+    "ZImageI2L_LoadPicture": LoadPicture,
 }
 NODE_DISPLAY_NAME_MAPPINGS: Mapping[str, str] = {
     "ZImageI2L_PipelineLoader": "\U0001f527 Z-Image i2L Loader",
     "ZImageI2L_Apply": "\U0001f3a8 Z-Image i2L Apply",
     "ZImageI2L_Save": "\U0001f4be Save Z-Image i2L LoRA",
+    "ZImageI2L_LoadPicture": "\U0001f5bc Z-Image i2L Load Picture",
 }
 WEB_DIRECTORY = "./comfy_web"
 """Help pages, which the frontend finds in ``docs`` by the node's id."""

@@ -3,6 +3,9 @@
 The rival reads every checkpoint and writes as many bytes as the packs have, in 4 MiB pieces, one file after another:
 what `cp` would do. Both start from a cold page cache where the machine lets us drop it, and are timed until they
 return. Usage: python benchmarks/build.py --models DIR --engines DIR
+
+``--without sync`` and ``--without hashes`` leave one of them out of the build, to see what it costs. At last the time
+that an opening spends on its checks: all of it, and without the random regions of the packs.
 """
 
 import argparse
@@ -10,9 +13,16 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 PIECE = 4 << 20
+WITHOUT = {
+    "nothing": "",
+    "sync": "import os; os.fsync = lambda descriptor: None; ",
+    "hashes": "from i2l.engines.directory.hashing import Hasher; Hasher.update = lambda self, data: None; ",
+}
+"""What the build's process does before it begins."""
 
 
 def main() -> None:
@@ -21,8 +31,10 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--engines", type=Path, required=True, help="a scratch directory; is built anew")
     parser.add_argument("--precision", default="int8")
+    parser.add_argument("--without", choices=WITHOUT, default="nothing")
     arguments = parser.parse_args()
-    build = [sys.executable, "-m", "i2l.cli", "build-engines", "--models", arguments.models, "--engines"]
+    code = f"{WITHOUT[arguments.without]}from i2l.__main__ import main; main()"
+    build = [sys.executable, "-c", code, "build-engines", "--models", arguments.models, "--engines"]
     build += [arguments.engines, "--precision", arguments.precision, "--force"]
 
     cold = drop_page_cache()
@@ -38,6 +50,7 @@ def main() -> None:
 
     facts = {
         "precision": arguments.precision,
+        "without": arguments.without,
         "page_cache": "cold" if cold else "as it was",
         "read_bytes": copied,
         "written_bytes": pack_bytes,
@@ -46,9 +59,33 @@ def main() -> None:
         "ratio": round(build_seconds / copy_seconds, 2),
         "build_peak_resident_bytes": peak,
     }
+    if arguments.without != "hashes":  # else the first check finds damage
+        facts |= opening_ms(arguments.engines)
     for name, value in facts.items():
         print(f"{name:<28}{value}")
     print(json.dumps(facts))
+
+
+def opening_ms(engines: Path) -> dict[str, float]:
+    """Milliseconds of the manifest and of the checks at an opening, the median of 21; files in the page cache."""
+    from i2l.engines.directory import integrity
+    from i2l.engines.directory.manifest import read_manifest
+
+    def median_ms(work: Callable[[], object]) -> float:
+        times = []
+        for _ in range(21):
+            start = time.perf_counter()
+            work()
+            times.append(1000 * (time.perf_counter() - start))
+        return round(sorted(times)[10], 2)
+
+    manifest = read_manifest(engines)
+    ms = {
+        "manifest_ms": median_ms(lambda: read_manifest(engines)),
+        "checks_ms": median_ms(lambda: integrity.check_files(engines, manifest)),
+    }
+    vars(integrity)["SAMPLES"] = 0
+    return ms | {"checks_without_regions_ms": median_ms(lambda: integrity.check_files(engines, manifest))}
 
 
 def drop_page_cache() -> bool:

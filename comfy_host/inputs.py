@@ -10,13 +10,17 @@ from typing import Any, TypeAlias
 
 from ..engines.backends import BACKENDS
 
-Inputs: TypeAlias = dict[str, dict[str, tuple[Any, ...]]]
+Inputs: TypeAlias = dict[str, dict[str, Any]]
 CATEGORY = "Z-Image-i2L"
 SEARCH_ALIASES = ("image to lora", "picture to lora", "style lora", "lora from images", "i2l")
 """What people type who do not know the name of Apply."""
 LOADER_ALIASES = tuple(f"{alias}: load" for alias in SEARCH_ALIASES)
 SAVE_ALIASES = (*(f"{alias}: save" for alias in SEARCH_ALIASES), "save lora")
 """Longer, so that the other nodes stand behind Apply in what a search finds."""
+PICTURE_ALIASES = (
+    *(f"{alias}: picture" for alias in SEARCH_ALIASES),
+    *("load heic", "load jpeg xl", "colour profile", "color profile", "icc profile"),
+)
 
 
 def loader_inputs(names: list[str], default: str) -> Inputs:
@@ -25,9 +29,36 @@ def loader_inputs(names: list[str], default: str) -> Inputs:
     return {"required": {"model_filename": (names, {"default": default, "tooltip": tooltip})}}
 
 
-def apply_inputs() -> Inputs:
-    """Apply's."""
+def picture_inputs(names: list[str]) -> Inputs:
+    """Load Picture's, for the files that are there."""
     return {
+        "required": {
+            "image": (
+                names,
+                {
+                    "image_upload": True,
+                    "tooltip": "A file in ComfyUI's input folder. HEIC and JPEG XL: put it there, then press R.",
+                },
+            ),
+            "ignore_icc": (
+                "BOOLEAN",
+                {
+                    "default": False,
+                    "tooltip": "Take the pixels for sRGB whatever colour profile the file carries, as Load Image and "
+                    "the original do. The LoRA's metadata (i2l.icc) says which was done.",
+                },
+            ),
+        },
+    }
+
+
+PICTURE_OUTPUTS = ("The picture, upright and in sRGB, for Apply or Batch Images.",)
+
+
+def apply_inputs() -> Inputs:
+    """Apply's; the prompt tells where the pictures come from."""
+    return {
+        "hidden": {"prompt": "DYNPROMPT", "unique_id": "UNIQUE_ID"},
         "required": {
             "z_image_file_path": ("ZI2L_FILE", {"tooltip": "From Z-Image i2L Loader."}),
             "images": (

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from ..lora.errors import LoraNotASum
 from ..lora.keys import KEYS, KeyFormat, parse_keys
@@ -54,6 +55,11 @@ def arrays_from_images(images: torch.Tensor) -> list[NDArray[np.uint8]]:
         eight_bit = np.clip(255.0 * values, 0, 255).astype(np.uint8)
         arrays.append(eight_bit[..., 0] if eight_bit.shape[2:] == (1,) else eight_bit)
     return arrays
+
+
+def image_from_picture(picture: Image.Image) -> torch.Tensor:
+    """``IMAGE`` [1, height, width, 3] of a picture of mode ``RGB``, float32, from which each value comes back."""
+    return torch.from_numpy(np.asarray(picture, np.float32) / 255)[None]
 
 
 def tensors_from_lora(lora: Lora, key_format: KeyFormat) -> LoraData:

@@ -50,6 +50,8 @@ class Host:
         """Interrupt once the bar has moved so often."""
         self.loaded: list[weakref.ref[ModelPatcher]] = []
         self.client_id: str | None = "a browser"
+        self.nodes: dict[str, Any] = {}
+        """Every class of nodes that it knows."""
         self.texts: list[str] = []
         """What the running node showed, one after the other."""
 
@@ -68,7 +70,7 @@ class Host:
 
     def install(self) -> dict[str, ModuleType]:
         """Every stand-in by the name under which the nodes import it."""
-        names = ("folder_paths", "comfy", "server", "comfy_execution", "comfy_execution.utils")
+        names = ("folder_paths", "comfy", "nodes", "server", "comfy_execution", "comfy_execution.utils")
         modules = {name: ModuleType(name) for name in names}
         for name in ("hooks", "lora", "utils", "model_management", "model_patcher", "patcher_extension", "sd"):
             modules[f"comfy.{name}"] = ModuleType(f"comfy.{name}")
@@ -81,6 +83,9 @@ class Host:
             get_filename_list=self._names,
             get_full_path=self._full_path,
             get_output_directory=lambda: str(self.base / "output"),
+            get_input_directory=lambda: str(self.base / "input"),
+            get_annotated_filepath=self._input_path,
+            exists_annotated_filepath=lambda name: Path(self._input_path(name)).exists(),
             get_user_directory=lambda: str(self.base / "user"),
             get_temp_directory=lambda: str(self.base / "temp"),
             get_save_image_path=self._save_path,
@@ -98,6 +103,7 @@ class Host:
         vars(modules["comfy.model_management"]).update(
             InterruptProcessingException=InterruptProcessingException,
             throw_exception_if_processing_interrupted=self._throw,
+            intermediate_device=lambda: torch.device("cpu"),
             get_torch_device=lambda: torch.device("cpu"),
             unet_offload_device=lambda: torch.device("cpu"),
             load_models_gpu=lambda models: self.loaded.extend(map(weakref.ref, models)),
@@ -110,6 +116,7 @@ class Host:
             model_lora_keys_unet=lambda model, keys: {**keys, **dict.fromkeys(model)}, load_lora=load_lora
         )
         vars(modules["server"]).update(PromptServer=type("PromptServer", (), {"instance": self}))
+        vars(modules["nodes"]).update(NODE_CLASS_MAPPINGS=self.nodes)
         running = SimpleNamespace(node_id="7")
         vars(modules["comfy_execution.utils"]).update(get_executing_context=lambda: running)
         sys.modules.update(modules)
@@ -136,6 +143,13 @@ class Host:
     def _full_path(self, kind: str, name: str) -> str | None:
         paths = (Path(path) / name for path in self.folders[kind][0])
         return next((str(path) for path in paths if path.is_file()), None)
+
+    def _input_path(self, name: str) -> str:
+        folder = "temp" if name.endswith(" [temp]") else "input"
+        path = (self.base / folder / name.removesuffix(" [temp]")).resolve()
+        if not path.is_relative_to(self.base / folder):
+            raise ValueError(name)
+        return str(path)
 
     @staticmethod
     def _save_path(prefix: str, folder: str) -> tuple[str, str, int, str, str]:

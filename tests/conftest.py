@@ -1,5 +1,6 @@
 """Shared fixtures: synthetic checkpoints, engines built from them once per session, and pictures."""
 
+import struct
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from i2l.engines.base import CardFacts
@@ -15,9 +17,7 @@ from i2l.engines.cpu import backend as cpu_backend
 from i2l.engines.plugin.loading import library_of
 from i2l.engines.plugin.presence import find_plugin
 from i2l.engines.plugin.providers import WEBGPU
-from i2l.export import build
-from i2l.export.backends import cpu as cpuplan
-from i2l.export.backends import plugin as plugin_graphs
+from i2l.engines.tensorrt.library import build_plan
 from i2l.export.build import build_engines
 from i2l.export.checkpoints.synthetic import make_checkpoints
 from i2l.export.graphs.graphs import export_graphs
@@ -101,11 +101,7 @@ def engines(models: MakeModels, tmp_path_factory: pytest.TempPathFactory) -> Mak
         if key not in made:
             made[key] = tmp_path_factory.mktemp(f"engines-{preset}-{precision}")
             source = models(preset, **options)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(build, "export_graphs", graphs_once)
-                patch.setattr(cpuplan, "export_graphs", graphs_once)
-                patch.setattr(plugin_graphs, "export_graphs", graphs_once)
-                build_engines(source, made[key], precision=precision, blocks_per_chunk=blocks_per_chunk)
+            build_engines(source, made[key], precision=precision, blocks_per_chunk=blocks_per_chunk)
         return made[key]
 
     return make
@@ -117,6 +113,16 @@ def graphs_once(
 ) -> tuple[tuple[str, onnx.ModelProto], ...]:
     """Exporting takes most of a tiny build's time and depends on these alone."""
     return tuple(export_graphs(spec, precision, but=but))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def export_once() -> Iterator[None]:
+    """Every build in this process shares graphs, and plans of equal ones, of which each takes TensorRT a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("i2l.export.backends.tensorrt.build_plan", cache(build_plan))
+        for module in ("build", "backends.cpu", "backends.cuda", "backends.plugin", "backends.tensorrt"):
+            patch.setattr(f"i2l.export.{module}.export_graphs", graphs_once)
+        yield
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -147,3 +153,35 @@ def lora_of_one_batch(directory: Path, pictures: Sequence[Image.Image]) -> Lora:
         patch.setattr(cpu_backend, "takes_batches", lambda _: True)
         with Pipeline(directory, backend="cpu", threads=1) as pipeline:
             return pipeline.lora_from_images(pictures)
+
+
+ADOBE = np.array([[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]])
+"""The colorants of Adobe RGB under D50."""
+
+
+def s15(value: float) -> bytes:
+    return struct.pack(">i", round(value * 65536))
+
+
+def matrix_profile(kind: bytes, gamma: float, columns: NDArray[np.float64] | None) -> bytes:
+    """An ICC profile made by hand: a gamma curve, and for RGB the colorants under D50."""
+    white = np.array([0.9642, 1.0, 0.8249])
+    tags = {b"desc": b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(78)}
+    tags[b"wtpt"] = b"XYZ " + bytes(4) + b"".join(map(s15, white))
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
+    if columns is None:
+        tags[b"kTRC"] = curve
+    else:
+        for letter, column in zip("rgb", columns.T, strict=True):
+            tags[f"{letter}XYZ".encode()] = b"XYZ " + bytes(4) + b"".join(map(s15, column))
+            tags[f"{letter}TRC".encode()] = curve
+    tags[b"cprt"] = b"text" + bytes(4) + b"none\0\0\0\0"
+    table, body, start = b"", b"", 128 + 4 + 12 * len(tags)
+    for name, data in tags.items():
+        padded = data + bytes(-len(data) % 4)
+        table += name + struct.pack(">II", start + len(body), len(data))
+        body += padded
+    size = start + len(body)
+    head = struct.pack(">I4sI4s4s4s", size, bytes(4), 0x02100000, b"mntr", kind, b"XYZ ") + bytes(12) + b"acsp"
+    head += bytes(28) + b"".join(map(s15, white)) + bytes(48)
+    return head[:128] + struct.pack(">I", len(tags)) + table + body

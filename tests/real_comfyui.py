@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
+import pillow_heif
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from comfyui.browser import check_browser, open_browser
 from comfyui.checks import Session, check_api
 from comfyui.server import EXAMPLES, PACK, example, prompt_from_workflow, running_server, say
+from conftest import ADOBE, matrix_profile
 from i2l.export.checkpoints.synthetic import make_checkpoints
 from i2l.specs import PRESETS
 
@@ -42,6 +44,9 @@ def prepare(base: Path) -> None:
     (base / "extra.yaml").write_text(f"more:\n  base_path: {base}\n  I2L: elsewhere\n", encoding="utf-8")
     with Image.open(PACK / "docs" / "photo.jpg") as photo:
         photo.save(base / "input" / "example.png")
+        profile = matrix_profile(b"RGB ", 2.2, ADOBE)
+        photo.save(base / "input" / "adobe.jpg", icc_profile=profile)
+        pillow_heif.from_pillow(photo).save(base / "input" / "adobe.heic", icc_profile=profile)
 
 
 def main() -> None:

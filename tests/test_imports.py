@@ -62,7 +62,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serve": RUNNING | {"runtime"},
     "serve.http": RUNNING | {"runtime", "look", "serve"},
     "comfy_host": DISK | {"engines.backends", "lora", "runtime", "export.checkpoints", "export"},
-    "comfy_nodes": {"machine", "lora", "comfy_host"},
+    "comfy_host.pictures": {"machine", "runtime.pictures", "comfy_host"},
+    "comfy_nodes": {"machine", "lora", "comfy_host", "comfy_host.pictures"},
     "commands": RUNNING
     | {"runtime", "runtime.proof", "look", "engines.tensorrt", "serve", "serve.http", "cluster"}
     | {"export.checkpoints", "export.precisions", "export.packs", "export.backends", "export"},
@@ -80,10 +81,12 @@ ONLY_IN = {
     "comfy": {"comfy_nodes", "comfy_host"},
     "comfy_execution": {"comfy_host.node_text"},
     "folder_paths": {"comfy_host"},
+    "nodes": {"comfy_host.pictures.profiles"},
     "server": {"comfy_host.node_text"},
     "tensorrt": {"engines.tensorrt"},
     "tensorrt_rtx": {"engines.tensorrt"},
     "cuda": {"engines.device.calls"},
+    "pynvml": {"runtime.proof.card_memory"},
     "pillow_heif": {"runtime.pictures.files.formats"},
     "pillow_jxl": {"runtime.pictures.files.formats"},
     "rich": {"machine.progress"},

@@ -48,10 +48,8 @@ class DecoderMissing(ImageError, ImportError):
     """The file is a picture, but the plugin that decodes its format is not installed."""
 
     def __init__(self, name: str, kind: str, package: str) -> None:
-        super().__init__(
-            f'{name} is a {kind} picture, which needs {package}: pip install "i2l-engines[pictures]" '
-            f"(in ComfyUI: pip install {package} in its Python)"
-        )
+        self.package = package
+        super().__init__(f'{name} is a {kind} picture, which needs {package}: pip install "i2l-engines[pictures]"')
 
 
 class ImagesUnusable(ImageError):

@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -16,15 +17,16 @@ from typing import Any
 
 import numpy as np
 import onnx
+import psutil
 import pytest
 import torch
 from pathspec import PathSpec
-from PIL import Image
+from PIL import ExifTags, Image
 from safetensors.torch import load_file, save_file
 
 from comfy_standins import EnumWeightTarget, Host, InterruptProcessingException, ModelPatcher
 from comfyui.server import prompt_from_workflow
-from conftest import MakeEngines, MakeModels, graphs_once, picture
+from conftest import ADOBE, MakeEngines, MakeModels, graphs_once, matrix_profile, picture
 from i2l.comfy_host.errors import (
     MODEL_FILES,
     AdapterUnfit,
@@ -32,13 +34,15 @@ from i2l.comfy_host.errors import (
     ImagesUnfit,
     LoraDataForeign,
     LoraNotApplied,
+    NodePackIncomplete,
     NoPlaceForEngines,
     OutputOutside,
 )
 from i2l.comfy_host.heat_map import CELL_HEIGHT, LEFT, TOP, VIRIDIS, cell_width
+from i2l.engines.backends import BACKENDS
 from i2l.engines.cpu.backend import OrtEngine
 from i2l.engines.cpu.converted import CPU_FOLDER
-from i2l.errors import BackendUnavailable, CheckpointMissing, ImageAbsurd
+from i2l.errors import BackendUnavailable, CheckpointMissing, ImageAbsurd, ImageUnreadable
 from i2l.export.precisions.base import Precision
 from i2l.lora.lora import Lora
 from i2l.lora.norms import norm_table
@@ -104,6 +108,12 @@ def batch(count: int = 1, width: int = 48, height: int = 40) -> torch.Tensor:
     """An ``IMAGE``: pictures in [0, 1], as Load Image gives them."""
     arrays = [np.asarray(picture(width, height, seed), np.float32) / 255 for seed in range(count)]
     return torch.from_numpy(np.stack(arrays))
+
+
+def shown_inputs(node: Any) -> dict[str, Any]:
+    """What a person sees of a node's inputs."""
+    groups = node.INPUT_TYPES()
+    return {**groups["required"], **groups.get("optional", {})}
 
 
 AS_COMFYUI_LOADS_PACKS = """
@@ -172,15 +182,17 @@ def test_the_pack_loads_and_runs_as_comfyui_loads_it(home: Path, tmp_path: Path)
 
 
 def test_the_contracts_of_saved_workflows_hold(nodes: ModuleType) -> None:
-    assert dict(nodes.NODE_DISPLAY_NAME_MAPPINGS) == {
+    names = dict(nodes.NODE_DISPLAY_NAME_MAPPINGS)
+    assert names.pop("ZImageI2L_LoadPicture") == "\N{FRAME WITH PICTURE} Z-Image i2L Load Picture"
+    assert names == {
         "ZImageI2L_PipelineLoader": "\N{WRENCH} Z-Image i2L Loader",
         "ZImageI2L_Apply": "\N{ARTIST PALETTE} Z-Image i2L Apply",
         "ZImageI2L_Save": "\N{FLOPPY DISK} Save Z-Image i2L LoRA",
     }
-    loader, apply, save = (nodes.NODE_CLASS_MAPPINGS[name] for name in nodes.NODE_DISPLAY_NAME_MAPPINGS)
+    loader, apply, save = (nodes.NODE_CLASS_MAPPINGS[name] for name in names)
     assert {node.CATEGORY for node in (loader, apply, save)} == {"Z-Image-i2L"}
-    names, options = loader.INPUT_TYPES()["required"]["model_filename"]
-    assert (names, options["default"]) == (["Z-Image-i2L.safetensors"], "Z-Image-i2L.safetensors")
+    files, options = loader.INPUT_TYPES()["required"]["model_filename"]
+    assert (files, options["default"]) == (["Z-Image-i2L.safetensors"], "Z-Image-i2L.safetensors")
     assert (loader.RETURN_TYPES, loader.RETURN_NAMES) == (("ZI2L_FILE",), ("z_image_file_path",))
     inputs = apply.INPUT_TYPES()
     assert {name: kind for name, (kind, *_) in inputs["required"].items()} == {
@@ -583,6 +595,9 @@ def test_engines_are_built_on_first_use(
 def test_changed_checkpoints_are_built_anew(
     apply: Callable[..., Any], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before = mapped_packs()  # a pipeline of another test may still be open
+    apply()
+    assert mapped_packs() > before
     adapters = home / "models" / "I2L" / "Z-Image"
     original = adapters.resolve()
     adapters.unlink()
@@ -593,11 +608,18 @@ def test_changed_checkpoints_are_built_anew(
 
     def build(_: object, engines: Path, **options: object) -> None:
         assert options["precision"] == "auto"
+        assert mapped_packs() == before  # Windows would let none of them be removed
         raise Built(engines.name)
 
     monkeypatch.setattr("i2l.export.build.build_engines", build)
     with pytest.raises(Built, match="Z-Image-i2L-int8"):
         apply()
+
+
+def mapped_packs() -> int:
+    """How many packs are in this process's address space."""
+    maps = psutil.Process().memory_maps(grouped=False)
+    return sum(Path(found.path).name == "weights.safetensors" for found in maps)
 
 
 def test_engines_serve_when_the_encoders_are_gone(
@@ -746,8 +768,7 @@ def test_example_workflows_hang_together(nodes: ModuleType, path: Path) -> None:
         assert by_id[source]["outputs"][out]["type"] == by_id[target]["inputs"][into]["type"] == kind
     for node in workflow["nodes"]:
         if node["type"] in nodes.NODE_CLASS_MAPPINGS:
-            groups = nodes.NODE_CLASS_MAPPINGS[node["type"]].INPUT_TYPES()
-            inputs = {name: value for group in groups.values() for name, value in group.items()}
+            inputs = shown_inputs(nodes.NODE_CLASS_MAPPINGS[node["type"]])
             defaults = [rest[0]["default"] for _, *rest in inputs.values() if rest and "default" in rest[0]]
             assert node["widgets_values"] == defaults
             sockets = [slot["name"] for slot in node["inputs"]]
@@ -793,6 +814,24 @@ def test_an_error_and_an_interrupt_stand_on_the_node(apply: Callable[..., Any], 
     assert host.texts[-1] == str(foreign.value)
 
 
+def test_a_card_that_proves_itself_is_spoken_of(
+    apply: Callable[..., Any], host: Host, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text moves with its phases, so that nobody takes it for hung; the CPU goes on, as this card crashes."""
+    engines = home / "models" / "I2L" / "engines"
+    shared = engines.resolve()
+    engines.unlink()
+    shutil.copytree(shared, engines)  # the record lies beside them
+    monkeypatch.setitem(BACKENDS, "played", "played_card")
+    monkeypatch.setenv("PLAYED_CARD", json.dumps({"fault": "crashes"}))
+    _, data = apply()
+    assert data.made
+    proving = [text for text in host.texts if text.startswith("proving played, ")]
+    assert proving[0] == "proving played, 0 %"
+    assert len(proving) > 1
+    assert any(text.startswith("timing the CPU, ") for text in host.texts)
+
+
 def test_a_prompt_of_the_api_has_nobody_to_tell(apply: Callable[..., Any], host: Host) -> None:
     host.client_id = None
     apply()
@@ -801,7 +840,7 @@ def test_a_prompt_of_the_api_has_nobody_to_tell(apply: Callable[..., Any], host:
 
 def test_every_socket_and_widget_says_what_it_is(nodes: ModuleType) -> None:
     for name, node in nodes.NODE_CLASS_MAPPINGS.items():
-        inputs = {name: value for group in node.INPUT_TYPES().values() for name, value in group.items()}
+        inputs = shown_inputs(node)
         assert [name for name, (_, *options) in inputs.items() if not (options and options[0].get("tooltip"))] == []
         assert len(getattr(node, "OUTPUT_TOOLTIPS", ())) == len(node.RETURN_TYPES)
         assert any("image to lora" in alias for alias in node.SEARCH_ALIASES)
@@ -868,3 +907,143 @@ def test_a_long_name_is_explained(nodes: ModuleType, letters: int) -> None:
     data = nodes.tensors_from_lora(Lora(factors), "diffsynth")
     with pytest.raises(FilenameRefused, match="give a shorter"):
         nodes.Save().save(data, "x" * letters)
+
+
+# --- pictures with their colours ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def photo(home: Path) -> Path:
+    """In ``input``: sideways, with a profile whose gamma is not that of sRGB."""
+    path = home / "input" / "photo.jpg"
+    path.parent.mkdir()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    picture(48, 40).save(path, exif=exif, icc_profile=matrix_profile(b"RGB ", 1.0, ADOBE))
+    return path
+
+
+@pytest.mark.parametrize("ignore_icc", [False, True])
+def test_load_picture_gives_what_the_command_gives(
+    nodes: ModuleType, apply: Callable[..., Any], save: Callable[..., Path], photo: Path, home: Path, ignore_icc: bool
+) -> None:
+    (images,) = nodes.LoadPicture().load("photo.jpg", ignore_icc)
+    assert (images.shape, images.dtype) == ((1, 48, 40, 3), torch.float32)
+    prompt = Prompt(LOADED | {"1": picture_node(ignore_icc)})
+    found = describe_lora(save(apply(images, prompt=prompt, unique_id="7")[1], "style"))["metadata"]
+    with Pipeline(home / "models" / "I2L" / "engines") as pipeline:
+        wanted = pipeline.lora_from_images([photo], ignore_icc=ignore_icc).metadata
+    for key in ("i2l.images", "i2l.icc"):
+        assert found[key] == wanted[key]  # type: ignore[index]
+    assert wanted["i2l.icc"] == ("ignored" if ignore_icc else "converted to sRGB")
+
+
+def picture_node(ignore_icc: object) -> dict[str, Any]:
+    return {"class_type": "ZImageI2L_LoadPicture", "inputs": {"image": "photo.jpg", "ignore_icc": ignore_icc}}
+
+
+class Prompt(dict[str, dict[str, Any]]):
+    """ComfyUI's of a prompt of the API."""
+
+    def get_node(self, node_id: str) -> dict[str, Any]:
+        return self[node_id]
+
+
+LOADED = {"7": {"class_type": "ZImageI2L_Apply", "inputs": {"images": ["1", 0], "z_image_file_path": ["9", 0]}}}
+CORE: dict[str, tuple[str, ...]] = {
+    "LoadImage": ("IMAGE", "MASK"),
+    "BatchImagesNode": ("IMAGE",),
+    "ImageScale": ("IMAGE",),
+    "Reroute": ("*",),
+    "Switch": ("COMFY_MATCHTYPE_V3",),
+    "PrimitiveInt": ("INT",),
+    "VAEDecode": ("IMAGE",),
+    "KSampler": ("LATENT",),
+}
+CONVERTED, IGNORED = "converted to sRGB", "ignored"
+MIXED = "converted to sRGB in some pictures, ignored in others"
+LOAD_IMAGE = {"class_type": "LoadImage", "inputs": {"image": "a.png"}}
+
+
+def between(kind: str, **inputs: object) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
+
+
+@pytest.mark.parametrize(
+    ("above", "said"),
+    [
+        ({"1": picture_node(False)}, CONVERTED),
+        ({"1": picture_node(True)}, IGNORED),
+        ({"1": LOAD_IMAGE}, IGNORED),
+        ({"1": picture_node(["2", 0]), "2": between("PrimitiveBoolean")}, "unknown, as another node decided"),
+        # a size that comes from elsewhere is no picture
+        (
+            {
+                "1": between("ImageScale", image=["2", 0], width=["3", 0]),
+                "2": picture_node(False),
+                "3": between("PrimitiveInt", value=8),
+            },
+            CONVERTED,
+        ),
+        (
+            {
+                "1": between("BatchImagesNode", **{"images.image0": ["2", 0], "images.image1": ["3", 0]}),
+                "2": between("Reroute", **{"": ["4", 0]}),
+                "3": between("Switch", on_true=["4", 0], on_false=["5", 0]),
+                "4": picture_node(False),
+                "5": picture_node(False),
+            },
+            CONVERTED,
+        ),
+        (
+            {
+                "1": between("BatchImagesNode", **{"images.image0": ["2", 0], "images.image1": ["3", 0]}),
+                "2": picture_node(False),
+                "3": LOAD_IMAGE,
+            },
+            MIXED,
+        ),
+        ({"1": between("VAEDecode", samples=["2", 0]), "2": between("KSampler", latent_image=["1", 0])}, IGNORED),
+        # a circle ends; ComfyUI refuses it anyway
+        ({"1": between("Reroute", **{"": ["2", 0]}), "2": between("Reroute", **{"": ["1", 0]})}, IGNORED),
+    ],
+)
+def test_the_metadata_says_what_became_of_profiles(
+    nodes: ModuleType, host: Host, above: dict[str, dict[str, Any]], said: str
+) -> None:
+    host.nodes |= {name: type(name, (), {"RETURN_TYPES": types}) for name, types in CORE.items()}
+    host.nodes |= nodes.NODE_CLASS_MAPPINGS | {"PrimitiveBoolean": type("P", (), {"RETURN_TYPES": ("BOOLEAN",)})}
+    assert nodes.profiles_mark(Prompt(LOADED | above), "7") == {"i2l.icc": said}
+
+
+def test_load_picture_lists_what_it_reads_and_sees_a_change(nodes: ModuleType, photo: Path) -> None:
+    for name in ("10.HEIC", "2.jxl", "notes.txt", "clip.mov"):
+        (photo.parent / name).touch()
+    (photo.parent / "no suffix").write_bytes(photo.read_bytes())
+    (photo.parent / "folder").mkdir()
+    names, options = nodes.LoadPicture.INPUT_TYPES()["required"]["image"]
+    assert names == ["2.jxl", "10.HEIC", "no suffix", "photo.jpg"]
+    assert options["image_upload"]
+    check, changed = nodes.LoadPicture.VALIDATE_INPUTS, nodes.LoadPicture.IS_CHANGED
+    assert check(image="photo.jpg") is True
+    assert "not in ComfyUI's input folder" in check(image="gone.jpg")
+    before = changed(image="photo.jpg", ignore_icc=False)
+    assert before == changed(image="no suffix", ignore_icc=False)
+    photo.write_bytes(photo.read_bytes() + b"\0")
+    assert before != changed(image="photo.jpg", ignore_icc=False)
+    os.mkfifo(photo.parent / "pipe.jpg")
+    assert not changed(image="pipe.jpg", ignore_icc=False)  # which would wait for who writes there
+
+
+def test_what_load_picture_cannot_read_stands_on_the_node(
+    nodes: ModuleType, host: Host, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo.write_bytes(photo.read_bytes()[:300])
+    with pytest.raises(ImageUnreadable, match=r"photo\.jpg"):
+        nodes.LoadPicture().load("photo.jpg", False)
+    assert "photo.jpg cannot be read" in host.texts[-1]
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (photo.parent / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    with pytest.raises(NodePackIncomplete, match="pillow-heif is not installed in ComfyUI's Python") as caught:
+        nodes.LoadPicture().load("a.heic", False)
+    assert "requirements.txt" in str(caught.value)

@@ -15,6 +15,7 @@ from comfyui.server import EXAMPLES, Json, Server, example, say
 
 ORIGINAL_HEIGHT = 98
 """Of Apply in workflows that the original node saved."""
+OURS = {"Z-Image i2L Apply", "Z-Image i2L Loader", "Z-Image i2L Load Picture", "Save Z-Image i2L LoRA"}
 TEXT = "$$node-text-preview"
 
 
@@ -115,11 +116,11 @@ def check_search(browser: Browser) -> None:
         titles = [text.splitlines()[0] for text in results.all_inner_texts()]
         ours = [title[2:].strip() for title in titles if "i2L" in title]
         assert ours[0] == "Z-Image i2L Apply", titles
-        assert set(ours) == {"Z-Image i2L Apply", "Z-Image i2L Loader", "Save Z-Image i2L LoRA"}, titles
+        assert set(ours) == OURS, titles
         assert titles.index(f"\N{ARTIST PALETTE} {ours[0]}") < 2, titles
         browser.shoot("search")
         browser.page.keyboard.press("Escape")
-    say("browser: a search for 'image to lora' or 'style lora' finds all three nodes, Apply among the first two")
+    say("browser: a search for 'image to lora' or 'style lora' finds all four nodes, Apply among the first two")
 
 
 def check_looks(browser: Browser) -> None:

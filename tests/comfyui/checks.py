@@ -1,9 +1,12 @@
 """What is checked of the nodes through ComfyUI's HTTP interface; each check says what it saw."""
 
 import urllib.request
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
+
+from safetensors import safe_open
 
 from comfyui.server import (
     EXAMPLES,
@@ -16,6 +19,8 @@ from comfyui.server import (
     say,
 )
 from i2l.lora.reading import describe_lora
+from i2l.runtime.pictures.images import load_image
+from i2l.runtime.pictures.pixels import content_sha256
 
 CORE_ONLY = {"UNETLoader": "Check_TinyZImage", "CLIPTextEncode": "Check_Prompt", "KSampler": "Check_Branches"}
 """Nodes that need weights nobody has here, and what stands for them; all others of an example run as they are."""
@@ -51,6 +56,7 @@ def check_api(session: Session) -> None:
         check_workflows,
         check_runs,
         check_saved_widgets,
+        check_pictures,
         check_memory,
         check_interrupt,
         check_refusals,
@@ -66,9 +72,10 @@ def check_contracts(session: Session) -> None:
     assert info["ZImageI2L_Apply"]["output"] == ["MODEL", "lora_weights", "HOOKS"]
     assert info["ZImageI2L_PipelineLoader"]["output"] == ["ZI2L_FILE"]
     assert info["ZImageI2L_Save"]["output_node"]
+    assert info["ZImageI2L_LoadPicture"]["input"]["required"]["image"][0] == ["adobe.heic", "adobe.jpg", "example.png"]
     names = info["ZImageI2L_PipelineLoader"]["input"]["required"]["model_filename"][0]
     assert names == ["Z-Image-i2L.safetensors", "deep.safetensors", "my_lora.safetensors", "other.safetensors"], names
-    say("/object_info has the three nodes; adapters of models/I2L and of extra_model_paths.yaml are listed")
+    say("/object_info has the four nodes; adapters of models/I2L and of extra_model_paths.yaml are listed")
 
 
 def check_workflows(session: Session) -> None:
@@ -116,6 +123,44 @@ def check_saved_widgets(session: Session) -> None:
     bare[session.id_of("Apply")]["inputs"] = {name: apply[name] for name in ("z_image_file_path", "images", "strength")}
     finished(session.server.run(bare))
     say("saved widget values of one, two and three entries run, and so does a prompt with the required inputs only")
+
+
+def check_pictures(session: Session) -> None:
+    """Load Picture through Batch Images: the very picture that ``i2l run`` sees, and what became of its profile."""
+    batch = next(key for key, values in session.prompt.items() if values["class_type"] == "BatchImagesNode")
+    load = "ZImageI2L_LoadPicture"
+    adobe = {name: session.server.base / "input" / name for name in ("adobe.heic", "adobe.jpg")}
+    for number, (second, ignore_icc, said) in enumerate(
+        (
+            (load, False, "converted to sRGB"),
+            (load, True, "ignored"),
+            ("LoadImage", False, "converted to sRGB in some pictures, ignored in others"),
+        )
+    ):
+        prompt = deepcopy(session.prompt)
+        prompt |= {
+            "80": {"class_type": load, "inputs": {"image": "adobe.jpg", "ignore_icc": ignore_icc}},
+            "81": {"class_type": second, "inputs": {"image": "adobe.heic", "ignore_icc": ignore_icc}},
+        }
+        if second == "LoadImage":
+            prompt["81"]["inputs"] = {"image": "example.png"}
+        prompt[batch]["inputs"] = {"images.image0": ["80", 0], "images.image1": ["81", 0]}
+        prompt[session.id_of("Save")]["inputs"]["filename"] = f"pictures/{number}"
+        finished(session.server.run(prompt))
+        found = metadata_of(session.loras / "pictures" / f"{number}.safetensors")
+        assert found["i2l.icc"] == said, found
+        hashes = [
+            content_sha256(load_image(adobe[name], ignore_icc=ignore_icc)) for name in ("adobe.jpg", "adobe.heic")
+        ]
+        assert found["i2l.images"].split(",")[: 2 if second == load else 1] == hashes[: 2 if second == load else 1]
+    say("Load Picture: JPEG and HEIC in Adobe RGB as i2l run sees them; i2l.icc says what became of profiles")
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """Of a LoRA file."""
+    with safe_open(path, "np") as file:
+        found: dict[str, str] = file.metadata()
+        return found
 
 
 def check_memory(session: Session) -> None:

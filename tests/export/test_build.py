@@ -63,24 +63,6 @@ ELEMENTS = {"F32": "FLOAT", "BF16": "BFLOAT16", "F8_E4M3": "FLOAT8E4M3FN", "I8":
 
 
 @pytest.fixture
-def quick_export(engines: MakeEngines, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs depend on spec and precision alone and take most of a build's time: give the session's."""
-
-    def export(spec: Spec, precision: Precision) -> Iterator[tuple[str, onnx.ModelProto]]:
-        assert spec in tuple(TINY)
-        name = next(name for name in PRECISIONS if precision_for(name, spec) == precision)
-        directory = engines("tiny", name)
-        manifest = read_manifest(directory)
-        for graph, path in manifest.graphs.items():
-            if GRAPHS[graph] == spec.family:
-                yield graph, onnx.load(directory / manifest.build / path)
-
-    for name in ("fp32", "int8"):  # what the tests ask for; once the patch is in, the session's builds would meet it
-        engines("tiny", name)
-    monkeypatch.setattr(build, "export_graphs", export)
-
-
-@pytest.fixture
 def own(engines: MakeEngines, tmp_path: Path) -> Path:
     """A tiny fp32 engines directory that a test may change."""
     return Path(shutil.copytree(engines("tiny", "fp32"), tmp_path / "engines"))
@@ -118,7 +100,6 @@ def test_building_again_does_nothing(models: MakeModels, own: Path) -> None:
     assert times(own) == before
 
 
-@pytest.mark.usefixtures("quick_export")
 @pytest.mark.parametrize("change", [{"precision": "int8"}, {"blocks_per_chunk": 2}, {"force": True}])
 def test_a_changed_wish_rebuilds(models: MakeModels, own: Path, change: dict[str, Any]) -> None:
     before = builds(own)
@@ -128,7 +109,6 @@ def test_a_changed_wish_rebuilds(models: MakeModels, own: Path, change: dict[str
     assert builds(own) == [result.manifest.build] != before
 
 
-@pytest.mark.usefixtures("quick_export")
 def test_a_touched_checkpoint_rebuilds(models: MakeModels, own: Path, tmp_path: Path) -> None:
     mine = Path(shutil.copytree(models("tiny"), tmp_path / "models"))
     assert not build_engines(mine, own, precision="fp32").rebuilt
@@ -136,7 +116,6 @@ def test_a_touched_checkpoint_rebuilds(models: MakeModels, own: Path, tmp_path: 
     assert build_engines(mine, own, precision="fp32").rebuilt
 
 
-@pytest.mark.usefixtures("quick_export")
 def test_checkpoints_under_other_names_are_the_same_checkpoints(models: MakeModels, own: Path, tmp_path: Path) -> None:
     for index, path in enumerate(sorted(models("tiny").rglob("*.safetensors"))):
         folder = tmp_path / "models" / f"folder {index}"
@@ -145,7 +124,6 @@ def test_checkpoints_under_other_names_are_the_same_checkpoints(models: MakeMode
     assert not build_engines(tmp_path / "models", own, precision="fp32").rebuilt
 
 
-@pytest.mark.usefixtures("quick_export")
 def test_a_lost_file_rebuilds(models: MakeModels, own: Path, lora_of: Callable[[Path], bytes]) -> None:
     wanted = lora_of(own)
     next(own.rglob("dinov3/weights.safetensors")).unlink()
@@ -153,7 +131,6 @@ def test_a_lost_file_rebuilds(models: MakeModels, own: Path, lora_of: Callable[[
     assert lora_of(own) == wanted
 
 
-@pytest.mark.usefixtures("quick_export")
 @pytest.mark.parametrize("text", [b"", b"\xff\xfe\x00\x80", b'{"format": 999}'])
 def test_a_broken_manifest_rebuilds(models: MakeModels, own: Path, text: bytes) -> None:
     (own / MANIFEST).write_bytes(text)
@@ -161,7 +138,6 @@ def test_a_broken_manifest_rebuilds(models: MakeModels, own: Path, text: bytes) 
     assert len(builds(own)) == 1
 
 
-@pytest.mark.usefixtures("quick_export")
 def test_blocks_per_chunk_changes_no_bit(
     models: MakeModels, own: Path, tmp_path: Path, lora_of: Callable[[Path], bytes]
 ) -> None:
@@ -177,7 +153,7 @@ def test_blocks_per_chunk_changes_no_bit(
 
 
 @pytest.fixture
-def dying_build(monkeypatch: pytest.MonkeyPatch, quick_export: None) -> Callable[[BaseException], None]:  # noqa: ARG001
+def dying_build(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
     """``dying_build(error)``: from now on the second pack of a build raises it."""
 
     def install(error: BaseException) -> None:
@@ -234,7 +210,6 @@ def test_a_first_build_that_dies_leaves_its_lock_only(
         read_manifest(tmp_path / "new")
 
 
-@pytest.mark.usefixtures("quick_export")
 def test_a_write_that_fails_in_the_background_ends_the_build(
     models: MakeModels, own: Path, lora_of: Callable[[Path], bytes]
 ) -> None:
@@ -254,7 +229,6 @@ def test_a_write_that_fails_in_the_background_ends_the_build(
     assert lora_of(own) == wanted
 
 
-@pytest.mark.usefixtures("quick_export")
 def test_interrupted_while_removing_the_old_build(
     models: MakeModels, own: Path, monkeypatch: pytest.MonkeyPatch, lora_of: Callable[[Path], bytes]
 ) -> None:
@@ -292,7 +266,6 @@ build.build_engines(Path(sys.argv[1]), Path(sys.argv[2]), precision="fp32", forc
 """
 
 
-@pytest.mark.usefixtures("quick_export")
 def test_a_killed_build_leaves_the_previous_engines(
     models: MakeModels, own: Path, lora_of: Callable[[Path], bytes]
 ) -> None:
@@ -314,7 +287,6 @@ def test_a_killed_build_leaves_the_previous_engines(
     assert lora_of(own) == wanted
 
 
-@pytest.mark.usefixtures("quick_export")
 def test_a_build_waits_for_another_one(
     models: MakeModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -357,7 +329,6 @@ def test_another_user_may_build_where_the_folder_allows_it(tmp_path: Path) -> No
         os.umask(old)
 
 
-@pytest.mark.usefixtures("quick_export")
 def test_progress_ends_at_its_total(models: MakeModels, own: Path) -> None:
     told: list[tuple[str, int, int]] = []
     report: Report = lambda *facts: told.append(facts)  # noqa: E731
@@ -405,7 +376,6 @@ def test_checkpoints_that_do_not_fit_together(models: MakeModels, tmp_path: Path
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.usefixtures("quick_export")
 def test_a_full_disk_is_found_before_any_work(models: MakeModels, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest, before = read_manifest(own), times(own)
     needed = sum(manifest.files[model.pack].nbytes for model in manifest.models.values())
@@ -416,7 +386,6 @@ def test_a_full_disk_is_found_before_any_work(models: MakeModels, own: Path, mon
     assert times(own).keys() == before.keys()
 
 
-@pytest.mark.usefixtures("quick_export")
 def test_leftovers_of_dead_builds_go_before_space_is_asked_for(
     models: MakeModels, own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -428,7 +397,6 @@ def test_leftovers_of_dead_builds_go_before_space_is_asked_for(
     assert seen == [current]
 
 
-@pytest.mark.usefixtures("quick_export")
 def test_folders_of_other_people_stay(models: MakeModels, own: Path) -> None:
     (own / "build-linux").mkdir()
     (own / "build-linux" / "program").write_bytes(b"work of a year")

@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from test_checkpoints import save_sparse
 from torch import Tensor
 
-from conftest import MakeModels, graphs_once, picture
+from conftest import MakeModels, picture
 from i2l.errors import CheckpointAmbiguous, CheckpointForeign, CheckpointIncomplete, CheckpointMismatch
-from i2l.export import build
 from i2l.export.build import build_engines
 from i2l.export.checkpoints.finding import find_checkpoints
 from i2l.export.checkpoints.reader import scaled_values, stream_tensors
@@ -208,14 +207,13 @@ def test_another_size_of_an_encoder_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.bfloat16, "BF16")])
 def test_verify_says_what_quantisation_costs_on_top(
-    dtype: torch.dtype, name: str, models: MakeModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, name: str, models: MakeModels, tmp_path: Path
 ) -> None:
     """The reference is of the upcast values, so what the cast cost is not in the numbers; its dtype stands beside."""
     folder = tmp_path / "models"
     for family, checkpoint in find_checkpoints(models("tiny")).items():
         tensors = {name: value.to(dtype) for name, value in load_file(checkpoint.path).items()}
         save(folder / f"{family}.safetensors", tensors, family)
-    monkeypatch.setattr(build, "export_graphs", graphs_once)
     build_engines(folder, tmp_path / "engines", precision="fp32")
     facts = verify_engines(folder, tmp_path / "engines", picture(320, 240)).to_dict()
     assert facts["checkpoint_dtypes"] == dict.fromkeys((SIGLIP, DINO, "adapter"), name)

@@ -202,7 +202,8 @@ def test_a_file_of_somebody_else_is_not_replaced(folder: Path, engines: MakeEngi
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits "ignored"
 from i2l.cli import main
 from i2l.lora.lora import Lora
 from i2l.lora import lora as module

@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
-from conftest import picture
+from conftest import ADOBE, matrix_profile, picture
 from i2l.errors import DecoderMissing, FolderEmpty, ImageAbsurd, ImagesUnusable, ImageUnreadable
 from i2l.runtime.pictures.files import memory_limit
 from i2l.runtime.pictures.files.jxl_size import jxl_size
@@ -38,35 +38,6 @@ def loaded(data: bytes, folder: Path, **options: Any) -> NDArray[np.int16]:
     return np.asarray(load_image(path, **options)).astype(np.int16)
 
 
-def s15(value: float) -> bytes:
-    return struct.pack(">i", round(value * 65536))
-
-
-def matrix_profile(kind: bytes, gamma: float, columns: NDArray[np.float64] | None) -> bytes:
-    """An ICC profile made by hand: a gamma curve, and for RGB the colorants under D50."""
-    white = np.array([0.9642, 1.0, 0.8249])
-    tags = {b"desc": b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(78)}
-    tags[b"wtpt"] = b"XYZ " + bytes(4) + b"".join(map(s15, white))
-    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
-    if columns is None:
-        tags[b"kTRC"] = curve
-    else:
-        for letter, column in zip("rgb", columns.T, strict=True):
-            tags[f"{letter}XYZ".encode()] = b"XYZ " + bytes(4) + b"".join(map(s15, column))
-            tags[f"{letter}TRC".encode()] = curve
-    tags[b"cprt"] = b"text" + bytes(4) + b"none\0\0\0\0"
-    table, body, start = b"", b"", 128 + 4 + 12 * len(tags)
-    for name, data in tags.items():
-        padded = data + bytes(-len(data) % 4)
-        table += name + struct.pack(">II", start + len(body), len(data))
-        body += padded
-    size = start + len(body)
-    head = struct.pack(">I4sI4s4s4s", size, bytes(4), 0x02100000, b"mntr", kind, b"XYZ ") + bytes(12) + b"acsp"
-    head += bytes(28) + b"".join(map(s15, white)) + bytes(48)
-    return head[:128] + struct.pack(">I", len(tags)) + table + body
-
-
-ADOBE = np.array([[0.60974, 0.20528, 0.14919], [0.31111, 0.62567, 0.06322], [0.01947, 0.06087, 0.74457]])
 P3 = np.array([[0.51512, 0.29198, 0.15710], [0.24120, 0.69225, 0.06657], [-0.00105, 0.04189, 0.78407]])
 PROPHOTO = np.array([[0.79767, 0.13519, 0.03135], [0.28804, 0.71188, 0.00009], [0.0, 0.0, 0.82491]])
 SRGB_D50 = np.array([[0.43607, 0.38515, 0.14307], [0.22249, 0.71687, 0.06061], [0.01392, 0.09708, 0.71410]])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from conftest import MakeEngines, MakeModels, graphs_once
+from conftest import MakeEngines, MakeModels
 from i2l.cli import main
 from i2l.engines.directory.generations import FP8_FOLDER, engines_for, fp8_engines, remove_fp8_engines
 from i2l.engines.directory.hashing import FileFacts
@@ -26,13 +26,6 @@ from i2l.look.inspection import inspect_path
 from i2l.machine import files
 
 BOTH = plan_parts("auto", [86, 89])
-
-
-@pytest.fixture(autouse=True)
-def quick_export(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are exported once per session."""
-    for module in ("build", "backends.cpu", "backends.tensorrt"):
-        monkeypatch.setattr(f"i2l.export.{module}.export_graphs", graphs_once)
 
 
 @pytest.fixture

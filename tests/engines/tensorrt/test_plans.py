@@ -66,14 +66,12 @@ BUILT = [("int8", 75), ("int8", 80), ("int8", 86), ("fp8", 89), ("fp8", 120), ("
 def planned(engines: MakeEngines, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """``precision -> engines directory`` with all plans of :data:`BUILT`."""
     directories = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("i2l.export.backends.tensorrt.export_graphs", graphs_once)
-        for precision in ("int8", "fp8", "bf16"):
-            sms = [sm for name, sm in BUILT if name == precision]
-            target = tmp_path_factory.mktemp("planned") / precision
-            directories[precision] = Path(shutil.copytree(engines("tiny", precision), target))
-            result = build_plans(target, sms)
-            assert result.built == len(sms) * len(GRAPHS)
+    for precision in ("int8", "fp8", "bf16"):
+        sms = [sm for name, sm in BUILT if name == precision]
+        target = tmp_path_factory.mktemp("planned") / precision
+        directories[precision] = Path(shutil.copytree(engines("tiny", precision), target))
+        result = build_plans(target, sms)
+        assert result.built == len(sms) * len(GRAPHS)
     return directories
 
 
@@ -91,10 +89,7 @@ def test_every_graph_becomes_a_plan(planned: Mapping[str, Path], precision: str,
 
 
 @tensorrt_rtx
-def test_the_command_builds_what_is_not_up_to_date(
-    planned: Mapping[str, Path], models: MakeModels, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("i2l.export.backends.tensorrt.export_graphs", graphs_once)
+def test_the_command_builds_what_is_not_up_to_date(planned: Mapping[str, Path], models: MakeModels) -> None:
     folder = plans_folder(planned["int8"], 86, "int8")
     facts = read_plans(folder)
     rows = json.loads((folder / FACTS).read_text())
@@ -191,7 +186,6 @@ def test_plans_that_are_finished_count(engines: MakeEngines, tmp_path: Path, mon
             raise KeyboardInterrupt
         return build_plan(*arguments)
 
-    monkeypatch.setattr("i2l.export.backends.tensorrt.export_graphs", graphs_once)
     with monkeypatch.context() as patch:
         patch.setattr("i2l.export.backends.tensorrt.build_plan", interrupted)
         with pytest.raises(KeyboardInterrupt):

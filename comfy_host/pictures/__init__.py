@@ -1,0 +1,1 @@
+"""Pictures in ComfyUI: files to IMAGE, and what became of their colour profiles."""
