@@ -204,7 +204,8 @@ class Offer:
     """Open an engines directory, whose manifest this is and whose files were checked."""
     forms: tuple[str, ...] = ()
     """Names of the graphs' forms that it can run, the safest first; none where there is only one."""
-    card: Callable[[str], CardFacts | None] | None = None
-    """The card that a name or number (:attr:`Limits.device`) stands for; None: by the cards of the status."""
+    card: Callable[[str | None], CardFacts | None] | None = None
+    """The card that a name or number (:attr:`Limits.device`) stands for, or the one taken without; None: by the cards
+    of the status."""
     arithmetic: Mapping[str, Arithmetic] = field(default_factory=dict)
     """``precision of the packs that run -> its products' operands``; float32 where it does not say."""

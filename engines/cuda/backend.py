@@ -9,11 +9,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..base import Arithmetic, BackendStatus, Limits, Offer, Opened
+from ..base import Arithmetic, BackendStatus, CardFacts, Limits, Offer, Opened
 from ..device import driver
 from ..device.backend import DeviceBackend
 from ..device.device import Workspace
 from ..device.residency import RESERVED_BYTES, GraphMemory
+from ..device.which_card import card_facts, chosen_card
 from ..directory.architectures import BFLOAT16_FROM
 from ..directory.manifest import Manifest
 from ..errors import BackendUnavailable
@@ -44,8 +45,15 @@ def find_cuda() -> BackendStatus:
     return driver.on_cards("cuda", f"onnxruntime {version}", {"onnxruntime-gpu": version})
 
 
+def card_on_cuda(device: str | None) -> CardFacts | None:
+    """The card that a name or number stands for."""
+    import onnxruntime  # noqa: PLC0415 - as above
+
+    return card_facts("cuda", {"onnxruntime-gpu": onnxruntime.__version__}, device)
+
+
 def open_cuda(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
-    """Open an engines directory on the first card.
+    """Open an engines directory on a card: the one that was asked for, or the one with the most free memory.
 
     Args:
         engines: the engines directory, built with ``--backend cuda``.
@@ -68,7 +76,7 @@ def open_cuda(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
     if budget_bytes is not None and budget_bytes < RESERVED_BYTES:
         raise too_small(manifest.models, limits.images, budget_bytes)
     with ExitStack() as undo:
-        device = CudaDevice(own_stream=False)
+        device = CudaDevice(index=chosen_card("cuda", limits.device), own_stream=False)
         undo.callback(device.close)
         if device.sm < BFLOAT16_FROM:
             reason = f"its graphs multiply in bfloat16, which {device.name} (sm{device.sm}) cannot"
@@ -114,4 +122,4 @@ class CudaBackend(DeviceBackend):
 
 
 ARITHMETIC: Mapping[str, Arithmetic] = dict.fromkeys(("fp8", "int8", "bf16", "fp32"), "bfloat16")
-OFFER = Offer(find_cuda, open_cuda, arithmetic=ARITHMETIC)
+OFFER = Offer(find_cuda, open_cuda, card=card_on_cuda, arithmetic=ARITHMETIC)

@@ -139,7 +139,7 @@ def seats_of(provider: Provider) -> list[Seat]:
     return seats
 
 
-def card_named(provider: Provider, device: str) -> CardFacts | None:
+def card_named(provider: Provider, device: str | None) -> CardFacts | None:
     """The card that ``--device`` stands for; None where there is no such one."""
     try:
         return facts_of(seat_for(provider, device))

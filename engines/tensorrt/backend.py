@@ -11,11 +11,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ...machine.errors import PackageMissing
-from ..base import Arithmetic, Array, BackendStatus, Limits, Offer, Opened, Value
+from ..base import Arithmetic, Array, BackendStatus, CardFacts, Limits, Offer, Opened, Value
 from ..device import driver
 from ..device.backend import DeviceBackend
 from ..device.device import Workspace
 from ..device.residency import CONTEXT_BYTES, GraphMemory
+from ..device.which_card import card_facts, chosen_card
 from ..directory.generations import engines_for
 from ..directory.integrity import check_files
 from ..directory.manifest import Manifest, graphs_of, read_manifest
@@ -56,8 +57,14 @@ def _without_tensorrt() -> BackendStatus | None:
     return None
 
 
+def card_on_tensorrt(device: str | None) -> CardFacts | None:
+    """The card that a name or number stands for."""
+    flavour = find_flavour()
+    return card_facts("tensorrt", {flavour.name: flavour.version}, device)
+
+
 def open_tensorrt(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
-    """Open an engines directory on the first card.
+    """Open an engines directory on a card: the one that was asked for, or the one with the most free memory.
 
     Args:
         engines: the engines directory, built with ``--backend tensorrt`` for the card's generation.
@@ -74,13 +81,14 @@ def open_tensorrt(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
     """
     from ..device.card import CudaDevice  # noqa: PLC0415 - the leaf that needs CUDA
 
-    directory = engines_for(engines, current_sm())
+    index = chosen_card("tensorrt", limits.device)
+    directory = engines_for(engines, current_sm(index))
     if directory != engines:
         manifest = read_manifest(directory)
         check_files(directory, manifest)
     flavour = find_flavour()
     with ExitStack() as undo:
-        card = CudaDevice(backend="tensorrt")
+        card = CudaDevice(index=index, backend="tensorrt")
         undo.callback(card.close)
         plans = checked_plans(directory, manifest, flavour, card.sm)
         budget = limits.vram.on(card)  # before contexts take of what is free
@@ -153,4 +161,4 @@ def open_plans(
 ARITHMETIC: Mapping[str, Arithmetic] = {
     "fp8": "float8", "int8": "bfloat16", "bf16": "bfloat16", "fp32": "bfloat16",
 }  # fmt: skip
-OFFER = Offer(find_tensorrt, open_tensorrt, arithmetic=ARITHMETIC)
+OFFER = Offer(find_tensorrt, open_tensorrt, card=card_on_tensorrt, arithmetic=ARITHMETIC)

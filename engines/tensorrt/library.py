@@ -57,8 +57,8 @@ def find_flavour() -> Flavour:
     raise PackageMissing("tensorrt_rtx or tensorrt", "the tensorrt backend", "tensorrt")
 
 
-def current_sm() -> int:
-    """The compute capability of the first GPU, 89 for 8.9, asked of the driver itself.
+def current_sm(index: int = 0) -> int:
+    """The compute capability of a GPU, 89 for 8.9, asked of the driver itself.
 
     Raises:
         BackendUnavailable: there is no driver or no GPU.
@@ -73,7 +73,7 @@ def current_sm() -> int:
     else:
         raise BackendUnavailable("tensorrt", "no NVIDIA driver on this machine", remedy)
     device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
+    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), index):
         raise BackendUnavailable("tensorrt", "the NVIDIA driver finds no GPU", remedy)
     cuda.cuDeviceGetAttribute(ctypes.byref(major), CUDA_MAJOR, device)
     cuda.cuDeviceGetAttribute(ctypes.byref(minor), CUDA_MINOR, device)

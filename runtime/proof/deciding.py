@@ -118,7 +118,8 @@ class Decider:
 def card_for(status: BackendStatus, device: str | None) -> CardFacts | None:
     """The card that a backend would take; None where there is no such one."""
     named = offer_of(status.name).card
-    return named(device) if named and device is not None else card_of(status.cards, device)
+    asked = named and (device is not None or len(status.cards) > 1)  # one card alone is no question
+    return named(device) if named and asked else card_of(status.cards, device)
 
 
 def to_prove(backend: str, device: str | None) -> tuple[list[BackendStatus], Sequence[str]]:

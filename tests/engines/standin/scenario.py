@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import played_tensorrt
 
 from conftest import picture
-from i2l.engines.device import staging
+from i2l.engines.device import staging, which_card
 from i2l.engines.device.calls import CudaEvent
 from i2l.engines.device.card import CudaDevice
 from i2l.engines.device.tensor import DeviceTensor
@@ -83,7 +83,11 @@ def digest(lora: Lora) -> str:
 
 
 def run(
-    engines: Path, passes: Sequence[int] = (1,), spare_bytes: int = 0, interrupt_at: int | None = None
+    engines: Path,
+    passes: Sequence[int] = (1,),
+    spare_bytes: int = 0,
+    interrupt_at: int | None = None,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """LoRAs of passes of so many images on one pipeline, with so much more than the least budget.
 
@@ -99,8 +103,9 @@ def run(
 
     with (
         suppress(KeyboardInterrupt),
-        Pipeline(engines, backend="tensorrt", vram_budget_bytes=budget, report=report) as pipeline,
+        Pipeline(engines, backend="tensorrt", vram_budget_bytes=budget, report=report, device=device) as pipeline,
     ):
+        facts["card"] = pipeline._open.backend.device.name  # type: ignore[attr-defined]
         for images in passes:
             lora = pipeline.lora_from_images([picture(90, 70, seed=seed) for seed in range(images)])
             facts["loras"].append(digest(lora))
@@ -120,10 +125,14 @@ def least_budget(engines: Path) -> int:
 
 def run_case(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, Any]:
     """One case, its environment set for as long; errors that are not ours end the process."""
-    environment = {f"I2L_STANDIN_{name}": str(value) for name, value in case.pop("environment", {}).items()}
+    environment = {
+        name if name.startswith("CUDA_") else f"I2L_STANDIN_{name}": str(value)
+        for name, value in case.pop("environment", {}).items()
+    }
     least_budget(engines)  # before anything fails
     driver.reset()
     os.environ |= environment
+    which_card.most_free.cache_clear()
     try:
         facts = run(engines, **case)
     except I2LError as error:

@@ -131,3 +131,43 @@ def test_a_card_that_is_lost_at_any_call(library: Path, planned: Path, wanted: d
         else:
             assert facts["loras"] == [wanted[1]], case  # it was lost while things were given back
             assert facts["calls"] >= case["environment"]["FAIL_CALL"] or facts["problems"] == 0, case
+
+
+THREE = {"BYTES": "100000000,4000000000,4000000000", "OTHERS": "0,3000000000,0"}
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "card"),
+    [
+        (None, None, "stand-in 2"),  # the most free memory, though not the first and no larger than another
+        ("1", None, "stand-in 1"),
+        ("stand-in 0", None, "stand-in 0"),
+        (None, "1", "stand-in 1"),
+        ("0", "2,1", "stand-in 2"),
+        ("3", None, "BackendUnavailable"),
+        ("2", "0,1", "BackendUnavailable"),
+    ],
+)
+def test_one_of_several_cards(
+    library: Path, planned: Path, wanted: dict[int, str], device: str | None, visible: str | None, card: str
+) -> None:
+    """Every byte and every piece of work is on that card, or the error names those that there are."""
+    environment: Facts = THREE | ({"CUDA_VISIBLE_DEVICES": visible} if visible else {})
+    (facts,) = ran(library, planned, [{"device": device, "spare_bytes": 200_000_000, "environment": environment}])
+    if "error" in facts:
+        assert facts["error"] == card
+        assert facts["error"] != "BackendUnavailable" or "i2l doctor lists them" in facts["message"]
+    else:
+        assert facts["card"] == card
+        assert facts["loras"] == [wanted[1]]
+    assert facts["problems"] == facts["live_bytes"] == 0
+
+
+def test_another_program_takes_memory_meanwhile(library: Path, planned: Path, wanted: dict[int, str]) -> None:
+    """Less is free than the budget, though not less than the smallest plan needs: a smaller plan, right."""
+    least, roomy = (facts["peak_bytes"] for facts in ran(library, planned, [{}, {"spare_bytes": ROOMY}]))
+    others = {"BYTES": 2 * roomy, "OTHERS": 2 * roomy - (least + roomy) // 2}
+    (facts,) = ran(library, planned, [{"spare_bytes": ROOMY, "environment": others}])
+    assert facts["loras"] == [wanted[1]]
+    assert least <= facts["peak_bytes"] < roomy
+    assert facts["problems"] == facts["live_bytes"] == 0

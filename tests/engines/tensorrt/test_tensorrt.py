@@ -101,7 +101,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Play:
         monkeypatch.setattr(driver, "without_driver", lambda _: None)
         monkeypatch.setattr(driver, "without_cuda_python", lambda _: None)
         monkeypatch.setattr(driver, "nvidia_cards", lambda libraries: (CardFacts(card, "1.0", libraries),))
-        monkeypatch.setattr(tensorrt_backend, "current_sm", lambda: sm)
+        monkeypatch.setattr(tensorrt_backend, "current_sm", lambda *_: sm)
         return played
 
     return begin
