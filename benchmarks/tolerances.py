@@ -19,7 +19,6 @@ import numpy as np
 from i2l.engines.base import Array
 from i2l.engines.cpu import plain
 from i2l.engines.cpu.plain import HeldWeights, plain_step
-from i2l.engines.cpu.transcode import LARGEST
 from i2l.engines.directory.tensorfile import TensorInfo
 from i2l.export.checkpoints.weights import graph_weights
 from i2l.export.precisions.choosing import precision_for
@@ -107,6 +106,9 @@ def rounded_attention(rounding: Rounding) -> Callable[[Array, Array, Array], Arr
     return attended
 
 
+LARGEST_E4M3 = 448.0
+
+
 def bfloat16(x: Array) -> Array:
     """To the nearest, ties to even."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
@@ -115,7 +117,7 @@ def bfloat16(x: Array) -> Array:
 
 def e4m3_rows(x: Array) -> Array:
     """Each row by a scale of its own to e4m3: three bits behind the leading one, down to 2**-9."""
-    scale = np.maximum(np.abs(x).max(axis=-1, keepdims=True), np.float32(1e-30)) / np.float32(LARGEST)
+    scale = np.maximum(np.abs(x).max(axis=-1, keepdims=True), np.float32(1e-30)) / np.float32(LARGEST_E4M3)
     scaled = x / scale
     step = np.exp2(np.maximum(np.floor(np.log2(np.maximum(np.abs(scaled), 2.0**-20))), -6) - 3)
     return np.asarray(np.rint(scaled / step) * step * scale, np.float32)
