@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CPUS := .cpus
+CUDA := .cuda
 DEMO := demo
 PRESET ?= small
 COMFYUI ?= ../ComfyUI
@@ -10,7 +11,7 @@ COMFYUI_OWN := .comfyui
 COMFYUI_PYTHON ?= $(COMFYUI_OWN)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit soak fuzz audit test-cpus test-comfyui test-gpu test-webgpu test-serve soak-serve test-ray format bench-cpu bench-peers bench-gpu clean
+.PHONY: help setup demo test lint types unit soak fuzz audit test-cpus test-cuda test-comfyui test-gpu test-webgpu test-serve soak-serve test-ray format bench-cpu bench-peers bench-gpu clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -29,7 +30,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 # What the demo needs, and none of what the tests compare with; a whole setup has it too.
 $(VENV)/.demo-ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cpu,export]'
 	@touch $@
 
 demo: $(if $(wildcard $(VENV)/.ready),setup,$(VENV)/.demo-ready)  ## Tiny checkpoints, engines, a LoRA from a picture, and what is in it; installs only what that takes
@@ -44,7 +45,7 @@ lint: setup  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: export MYPYPATH := .typecheck:tests:tests/export:tests/engines/standin:tests/faults:tests/serve:benchmarks
+types: export MYPYPATH := .typecheck:tests:tests/export:tests/engines/standin:tests/engines/provider:tests/faults:tests/serve:benchmarks
 types: setup  ## mypy, strict; our own code also as Windows and macOS see it
 	$(BIN)/mypy -p i2l
 	$(BIN)/mypy -p i2l --platform win32 --config-file .ci/mypy-elsewhere.ini --cache-dir .mypy_cache/win32
@@ -69,6 +70,16 @@ test-cpus: $(CPUS)/.ready  ## The same LoRA on other CPUs, which qemu emulates; 
 
 $(CPUS)/.ready: $(VENV)/.ready tests/cpus/setup
 	tests/cpus/setup $(CPUS) $(BIN)/python
+	@touch $@
+
+test-cuda: $(CUDA)/.ready  ## The cuda backend on onnxruntime's real CUDA provider, NVIDIA's libraries played; x86-64 Linux with cc
+	$(BIN)/python -m pytest -m cuda tests/engines/provider
+
+$(CUDA)/.ready: $(VENV)/.ready
+	$(PYTHON) -m venv $(CUDA)
+	$(CUDA)/bin/python -m pip install --quiet --constraint constraints.txt onnxruntime-gpu cuda-bindings safetensors pillow click rich filelock
+	@# Headers alone: the real runtime would be found and loaded, and it asks for a card.
+	$(CUDA)/bin/python -m pip install --quiet --no-deps --constraint constraints.txt --target $(CUDA)/headers nvidia-cuda-runtime nvidia-cuda-crt
 	@touch $@
 
 test-comfyui: setup $(if $(filter $(COMFYUI_OWN)/%,$(COMFYUI_PYTHON)),$(COMFYUI_OWN)/.ready)  ## The nodes in a real ComfyUI and a browser (COMFYUI=folder; COMFYUI_PYTHON=its Python, or one is set up)
@@ -110,4 +121,4 @@ bench-gpu: setup  ## The backends of a GPU: parity, bandwidth, times, VRAM, kern
 	$(BIN)/python benchmarks/gpu.py --preset $(PRESET)
 
 clean:  ## Remove the demo and all caches
-	rm -rf $(DEMO) $(CPUS) $(COMFYUI_OWN) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(DEMO) $(CPUS) $(CUDA) $(COMFYUI_OWN) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -3,13 +3,15 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from ..machine.errors import PackageMissing
 from .errors import BackendUnavailable
 
 if TYPE_CHECKING:  # the command line lists the names, and must not pay for numpy
+    from collections.abc import Callable
     from pathlib import Path
 
     from .base import Array, BackendStatus, Offer
-    from .directory.manifest import Model, Step
+    from .directory.manifest import Chunk, Manifest, Model, Step
 
 BACKENDS: dict[str, str] = {
     "cpu": ".cpu.backend",
@@ -23,13 +25,28 @@ BACKENDS: dict[str, str] = {
 
 def offer_of(name: str) -> "Offer":
     """What a backend's room offers."""
-    offer: Offer = import_module(BACKENDS[name], __package__).OFFER
+    try:
+        offer: Offer = import_module(BACKENDS[name], __package__).OFFER
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":
+            raise
+        raise PackageMissing("onnxruntime", "computing", "cpu") from error
     return offer
 
 
 def detect_backends() -> "tuple[BackendStatus, ...]":
     """The state of every backend, best last."""
-    return tuple(offer_of(name).find() for name in BACKENDS)
+    return tuple(map(_found, BACKENDS))
+
+
+def _found(name: str) -> "BackendStatus":
+    from .base import BackendStatus  # noqa: PLC0415 - numpy
+
+    try:
+        return offer_of(name).find()
+    except PackageMissing:
+        reason, remedy = "no onnxruntime is installed", 'pip install "i2l-engines[cpu]", or [cuda] for NVIDIA cards'
+        return BackendStatus(name, works=False, reason=reason, remedy=remedy)
 
 
 def working_backend(name: str) -> "BackendStatus":
@@ -44,6 +61,24 @@ def working_backend(name: str) -> "BackendStatus":
     if not statuses[name].works:
         raise BackendUnavailable(name, statuses[name].reason, statuses[name].remedy)
     return statuses[name]
+
+
+def cpu_part(
+    engines: "Path", manifest: "Manifest", part: "Callable[[tuple[Chunk, ...]], tuple[Chunk, ...]]", folder: "Path"
+) -> "tuple[Path, Manifest] | None":
+    """Some chunks of fp8 engines as the cpu backend runs them, where it has not converted all of them yet.
+
+    Args:
+        engines: the engines directory.
+        manifest: its manifest.
+        part: all chunks of a model to those that are wanted.
+        folder: an empty one, for their packs.
+    """
+    from .cpu.converted import bytes_to_convert, convert_part  # noqa: PLC0415 - numpy
+
+    if not bytes_to_convert(engines, manifest):
+        return None
+    return folder, convert_part(engines, manifest, part, folder)
 
 
 def right_outputs(pack: "Path", model: "Model", step: "Step", activation: "Array") -> "dict[str, Array]":

@@ -43,13 +43,32 @@ def explained_os_errors(path: Path) -> Iterator[None]:
     except (DiskFull, OutputUnwritable):
         raise
     except OSError as error:
-        if getattr(error, "winerror", None) in IN_USE and path.is_file():
-            raise OutputInUse(path) from error
+        if getattr(error, "winerror", None) in IN_USE and (kept := _a_file_of(error, path)):
+            raise OutputInUse(kept) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(path, None, free_bytes(path)) from error
         if error.errno in UNWRITABLE:
             raise OutputUnwritable(path, os.strerror(error.errno)) from error
         raise
+
+
+def _a_file_of(error: OSError, path: Path) -> Path | None:
+    """The file that a refusal is about: ``path``, or one inside if that is a folder."""
+    names = (error.filename2, error.filename)
+    places = (path, *(Path(os.fsdecode(name)) for name in names if name and not isinstance(name, int)))
+    return next((place for place in places if place.is_file()), None)
+
+
+def remove_folder(folder: Path) -> str:
+    """Remove a folder as far as the system lets; return why some of it stays, empty if it is gone."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        if folder.exists():
+            with explained_os_errors(folder):
+                shutil.rmtree(folder)
+    except OSError as error:
+        return str(error) if folder.exists() else ""  # somebody else may have removed it meanwhile
+    return ""
 
 
 @contextmanager

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 
 from fake_device import HostDevice
 from i2l.engines.cuda.session import CpuTarget, OrtDeviceEngine
+from i2l.engines.device.device import Workspace
 from i2l.engines.device.tensor import DeviceTensor
 from i2l.engines.directory.manifest import read_manifest, spec_hash
 from i2l.engines.tensorrt.plans import BATCHES, FACTS, PlanFacts, PlanKey, plans_folder, plans_to_json
@@ -133,7 +133,7 @@ class Runtime:
 class Engine:
     def __init__(self, played: Played, plan: bytes) -> None:
         self.played = played
-        self.runner = OrtDeviceEngine("played", plan, CpuTarget(), 0)
+        self.runner = OrtDeviceEngine("played", plan, CpuTarget(), Workspace())
         session: ort.InferenceSession = self.runner._session
         self.inputs = {value.name: value for value in session.get_inputs()}
         self.tensors = {value.name: value for value in (*session.get_inputs(), *session.get_outputs())}
@@ -265,17 +265,13 @@ class Context:
             name: DeviceTensor(address, shapes[name], ELEMENTS.get(self._engine.tensors[name].type, 17))
             for name, address in addresses.items()
         }
-        activation = self._engine.runner.activation
 
         def work() -> None:
-            weights = {name: values[name] for name in self._engine.inputs if name != activation}
             ctypes.memset(scratch[0], 0xDD, scratch[1])
             for name in set(shapes) - set(self._engine.inputs):  # before the input is read: they may not overlap
                 ctypes.memset(addresses[name], 0xCC, 4 * math.prod(shapes[name]))
-            outputs = self._engine.runner.run(values[activation], weights)
-            for name, value in outputs.items():
-                array = np.ascontiguousarray(value.numpy(), np.float32)
-                ctypes.memmove(addresses[name], array.ctypes.data, array.nbytes)
+            inputs = {name: value for name, value in values.items() if name in self._engine.inputs}
+            self._engine.runner.compute(inputs, {name: values[name] for name in values.keys() - inputs.keys()})
 
         return work
 

@@ -86,6 +86,7 @@ ONLY_IN = {
     "tensorrt": {"engines.tensorrt"},
     "tensorrt_rtx": {"engines.tensorrt"},
     "cuda": {"engines.device.calls"},
+    "pynvml": {"runtime.proof.card_memory"},
     "pillow_heif": {"runtime.pictures.files.formats"},
     "pillow_jxl": {"runtime.pictures.files.formats"},
     "rich": {"machine.progress"},

@@ -1,24 +1,29 @@
 """The cuda backend: weights stream to a CUDA card, onnxruntime's CUDA provider computes.
 
-What differs from TensorRT is where activations lie. Each session has an arena of its own that it keeps, so the plan
-counts a graph's activations as its context: all graphs' add up, where TensorRT's graphs share the largest.
+As with TensorRT, all graphs share one workspace, and what they need of it is seen on the card before anything is
+planned.
 """
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ...specs import AdapterSpec, Family, Spec
 from ..base import Arithmetic, BackendStatus, Limits, Offer, Opened
 from ..device import driver
 from ..device.backend import DeviceBackend
-from ..device.predict import graph_memory
-from ..device.residency import CONTEXT_BYTES, GraphMemory
+from ..device.device import Workspace
+from ..device.residency import RESERVED_BYTES, GraphMemory
 from ..directory.architectures import BFLOAT16_FROM
-from ..directory.manifest import Manifest, Model
+from ..directory.manifest import Manifest
 from ..errors import BackendUnavailable
+from .arena import Arena
 from .graph_files import checked_graphs
+from .libraries import missing_libraries
+
+if TYPE_CHECKING:
+    from ..device.card import CudaDevice
+    from .session import OrtDeviceEngine
 
 
 def find_cuda() -> BackendStatus:
@@ -30,6 +35,9 @@ def find_cuda() -> BackendStatus:
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         remedy = 'pip uninstall onnxruntime, then pip install "i2l-engines[cuda]"'
         return BackendStatus("cuda", works=False, reason="onnxruntime is the build for the CPU", remedy=remedy)
+    if lacking := missing_libraries():
+        reason = f"CUDA's libraries are missing for onnxruntime-gpu {onnxruntime.__version__} ({', '.join(lacking)})"
+        return BackendStatus("cuda", works=False, reason=reason, remedy='pip install "onnxruntime-gpu[cuda]"')
     if status := driver.without_cuda_python("cuda"):
         return status
     version = onnxruntime.__version__
@@ -52,48 +60,57 @@ def open_cuda(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
     """
     from ..device.card import CudaDevice  # noqa: PLC0415 - the leaf that needs CUDA
     from .session import CudaTarget, OrtDeviceEngine  # noqa: PLC0415
+    from .warming import measured_memory, too_small  # noqa: PLC0415
 
     # read now, so that an open pipeline outlives a rebuild
     models = {graph: path.read_bytes() for graph, path in checked_graphs(engines, manifest).items()}
-    memory = arena_memory(manifest.models, limits.images)
+    budget_bytes = limits.vram.budget_bytes
+    if budget_bytes is not None and budget_bytes < RESERVED_BYTES:
+        raise too_small(manifest.models, limits.images, budget_bytes)
     with ExitStack() as undo:
-        device = CudaDevice()
+        device = CudaDevice(own_stream=False)
         undo.callback(device.close)
         if device.sm < BFLOAT16_FROM:
             reason = f"its graphs multiply in bfloat16, which {device.name} (sm{device.sm}) cannot"
             raise BackendUnavailable("cuda", reason, "use --backend cpu")
-        target = CudaTarget(device.compute_stream, device.index)
-
-        def make(graph: str) -> OrtDeviceEngine:
-            return OrtDeviceEngine(graph, models[graph], target, memory[graph].context_bytes - CONTEXT_BYTES)
-
         budget = limits.vram.on(device)
-        backend = DeviceBackend("cuda", device, make, engines, manifest, memory, budget)
+        used = device.used_bytes
+        arena = Arena(device, Workspace())
+        undo.callback(arena.close)
+        opened: dict[str, OrtDeviceEngine] = {}
+        undo.callback(opened.clear)  # no session outlives the card and its streams
+        target = CudaTarget(arena, device.name, device.index)
+        for graph, model in models.items():
+            opened[graph] = OrtDeviceEngine(graph, model, target, arena.workspace)
+        memory = measured_memory(device, arena, opened, manifest.models, limits.images, budget, used)
+        backend = CudaBackend(engines, manifest, device, arena, opened, memory, budget)
         undo.pop_all()
         return Opened(backend, manifest, manifest)
 
 
-def arena_memory(models: Mapping[Family, Model], images: int) -> dict[str, GraphMemory]:
-    """The memory of every graph where each session keeps its arena: matrices in 16 bits, activations, outputs.
+class CudaBackend(DeviceBackend):
+    """Sessions in one arena on a card."""
 
-    What the host uploads lies outside, in memory that all share.
-    """
-    memories = graph_memory(models, images)
-    inputs = max(input_bytes(model.spec, images) for model in models.values())
-    return {
-        graph: replace(
-            memory,
-            activation_bytes=0,
-            value_bytes=inputs,
-            context_bytes=memory.context_bytes + memory.activation_bytes + memory.value_bytes,
-        )
-        for graph, memory in memories.items()
-    }
+    def __init__(
+        self,
+        engines: Path,
+        manifest: Manifest,
+        device: "CudaDevice",
+        arena: Arena,
+        opened: "dict[str, OrtDeviceEngine]",
+        memory: Mapping[str, GraphMemory],
+        budget_bytes: int,
+    ) -> None:
+        self._opened = opened
+        self._arena = arena
+        super().__init__("cuda", device, opened.__getitem__, engines, manifest, memory, budget_bytes, arena.workspace)
 
-
-def input_bytes(spec: Spec, images: int) -> int:
-    """Bytes of what the host uploads for a model, in float32."""
-    return 4 * images * (spec.embedding if isinstance(spec, AdapterSpec) else 3 * spec.image_size**2)
+    def close(self) -> None:
+        self.device.finish()
+        self._engines.clear()
+        self._opened.clear()
+        self._arena.close()
+        super().close()
 
 
 ARITHMETIC: Mapping[str, Arithmetic] = dict.fromkeys(("fp8", "int8", "bf16", "fp32"), "bfloat16")

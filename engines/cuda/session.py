@@ -1,13 +1,14 @@
 """A graph on onnxruntime whose inputs are raw pointers: weights in slots of a device, never copied by onnxruntime.
 
 One class for the CUDA provider and for the CPU's, which reads host pointers in the same way and so tests the logic.
-Outputs are allocated by the provider. Each session has an arena of its own, which grows by what is asked for and no
-further than ``limit_bytes``; it stays as long as the session, so the residency plan counts it as the graph's context.
+Everything lies where the plan says: the activation and the outputs among the workspace's values, what is computed in
+between in its scratch (arena.py).
 
-All sessions compute on the one stream that the slots' events are recorded in, and ``run`` does not wait for it. So the
-memory of an output that is given back early is written again only behind the kernels that read it.
+All sessions compute on the one stream that the slots' events are recorded in, and ``run`` does not wait for it. It is
+CUDA's default stream: onnxruntime takes memory of ours only there. Our copies are on one that it does not wait for.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,9 +18,13 @@ from typing import Any
 import onnxruntime as ort
 from onnxruntime.capi.onnxruntime_pybind11_state import Fail, RuntimeException
 
+from ..device.device import Workspace, aligned
 from ..device.tensor import DeviceTensor
+from ..directory.dtypes import FLOAT32
 from ..errors import DeviceFailed, OutOfDeviceMemory, ShapeMismatch
+from .arena import Arena
 from .errors import ProviderMissing
+from .libraries import missing_libraries
 
 NO_MEMORY = re.compile(r"out of memory|failed to allocate memory|available memory of \d+ is smaller", re.IGNORECASE)
 """How the CUDA provider and its arena say that memory ran out; they have no error class for it."""
@@ -34,30 +39,53 @@ class CpuTarget:
     index: int = 0
     provider: str = "CPUExecutionProvider"
 
-    def options(self, limit_bytes: int) -> dict[str, str]:  # noqa: ARG002
+    @property
+    def options(self) -> dict[str, str]:
         return {}
+
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        yield
+
+    def out_of_memory(self) -> OutOfDeviceMemory | None:
+        return None
 
 
 @dataclass(frozen=True)
 class CudaTarget:
-    """The CUDA provider on one stream."""
+    """The CUDA provider in an arena."""
 
-    stream: int
+    arena: Arena
+    name: str
+    """Of the card, for errors."""
     index: int = 0
     kind: str = "cuda"
     threads: int = 1
     provider: str = "CUDAExecutionProvider"
 
-    def options(self, limit_bytes: int) -> dict[str, str]:
+    @property
+    def options(self) -> dict[str, str]:
         return {
             "device_id": str(self.index),
-            "user_compute_stream": str(self.stream),
             "do_copy_in_default_stream": "1",  # that stream: copies of a graph's own then need no further event
-            "gpu_mem_limit": str(limit_bytes),
-            "arena_extend_strategy": "kSameAsRequested",  # the default doubles, past what the plan counts
             "cudnn_conv_use_max_workspace": "0",
             "use_tf32": "0",  # the parts in float32 are there because 16 bits were too few
+            **self.arena.options,
         }
+
+    @contextmanager
+    def opening(self) -> Iterator[None]:
+        """What sessions ask for meanwhile they keep."""
+        self.arena.opening = True
+        try:
+            yield
+        finally:
+            self.arena.opening = False
+
+    def out_of_memory(self) -> OutOfDeviceMemory | None:
+        """What the arena refused since it was last asked."""
+        wanted, self.arena.refused_bytes = self.arena.refused_bytes, 0
+        return OutOfDeviceMemory(self.name, wanted, self.arena.workspace.scratch_bytes) if wanted else None
 
 
 class OrtDeviceEngine:
@@ -67,47 +95,67 @@ class OrtDeviceEngine:
         graph: its name, for errors.
         model: the ONNX file.
         target: where to run.
-        limit_bytes: of the session's arena.
+        workspace: where activation and outputs lie.
 
     Raises:
         ProviderMissing: this onnxruntime lacks the provider, or did not load it.
+        OutOfDeviceMemory, DeviceFailed: it does not open, for lack of memory or otherwise.
     """
 
-    def __init__(self, graph: str, model: bytes, target: CpuTarget | CudaTarget, limit_bytes: int) -> None:
+    def __init__(self, graph: str, model: bytes, target: CpuTarget | CudaTarget, workspace: Workspace) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = target.threads
         options.log_severity_level = 3
+        # A pattern is one piece per run in place of fifty; but the first run of each size has none, and needs its own.
+        options.enable_mem_pattern = False
         if target.provider not in ort.get_available_providers():
             raise ProviderMissing(target.provider, ort.get_available_providers())
         if target.kind == "cuda":
-            ort.preload_dlls()  # CUDA's libraries from pip's packages, where the system has none
-        providers = [(target.provider, target.options(limit_bytes))]
-        self._graph, self._target, self._limit_bytes = graph, target, limit_bytes
-        with self._our_errors():  # without fallback: it would go on with the CPU, and write to standard output
+            missing_libraries()  # loads those that are there, so that the provider finds them
+        providers = [(target.provider, target.options)]
+        self._graph, self._target, self._workspace = graph, target, workspace
+        with self._our_errors(), target.opening():  # without fallback: it would go on with the CPU, and write to stdout
             self._session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
         if target.provider not in self._session.get_providers():
             raise ProviderMissing(target.provider, self._session.get_providers())
         first = self._session.get_inputs()[0]
         self.activation: str = first.name
         self._shape = list(first.shape[1:])
-        self._outputs = [output.name for output in self._session.get_outputs()]
+        self._outputs = {output.name: list(output.shape[1:]) for output in self._session.get_outputs()}
         self._run_options = ort.RunOptions()
         # The streamer's events order the work; waiting here would stop the next copy from being asked for.
         self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
-    def run(self, activation: Any, weights: Mapping[str, DeviceTensor]) -> dict[str, Any]:
+    def value_bytes(self, images: int) -> int:
+        """The activation and the outputs of so many images, each where a tensor may begin."""
+        shapes = [self._shape, *self._outputs.values()]
+        return sum(aligned(4 * images * math.prod(shape)) for shape in shapes)
+
+    def activation_at(self, address: int, images: int) -> DeviceTensor:
+        """The activation of so many images, whatever the bytes there are."""
+        return DeviceTensor(address, (images, *self._shape), FLOAT32)
+
+    def run(self, activation: Any, weights: Mapping[str, DeviceTensor]) -> dict[str, DeviceTensor]:
         shape = activation.shape()
         if list(shape[1:]) != self._shape:
             raise ShapeMismatch(self._graph, self.activation, str(list(shape)), str(["batch", *self._shape]))
+        shapes = {name: (shape[0], *rest) for name, rest in self._outputs.items()}
+        sizes = {name: 4 * math.prod(whole) for name, whole in shapes.items()}
+        addresses = self._workspace.place(activation.data_ptr(), 4 * math.prod(shape), sizes)
+        outputs = {name: DeviceTensor(addresses[name], whole, FLOAT32) for name, whole in shapes.items()}
+        self.compute({self.activation: activation, **weights}, outputs)
+        return outputs
+
+    def compute(self, inputs: Mapping[str, DeviceTensor], outputs: Mapping[str, DeviceTensor]) -> None:
+        """Run the graph from memory to memory."""
         binding = self._session.io_binding()
-        for name, tensor in {self.activation: activation, **weights}.items():
-            where = (self._target.kind, self._target.index, tensor.element_type(), tensor.shape(), tensor.data_ptr())
-            binding.bind_input(name, *where)
-        for name in self._outputs:
-            binding.bind_output(name, self._target.kind, self._target.index)
+        kind, index = self._target.kind, self._target.index
+        for name, tensor in inputs.items():
+            binding.bind_input(name, kind, index, tensor.element_type(), tensor.shape(), tensor.data_ptr())
+        for name, tensor in outputs.items():
+            binding.bind_output(name, kind, index, tensor.element_type(), tensor.shape(), tensor.data_ptr())
         with self._our_errors():
             self._session.run_with_iobinding(binding, self._run_options)
-        return dict(zip(self._outputs, binding.get_outputs(), strict=True))
 
     @contextmanager
     def _our_errors(self) -> Iterator[None]:
@@ -116,6 +164,8 @@ class OrtDeviceEngine:
             yield
         except (Fail, RuntimeException, RuntimeError) as error:  # run_with_iobinding raises a plain RuntimeError
             where = f"{self._target.provider} ({self._graph})"
+            if refused := self._target.out_of_memory():
+                raise refused from error
             if NO_MEMORY.search(str(error)):
-                raise OutOfDeviceMemory(where, self._limit_bytes, 0) from error
+                raise OutOfDeviceMemory(where, 0, None) from error
             raise DeviceFailed(where, str(error).splitlines()[0]) from error

@@ -9,7 +9,9 @@ parse, or that is of another driver, library, build or i2l, is as good as none: 
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,13 @@ from ...engines.directory.manifest import PROOFS
 from ...engines.directory.typed_facts import typed
 from ...machine.errors import I2LError
 from ...machine.files import atomic_path, read_small, remove_leftovers
+from ...machine.locks import exclusive
 from ...machine.wording import format_path
 from .judging import FormOutcome
 
 log = logging.getLogger(__name__)
-FORMAT = 1
+LOCK = "lock"
+FORMAT = 2
 """Raised whenever a proof checks something else, or a record says something else."""
 
 
@@ -47,7 +51,7 @@ class Record:
     forms: tuple[FormOutcome, ...]
     """Each on its own, as a crash ends a process."""
     cpu_ms_per_image: float | None
-    """None where the CPU would first convert the packs."""
+    """None where it could not be timed."""
     cpu_estimated: bool
     seconds: float
     """The proof took, the CPU's time included."""
@@ -100,6 +104,24 @@ class Records:
     def __init__(self, engines: Path, build: str, fallback: Path) -> None:
         self._build = build
         self._paths = (engines / PROOFS, fallback / f"{build}.json")
+        self._lock = fallback / LOCK
+
+    @contextmanager
+    def turn(self, waiting: Callable[[], None], meanwhile: Callable[[], None]) -> Iterator[None]:
+        """One proof of this user at a time, whatever the engines; where no lock can be made, that is said.
+
+        Args:
+            waiting: called once if another one runs.
+            meanwhile: called while waiting; what it raises ends that.
+        """
+        with ExitStack() as stack:
+            try:
+                self._lock.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(exclusive(self._lock, waiting=waiting, meanwhile=meanwhile))
+            except OSError as error:
+                reason = os.strerror(error.errno or 0)
+                log.warning("%s: %s: another proof at the same time would spoil its times", self._lock, reason)
+            yield
 
     def read(self) -> list[Record]:
         """All records of the build."""

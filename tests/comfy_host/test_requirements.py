@@ -27,7 +27,7 @@ def test_requirements_are_the_project_s_without_torch_and_onnxruntime() -> None:
     project = (ROOT / "pyproject.toml").read_text()
     blocks = [
         re.search(rf"^{name} = \[(.*?)\]", project, re.MULTILINE | re.DOTALL)
-        for name in ("dependencies", "pictures", "export")
+        for name in ("dependencies", "cpu", "pictures", "export")
     ]
     wanted = [name for block in blocks if block for name in re.findall(r'"(.+?)"', block[1])]
     assert {"torch>=2.9", f"onnxruntime>={requirements.ONNXRUNTIME_FROM}"} <= set(wanted)

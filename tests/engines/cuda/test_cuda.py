@@ -18,18 +18,24 @@ import onnxruntime as ort
 import pytest
 import torch
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 
 from conftest import MakeEngines, MakeModels, lora_of_one_batch, picture
 from fake_device import HostDevice
 from i2l.cli import main
 from i2l.engines import backends
 from i2l.engines.base import CardFacts, Limits, VramBudget
-from i2l.engines.cuda.backend import arena_memory, open_cuda
+from i2l.engines.cuda.arena import Arena
+from i2l.engines.cuda.backend import open_cuda
 from i2l.engines.cuda.graph_files import FACTS, checked_graphs, graphs_folder
+from i2l.engines.cuda.libraries import missing_libraries
 from i2l.engines.cuda.session import CpuTarget, CudaTarget, OrtDeviceEngine
 from i2l.engines.device import card as cuda_device
 from i2l.engines.device.backend import DeviceBackend
+from i2l.engines.device.device import Workspace
 from i2l.engines.device.driver import driver_release
+from i2l.engines.device.residency import GraphMemory
 from i2l.engines.device.tensor import DeviceTensor
 from i2l.engines.directory.manifest import PROOFS, read_manifest
 from i2l.errors import (
@@ -38,6 +44,7 @@ from i2l.errors import (
     CudaGraphsUnusable,
     DeviceFailed,
     OutOfDeviceMemory,
+    PackageMissing,
     ProviderMissing,
     ShapeMismatch,
 )
@@ -68,14 +75,15 @@ class LateEngine:
 def lora_at(directory: Path, graphs: Mapping[str, Path], spare_bytes: int) -> Lora:
     """The LoRA by pointer engines over these graphs, at the smallest budget and so much more."""
     manifest = read_manifest(directory)
-    memory = arena_memory(manifest.models, 4)
-    device = HostDevice(1 << 30, seed=spare_bytes)
+    device, workspace = HostDevice(1 << 30, seed=spare_bytes), Workspace()
+    made_engines = {g: OrtDeviceEngine(g, path.read_bytes(), CpuTarget(), workspace) for g, path in graphs.items()}
+    memory = {graph: GraphMemory(256, engine.value_bytes(4), 0) for graph, engine in made_engines.items()}
 
     def make(graph: str) -> LateEngine:
-        return LateEngine(device, OrtDeviceEngine(graph, graphs[graph].read_bytes(), CpuTarget(), 0))
+        return LateEngine(device, made_engines[graph])
 
     def backend(budget_bytes: int) -> DeviceBackend:
-        return DeviceBackend("host", device, make, directory, manifest, memory, budget_bytes)
+        return DeviceBackend("host", device, make, directory, manifest, memory, budget_bytes, workspace)
 
     with pytest.raises(BudgetTooSmall) as caught:
         backend(0)
@@ -194,7 +202,7 @@ def head(engines: MakeEngines) -> bytes:
 
 
 def test_an_activation_of_another_shape(head: bytes) -> None:
-    engine = OrtDeviceEngine("dinov3.head", head, CpuTarget(), 0)
+    engine = OrtDeviceEngine("dinov3.head", head, CpuTarget(), Workspace())
     with pytest.raises(ShapeMismatch, match=r"hidden_in is \[1, 3, 4\]"):
         engine.run(DeviceTensor(0, (1, 3, 4), 1), {})
 
@@ -203,7 +211,7 @@ def test_a_cpu_onnxruntime_says_what_to_install(head: bytes) -> None:
     if "CUDAExecutionProvider" in ort.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(ProviderMissing, match=r"without CUDAExecutionProvider.*i2l-engines\[cuda\]"):
-        OrtDeviceEngine("dinov3.head", head, CudaTarget(1), 1)
+        OrtDeviceEngine("dinov3.head", head, CudaTarget(Arena(HostDevice(0), Workspace()), "card"), Workspace())
 
 
 @pytest.mark.parametrize(
@@ -215,7 +223,7 @@ def test_a_cpu_onnxruntime_says_what_to_install(head: bytes) -> None:
     ],
 )
 def test_memory_errors_become_ours(head: bytes, words: str, memory: bool) -> None:
-    engine = OrtDeviceEngine("dinov3.head", head, CpuTarget(), 0)
+    engine = OrtDeviceEngine("dinov3.head", head, CpuTarget(), Workspace())
     failure = sys.modules["onnxruntime.capi.onnxruntime_pybind11_state"].RuntimeException
 
     def fail(*_: object) -> None:
@@ -225,13 +233,48 @@ def test_memory_errors_become_ours(head: bytes, words: str, memory: bool) -> Non
     engine._session = types.SimpleNamespace(io_binding=session.io_binding, run_with_iobinding=fail)
     x = np.zeros((1, *engine._shape), np.float32)
     with pytest.raises(OutOfDeviceMemory if memory else DeviceFailed):
-        engine.run(DeviceTensor(x.ctypes.data, x.shape, 1), {})
+        engine.compute({engine.activation: DeviceTensor(x.ctypes.data, x.shape, 1)}, {})
 
 
-def test_the_arena_stays_within_what_the_plan_counts() -> None:
-    options = CudaTarget(stream=7, index=1).options(1000)
-    assert (options["gpu_mem_limit"], options["user_compute_stream"], options["device_id"]) == ("1000", "7", "1")
-    assert options["arena_extend_strategy"] == "kSameAsRequested"
+@given(st.lists(st.tuples(st.integers(0, 5000), st.integers(0, 5)), max_size=40), st.integers(0, 20_000))
+def test_the_arena_gives_out_each_byte_once(work: list[tuple[int, int]], scratch_bytes: int) -> None:
+    """Pieces never overlap, none ends behind the scratch, and where they lie depends on the run alone."""
+    arena = Arena(HostDevice(0), Workspace(1 << 20, scratch_bytes))
+    places: list[list[int]] = []
+    for _ in range(2):
+        live: list[tuple[int, int]] = []
+        places.append([])
+        for nbytes, given_back in work:
+            if given_back and live:
+                arena.free(live.pop(given_back % len(live))[0])
+            address = arena.allocate(nbytes)
+            places[-1].append(address)
+            if not address:
+                assert arena.refused_bytes == nbytes
+                continue
+            end = address + max(nbytes, 1)
+            assert address % 256 == 0
+            assert 1 << 20 <= address < end <= (1 << 20) + scratch_bytes
+            assert all(end <= other or stop <= address for other, stop in live)
+            assert end - (1 << 20) <= arena.most_bytes
+            live.append((address, end))
+        for address, _ in live:
+            arena.free(address)
+    assert places[0] == places[1]
+
+
+def test_what_sessions_keep_goes_at_once() -> None:
+    device = HostDevice(16 << 20)
+    arena = Arena(device, Workspace())
+    with CudaTarget(arena, "card").opening():
+        first = [arena.allocate(3000) for _ in range(3)]
+        arena.free(first[1])
+        large = arena.allocate(3 << 20)
+    assert arena.allocate(1) == 0
+    assert len({*first, large}) == 4
+    assert device.used_bytes == 6 << 20  # in whole pieces: 2 and 4 MiB
+    arena.close()
+    assert device.used_bytes == 0
 
 
 # --- the card -----------------------------------------------------------------------------------------------------
@@ -243,7 +286,6 @@ def test_the_arena_stays_within_what_the_plan_counts() -> None:
         (75, None, BackendUnavailable, r"multiply in bfloat16, which fake device \(sm75\) cannot: use --backend cpu"),
         (89, None, OutOfDeviceMemory, "no room for 2.00 GiB"),
         (89, 1, BudgetTooSmall, "give --vram-budget"),
-        (89, 64 << 30, OutOfDeviceMemory, "no room for"),
     ],
 )
 def test_a_card_that_does_not_do_is_given_back(
@@ -251,7 +293,7 @@ def test_a_card_that_does_not_do_is_given_back(
 ) -> None:
     device = HostDevice(1000)
     device.sm, device.index = sm, 0  # type: ignore[attr-defined]
-    monkeypatch.setattr(cuda_device, "CudaDevice", lambda: device)
+    monkeypatch.setattr(cuda_device, "CudaDevice", lambda **_: device)
     with pytest.raises(error, match=words):
         open_cuda(with_graphs, read_manifest(with_graphs), Limits(4, vram=VramBudget(budget_bytes)))
     assert device.used_bytes == 0
@@ -291,12 +333,42 @@ def test_the_cards_are_what_a_proof_is_of(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("i2l.engines.device.driver._driver_library", PlayedDriver)
     monkeypatch.setattr("i2l.engines.device.driver.driver_release", lambda: "")
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr("i2l.engines.cuda.backend.missing_libraries", tuple)
     libraries = {"onnxruntime-gpu": ort.__version__}
     cards = tuple(CardFacts(name, "for CUDA 13.1", libraries) for name in ("card 0", "card 1"))
     assert backends.working_backend("cuda").cards == cards
     monkeypatch.setattr(PlayedDriver, "count", 0)
     with pytest.raises(BackendUnavailable, match="the NVIDIA driver finds no GPU"):
         backends.working_backend("cuda")
+
+
+def test_what_is_missing_is_told_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """No driver, the build for the CPU, CUDA's libraries; what onnxruntime prints does not reach the output."""
+    missing_libraries.cache_clear()
+    monkeypatch.setattr("i2l.engines.device.driver._driver_library", lambda: None)
+    assert backends.offer_of("cuda").find().reason == "no NVIDIA driver on this machine"
+    monkeypatch.setattr("i2l.engines.device.driver._driver_library", PlayedDriver)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert backends.offer_of("cuda").find().reason == "onnxruntime is the build for the CPU"
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    lacking = "Failed to load libcublas.so.13: cannot open shared object file\nPlease follow https://onnxruntime.ai"
+    monkeypatch.setattr(ort, "preload_dlls", lambda **_: print(lacking))  # noqa: T201 - as onnxruntime does
+    status = backends.offer_of("cuda").find()
+    missing_libraries.cache_clear()
+    assert "CUDA's libraries are missing" in status.reason
+    assert status.reason.endswith("(libcublas.so.13)")
+    assert capsys.readouterr().out == ""
+
+
+def test_without_any_onnxruntime_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "import_module", missing)
+    assert {status.reason for status in backends.detect_backends()} == {"no onnxruntime is installed"}
+    with pytest.raises(PackageMissing, match=r"onnxruntime, which is not installed.*\[cpu\]"):
+        backends.offer_of("cpu")
+
+
+def missing(*_: object) -> None:
+    raise ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime")
 
 
 @pytest.mark.parametrize(

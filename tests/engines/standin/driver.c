@@ -8,7 +8,9 @@
  * Work that no event orders shows as wrong values in lazy and random, and in every mode as a RACE: each piece of work says
  * which bytes it reads and writes, and a clock for each stream says what is known to be done before it.
  *
- *   I2L_STANDIN_BYTES=n         memory of the card
+ *   I2L_STANDIN_BYTES=n,m       memory of each card, as many as are named; CUDA_VISIBLE_DEVICES chooses among them
+ *   I2L_STANDIN_OTHERS=n,m      what other programs have of it
+ *   I2L_STANDIN_HOLLOW=1        no bytes lie behind the cards' memory, which may then be larger than the machine's
  *   I2L_STANDIN_FAIL_ALLOC=n    the n-th allocation on the card, counted from 1, finds no memory
  *   I2L_STANDIN_FAIL_CALL=n     the n-th call, counted from 1, and all after it fail as a card does that is lost
  *   I2L_STANDIN_NO_PINS=1       no host memory can be pinned
@@ -26,17 +28,17 @@
 
 typedef uint64_t u64;
 enum { OK, INVALID_VALUE, OUT_OF_MEMORY, NO_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700 };
-enum { STREAMS = 1024, ACCESSES = 1 << 16, BLOCKS = 4096 };
+enum { STREAMS = 1024, ACCESSES = 1 << 16, BLOCKS = 4096, CARDS = 8 };
 enum Kind { COPY, CALL, RECORD, WAIT };
 
 typedef struct { u64 done_before[STREAMS]; } Clock; /* by stream: the number of its last work that is known to be done */
 typedef struct Event { int stream; u64 number; Clock known; int timed; double when; } Event;
 typedef struct Work {
-    enum Kind kind; u64 number; char *to; const char *from; size_t bytes; char *staged;
+    enum Kind kind; u64 number; char *to; const char *from; size_t bytes; char *staged; int to_card;
     void (*function)(void *); void *argument; int of_stream; u64 of_number; Event *event; struct Work *next;
 } Work;
-typedef struct { u64 last, done; Work *first, *end; Clock known; int alive; } Stream;
-typedef struct { char *start; size_t bytes; int on_card; } Block;
+typedef struct { u64 last, done; Work *first, *end; Clock known; int alive, card; } Stream;
+typedef struct { char *start; size_t bytes; int on_card, card; } Block;
 typedef struct { const char *start, *end; int write, stream; u64 number; } Access;
 
 static pthread_mutex_t lock = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
@@ -47,15 +49,38 @@ static int block_count;
 static Access accesses[ACCESSES];
 static int access_count;
 static Clock host;
-static size_t live_bytes, peak_bytes, pinned_bytes;
-static u64 problems, copies, pageable_copies, allocations, calls, ticks;
+static size_t live_bytes, peak_bytes, pinned_bytes, live_on[CARDS];
+static u64 problems, copies, copied_bytes, pageable_copies, allocations, calls, launches, ticks;
 static int started;
 static __thread void *current;
-static int context_marker;
+static int contexts[CARDS];
 
 static u64 setting(const char *name, u64 otherwise) {
     const char *text = getenv(name);
     return text ? strtoull(text, NULL, 10) : otherwise;
+}
+static u64 nth_setting(const char *name, int index, u64 otherwise) { /* of numbers between commas */
+    const char *text = getenv(name);
+    while (text && index--) text = strchr(text, ',') ? strchr(text, ',') + 1 : NULL;
+    return text ? strtoull(text, NULL, 10) : otherwise;
+}
+static int cards_there(void) {
+    int count = 1;
+    for (const char *at = getenv("I2L_STANDIN_BYTES"); at && (at = strchr(at, ',')); at++) count++;
+    return count < CARDS ? count : CARDS;
+}
+static int cards_seen(void) {
+    const char *text = getenv("CUDA_VISIBLE_DEVICES");
+    if (!text) return cards_there();
+    int count = 0;
+    while (*text && nth_setting("CUDA_VISIBLE_DEVICES", count, CARDS) < (u64)cards_there()) count++;
+    return count;
+}
+static u64 card_number(int device) { return nth_setting("CUDA_VISIBLE_DEVICES", device, device); }
+static u64 card_bytes(int device) { return nth_setting("I2L_STANDIN_BYTES", card_number(device), 1ull << 34); }
+static u64 free_on(int device) {
+    u64 gone = live_on[device] + nth_setting("I2L_STANDIN_OTHERS", card_number(device), 0);
+    return gone < card_bytes(device) ? card_bytes(device) - gone : 0;
 }
 static int mode_is(const char *mode) {
     const char *text = getenv("I2L_STANDIN_MODE");
@@ -64,6 +89,7 @@ static int mode_is(const char *mode) {
 static void problem(const char *what, const void *where, size_t bytes) {
     if (problems++ < 10) fprintf(stderr, "standin: %s (%zu bytes at %p)\n", what, bytes, where);
 }
+static int here(void) { return (int)((int *)current - contexts); }
 static int lost(void) { /* every call comes by here */
     u64 number = setting("I2L_STANDIN_FAIL_CALL", 0);
     calls++;
@@ -86,13 +112,14 @@ static int allocate(void **out, size_t bytes, int on_card) {
     if (on_card) {
         allocations++;
         int fails = allocations == setting("I2L_STANDIN_FAIL_ALLOC", 0);
-        if (fails || live_bytes + bytes > setting("I2L_STANDIN_BYTES", 1ull << 34)) return OUT_OF_MEMORY;
+        if (fails || bytes > free_on(here())) return OUT_OF_MEMORY;
     } else if (setting("I2L_STANDIN_NO_PINS", 0)) return OUT_OF_MEMORY;
-    void *start = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    int hollow = on_card && setting("I2L_STANDIN_HOLLOW", 0);
+    void *start = mmap(NULL, bytes, hollow ? PROT_NONE : PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (start == MAP_FAILED) return OUT_OF_MEMORY;
-    memset(start, 0xA5, bytes); /* what was there before: noise */
-    blocks[block_count++] = (Block){start, bytes, on_card};
-    if (on_card) live_bytes += bytes; else pinned_bytes += bytes;
+    if (!hollow) memset(start, 0xA5, bytes); /* what was there before: noise */
+    blocks[block_count++] = (Block){start, bytes, on_card, here()};
+    if (on_card) live_bytes += bytes, live_on[here()] += bytes; else pinned_bytes += bytes;
     if (live_bytes > peak_bytes) peak_bytes = live_bytes;
     *out = start;
     return OK;
@@ -106,7 +133,7 @@ static int release(void *start) {
             if (inside && host.done_before[x->stream] < x->number) problem("FREED in use", x->start, x->end - x->start);
             if (inside) accesses[a--] = accesses[--access_count];
         }
-        if (blocks[i].on_card) live_bytes -= blocks[i].bytes; else pinned_bytes -= blocks[i].bytes;
+        if (blocks[i].on_card) live_bytes -= blocks[i].bytes, live_on[blocks[i].card] -= blocks[i].bytes; else pinned_bytes -= blocks[i].bytes;
         munmap(start, blocks[i].bytes);
         blocks[i] = blocks[--block_count];
         return OK;
@@ -143,8 +170,10 @@ static void run_until(int stream, u64 number) {
         s->first = work->next;
         if (!s->first) s->end = NULL;
         s->done = work->number;
-        if (work->kind == COPY) memmove(work->to, work->staged ? work->staged : work->from, work->bytes);
-        if (work->kind == CALL) work->function(work->argument);
+        if (work->kind == COPY && setting("I2L_STANDIN_HOLLOW", 0)) {
+            if (!work->to_card) memset(work->to, 0, work->bytes);
+        } else if (work->kind == COPY) memmove(work->to, work->staged ? work->staged : work->from, work->bytes);
+        if (work->kind == CALL && work->function) work->function(work->argument);
         if (work->kind == WAIT) run_until(work->of_stream, work->of_number);
         if (work->kind == RECORD && work->event && work->event->number == work->number) work->event->when = ++ticks;
         free(work->staged);
@@ -188,16 +217,21 @@ static int copy(char *to, const char *from, size_t bytes, void *handle, int sync
     Block *target = block_at(to, bytes), *source = block_at(from, bytes);
     int to_card = target && target->on_card, from_card = source && source->on_card;
     if (!to_card && !from_card) { problem("a copy beside all device memory", to, bytes); return INVALID_VALUE; }
+    if ((to_card && target->card != streams[stream].card && stream) || (from_card && source->card != streams[stream].card && stream))
+        problem("a copy of another card's memory", to, bytes);
     int pageable = !target || !source;
     Work *work = enqueue(stream, COPY);
-    *work = (Work){.kind = COPY, .number = work->number, .to = to, .from = from, .bytes = bytes};
-    copies++;
-    pageable_copies += pageable;
+    *work = (Work){.kind = COPY, .number = work->number, .to = to, .from = from, .bytes = bytes, .to_card = to_card};
+    if (!to_card || !from_card) {
+        copies++;
+        copied_bytes += bytes;
+        pageable_copies += pageable;
+    }
     if (target) touches(to, bytes, 1, stream, work->number);
     if (source) touches(from, bytes, 0, stream, work->number);
     if (to_card && pageable) { /* the driver takes the bytes along, and may return before they are on the card */
         work->staged = malloc(bytes);
-        memcpy(work->staged, from, bytes);
+        if (!setting("I2L_STANDIN_HOLLOW", 0)) memcpy(work->staged, from, bytes);
     }
     u64 number = work->number;
     if (!to_card && (pageable || synchronous)) host_waits(stream, number, &streams[stream].known);
@@ -212,8 +246,11 @@ u64 standin_live_bytes(void) { return live_bytes; }
 u64 standin_peak_bytes(void) { return peak_bytes; }
 u64 standin_pinned_bytes(void) { return pinned_bytes; }
 u64 standin_copies(void) { return copies; }
+u64 standin_copied_bytes(void) { return copied_bytes; }
+u64 standin_launches(void) { return launches; }
 u64 standin_pageable_copies(void) { return pageable_copies; }
 u64 standin_calls(void) { return calls; }
+void standin_problem(const char *what) { problem(what, NULL, 0); }
 /* As after a start: what was left of a card that was lost goes, and the counting begins again. */
 void standin_reset(void) {
     pthread_mutex_lock(&lock);
@@ -224,7 +261,7 @@ void standin_reset(void) {
     }
     access_count = 0;
     while (block_count) release(blocks[0].start);
-    problems = copies = pageable_copies = allocations = calls = peak_bytes = 0;
+    problems = copies = copied_bytes = pageable_copies = allocations = calls = launches = peak_bytes = 0;
     pthread_mutex_unlock(&lock);
 }
 /* A kernel: a function that runs when the stream comes to it; ranges of {address, bytes, written}. */
@@ -234,6 +271,7 @@ int standin_launch(void *handle, void (*function)(void *), int count, const u64 
     if (stream < 0) LEAVE(INVALID_HANDLE);
     Work *work = enqueue(stream, CALL);
     work->function = function;
+    launches++;
     for (int i = 0; i < count; i++) {
         if (!ranges[i][1]) continue;
         Block *block = block_at((void *)ranges[i][0], ranges[i][1]);
@@ -248,19 +286,20 @@ int standin_launch(void *handle, void (*function)(void *), int count, const u64 
 
 int cuInit(unsigned flags) { (void)flags; if (lost()) return ILLEGAL_ADDRESS; started = 1; return OK; }
 int cuDriverGetVersion(int *version) { *version = 13000; return OK; }
-int cuDeviceGetCount(int *count) { *count = 1; return OK; }
-int cuDeviceGet(int *device, int index) { *device = index; return index ? 101 : OK; }
-int cuDeviceGetName(char *name, int size, int device) { (void)device; snprintf(name, size, "stand-in"); return OK; }
+int cuDeviceGetCount(int *count) { *count = cards_seen(); return OK; }
+int cuDeviceGet(int *device, int index) { *device = index; return index < 0 || index >= cards_seen() ? 101 : OK; }
+int cuDeviceGetName(char *name, int size, int device) { snprintf(name, size, "stand-in %d", (int)card_number(device)); return OK; }
+int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = card_bytes(device); return OK; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
     (void)device;
     *value = attribute == 75 ? 8 : attribute == 76 ? 9 : 0; /* compute capability 8.9 */
     return OK;
 }
-int cuDevicePrimaryCtxRetain(void **context, int device) { (void)device; *context = &context_marker; return OK; }
+int cuDevicePrimaryCtxRetain(void **context, int device) { *context = &contexts[device]; return OK; }
 int cuDevicePrimaryCtxRelease_v2(int device) { (void)device; return OK; }
 int cuCtxSetCurrent(void *context) { current = context; return OK; }
 int cuCtxGetCurrent(void **context) { *context = current; return OK; }
-int cuCtxGetDevice(int *device) { *device = 0; return current ? OK : NO_CONTEXT; }
+int cuCtxGetDevice(int *device) { *device = current ? here() : 0; return current ? OK : NO_CONTEXT; }
 int cuCtxGetStreamPriorityRange(int *least, int *greatest) { *least = 0; *greatest = -5; return OK; }
 int cuCtxSynchronize(void) {
     ENTER;
@@ -274,6 +313,7 @@ int cuStreamCreateWithPriority(void **handle, unsigned flags, int priority) {
     NEEDS_CONTEXT;
     if (stream_count == STREAMS) LEAVE(OUT_OF_MEMORY);
     streams[stream_count].alive = 1;
+    streams[stream_count].card = here();
     *handle = (void *)(u64)(0x1000 + stream_count++);
     LEAVE(OK);
 }
@@ -292,7 +332,7 @@ int cuStreamSynchronize(void *handle) {
     host_waits(stream, streams[stream].last, &streams[stream].known);
     LEAVE(OK);
 }
-int cuStreamGetCtx(void *handle, void **context) { (void)handle; *context = &context_marker; return OK; }
+int cuStreamGetCtx(void *handle, void **context) { *context = &contexts[streams[stream_of(handle)].card]; return OK; }
 int cuStreamGetCtx_v2(void *handle, void **context, void **green) { if (green) *green = NULL; return cuStreamGetCtx(handle, context); }
 int cuStreamIsCapturing(void *handle, int *status) { (void)handle; *status = 0; return OK; }
 
@@ -349,37 +389,45 @@ int cuStreamWaitEvent(void *handle, Event *event, unsigned flags) {
 int cuMemGetInfo_v2(size_t *free_bytes, size_t *total) {
     ENTER;
     NEEDS_CONTEXT;
-    *total = setting("I2L_STANDIN_BYTES", 1ull << 34);
-    *free_bytes = *total - live_bytes;
+    *total = card_bytes(here());
+    *free_bytes = free_on(here());
     LEAVE(OK);
 }
 int cuMemAlloc_v2(void **address, size_t bytes) { ENTER; NEEDS_CONTEXT; LEAVE(allocate(address, bytes, 1)); }
 int cuMemFree_v2(void *address) { ENTER; NEEDS_CONTEXT; LEAVE(release(address)); }
 int cuMemAllocHost_v2(void **address, size_t bytes) { ENTER; NEEDS_CONTEXT; LEAVE(allocate(address, bytes, 0)); }
+int cuMemHostAlloc(void **address, size_t bytes, unsigned flags) { (void)flags; return cuMemAllocHost_v2(address, bytes); }
+int cuPointerGetAttribute(void *value, int attribute, u64 address) {
+    Block *block = block_at((void *)address, 1);
+    if (attribute != 2 || !block) return INVALID_VALUE; /* its type: host or device */
+    *(int *)value = block->on_card ? 2 : 1;
+    return OK;
+}
 int cuMemFreeHost(void *address) { ENTER; NEEDS_CONTEXT; LEAVE(release(address)); }
-int cuMemHostRegister_v2(void *address, size_t bytes, unsigned flags) {
-    (void)flags;
-    ENTER;
-    NEEDS_CONTEXT;
-    if (setting("I2L_STANDIN_NO_PINS", 0) || block_count == BLOCKS) LEAVE(801);
-    blocks[block_count++] = (Block){address, bytes, 0};
-    pinned_bytes += bytes;
-    LEAVE(OK);
-}
-int cuMemHostUnregister(void *address) {
-    ENTER;
-    for (int i = 0; i < block_count; i++)
-        if (blocks[i].start == address && !blocks[i].on_card) {
-            pinned_bytes -= blocks[i].bytes;
-            blocks[i] = blocks[--block_count];
-            LEAVE(OK);
-        }
-    LEAVE(713);
-}
 int cuMemcpyHtoDAsync_v2(char *to, const void *from, size_t bytes, void *stream) { ENTER; NEEDS_CONTEXT; LEAVE(copy(to, from, bytes, stream, 0)); }
 int cuMemcpyHtoD_v2(char *to, const void *from, size_t bytes) { ENTER; NEEDS_CONTEXT; LEAVE(copy(to, from, bytes, NULL, 1)); }
 int cuMemcpyDtoHAsync_v2(void *to, const char *from, size_t bytes, void *stream) { ENTER; NEEDS_CONTEXT; LEAVE(copy(to, from, bytes, stream, 0)); }
 int cuMemcpyDtoH_v2(void *to, const char *from, size_t bytes) { ENTER; NEEDS_CONTEXT; LEAVE(copy(to, from, bytes, NULL, 1)); }
+int cuMemcpyAsync(void *to, const void *from, size_t bytes, void *stream) { ENTER; NEEDS_CONTEXT; LEAVE(copy(to, from, bytes, stream, 0)); }
+int cuMemcpy(void *to, const void *from, size_t bytes) { ENTER; NEEDS_CONTEXT; LEAVE(copy(to, from, bytes, NULL, 1)); }
+int cuMemsetD8Async(void *address, unsigned char value, size_t bytes, void *stream) { /* its bytes are set at once: nobody reads them */
+    u64 range[1][3] = {{(u64)address, bytes, 1}};
+    int status = standin_launch(stream, NULL, 1, range);
+    if (!status && !setting("I2L_STANDIN_HOLLOW", 0)) memset(address, value, bytes);
+    return status;
+}
+int cuTensorMapEncodeTiled(void) { return 801; } /* for cards that are not played here */
+int cuLaunchHostFunc(void *handle, void (*function)(void *), void *argument) {
+    ENTER;
+    NEEDS_CONTEXT;
+    int stream = stream_of(handle);
+    if (stream < 0) LEAVE(INVALID_HANDLE);
+    Work *work = enqueue(stream, CALL);
+    work->function = function;
+    work->argument = argument;
+    time_passes(stream);
+    LEAVE(OK);
+}
 int cuGetErrorName(int status, const char **name) {
     *name = status == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : status == ILLEGAL_ADDRESS ? "CUDA_ERROR_ILLEGAL_ADDRESS" : "CUDA_ERROR_OTHER";
     return OK;

@@ -1,0 +1,22 @@
+"""CUDA's libraries that onnxruntime's provider wants: from pip's packages, from a PyTorch beside it, or the system's.
+
+onnxruntime looks for them itself, but says on standard output what it lacks, where a command's JSON may go.
+"""
+
+import io
+import re
+from contextlib import redirect_stdout
+from functools import cache
+
+LACKS = re.compile(r"^Failed to load (\S+?):", re.MULTILINE)
+
+
+@cache
+def missing_libraries() -> tuple[str, ...]:
+    """Load them, once; the names of those that are not there. cuDNN is none of them: our graphs do not use it."""
+    import onnxruntime  # noqa: PLC0415 - the leaf
+
+    said = io.StringIO()
+    with redirect_stdout(said):
+        onnxruntime.preload_dlls(cudnn=False)
+    return tuple(LACKS.findall(said.getvalue()))

@@ -1,0 +1,118 @@
+"""What the cuda backend needs of a card beside its weights: every graph runs there before anything is planned.
+
+onnxruntime does not tell beforehand what a graph computes in, and which kernels it takes depends on the card. So each
+runs, with every number of images, on whatever bytes the memory holds, in all that the budget leaves. CUDA loads the
+kernels' code at that time, too. What was seen is what is planned (arena.py says why it stays so).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ...specs import Family
+from ..base import Value
+from ..device.device import Device, aligned
+from ..device.predict import graph_memory, is_matrix
+from ..device.residency import RESERVED_BYTES, GraphMemory, plan_residency
+from ..directory.manifest import Model, Step, inputs_of
+from ..errors import BudgetTooSmall, OutOfDeviceMemory
+from .arena import Arena
+from .session import OrtDeviceEngine
+
+SESSION_BYTES = 10 << 20
+"""Assumed of one before it is opened: cuBLAS' workspace, 8.1 MiB by its documentation (32 from sm90 on), and code."""
+SESSIONS = "sessions"
+"""Under this name stands what all graphs keep together."""
+
+
+def measured_memory(
+    device: Device,
+    arena: Arena,
+    engines: Mapping[str, OrtDeviceEngine],
+    models: Mapping[Family, Model],
+    images: int,
+    budget_bytes: int,
+    used_before_bytes: int,
+) -> dict[str, GraphMemory]:
+    """The memory of every graph, of 1 to ``images`` images; nothing of it is allocated any more.
+
+    Args:
+        device: the card.
+        arena: of the engines, opened.
+        engines: of every graph.
+        models: of the manifest.
+        images: the most that share a pass.
+        budget_bytes: for everything.
+        used_before_bytes: what was in use on the device before the sessions were opened.
+
+    Raises:
+        BudgetTooSmall: they do not run within it.
+        OutOfDeviceMemory: the card has less free than the budget and they do not run in that.
+    """
+    steps = {step.graph: (step, m) for m in models.values() for chunk in m.chunks for step in chunk.steps}
+    values = max(engine.value_bytes(images) for engine in engines.values())
+    weights = max(step_bytes(step, model) for step, model in steps.values())
+    kept = max(device.used_bytes - used_before_bytes, 0)
+    room = min(budget_bytes - RESERVED_BYTES - kept, device.free_bytes()) // 256 * 256
+    scratch = room - values - weights
+    if scratch < 0:
+        raise too_small(models, images, budget_bytes, kept)
+    address = device.allocate(room)
+    workspace = arena.workspace
+    workspace.address, workspace.scratch_bytes, workspace.values_bytes = address, scratch, values
+    memory: dict[str, GraphMemory] = {}
+    try:
+        for graph, engine in engines.items():
+            placed = placed_weights(device, address + scratch + values, *steps[graph])
+            arena.most_bytes = 0
+            for count in range(images, 0, -1):
+                engine.run(engine.activation_at(workspace.values_address, count), placed)
+            memory[graph] = GraphMemory(arena.most_bytes, engine.value_bytes(images), 0)
+    except OutOfDeviceMemory as error:
+        raise too_small(models, images, budget_bytes, kept) from error
+    finally:
+        device.finish()
+        device.free(address)
+        workspace.address = workspace.scratch_bytes = workspace.values_bytes = 0
+    kept = max(device.used_bytes - used_before_bytes, kept)
+    return memory | {SESSIONS: GraphMemory(0, 0, kept)}
+
+
+def too_small(
+    models: Mapping[Family, Model], images: int, budget_bytes: int, kept_bytes: int | None = None
+) -> BudgetTooSmall:
+    """The error, with what is estimated to be enough; ``kept_bytes``: what the sessions keep, where that is known."""
+    chunks = {family: model.chunks for family, model in models.items()}
+    memory = estimated_memory(models, images)
+    if kept_bytes is None:
+        kept_bytes = SESSION_BYTES * len(memory)
+    memory = {graph: replace(facts, context_bytes=0) for graph, facts in memory.items()}
+    least = plan_residency(chunks, memory | {SESSIONS: GraphMemory(0, 0, kept_bytes)}, 1 << 62).least_bytes
+    return BudgetTooSmall(budget_bytes, max(least, budget_bytes + 1))
+
+
+def estimated_memory(models: Mapping[Family, Model], images: int) -> dict[str, GraphMemory]:
+    """What every graph will need, where it cannot be seen: all matrices that are not in 16 bits have a copy that is."""
+    memories = graph_memory(models, images)
+    steps = {step.graph: (step, m) for m in models.values() for chunk in m.chunks for step in chunk.steps}
+    for graph, (step, model) in steps.items():
+        copied = (
+            math.prod(info.shape)
+            for name, info in inputs_of(step, model).items()
+            if is_matrix(name, info) and info.dtype.startswith("F8")  # graph_memory counts those of integers
+        )
+        memories[graph] = replace(memories[graph], activation_bytes=memories[graph].activation_bytes + 2 * sum(copied))
+    return memories
+
+
+def step_bytes(step: Step, model: Model) -> int:
+    """Bytes of a step's weights as they lie in the pack."""
+    infos = inputs_of(step, model).values()
+    return aligned(max(info.offset + info.nbytes for info in infos) - min(info.offset for info in infos))
+
+
+def placed_weights(device: Device, address: int, step: Step, model: Model) -> dict[str, Value]:
+    """A step's weights at an address."""
+    infos = inputs_of(step, model)
+    start = min(info.offset for info in infos.values())
+    return {name: device.value(address + info.offset - start, info) for name, info in infos.items()}

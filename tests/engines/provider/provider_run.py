@@ -1,0 +1,119 @@
+"""The cuda backend on onnxruntime's real CUDA provider: what test_provider.py runs in an environment of its own.
+
+The provider launches nothing (cudart.c), so the LoRAs are noise. For each case one line of JSON: what was planned, what
+lay on the card, what was copied and launched, where the nodes went.
+
+    LD_LIBRARY_PATH=folder PYTHONPATH=.typecheck python provider_run.py ENGINES '{"passes": [1, 4]}'
+"""
+
+import ctypes
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from i2l.engines.device.backend import DeviceBackend
+from i2l.errors import BudgetTooSmall, I2LError
+from i2l.runtime.pipeline import Pipeline
+
+EACH_PASS = ("copies", "copied_bytes", "pageable_copies", "launches", "calls")
+COUNTED = ("problems", "live_bytes", "peak_bytes", "pinned_bytes", *EACH_PASS)
+
+
+class Driver:
+    """The stand-in's counters."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL("libcuda.so.1")
+
+    def seen(self) -> dict[str, int]:
+        counts = {}
+        for name in COUNTED:
+            function = getattr(self._library, f"standin_{name}")
+            function.restype = ctypes.c_ulong
+            counts[name] = int(function())
+        return counts
+
+
+def run(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, Any]:
+    """Passes of so many images on one pipeline, each counted by itself."""
+    facts: dict[str, Any] = {"passes": []}
+    budget = case.get("budget_bytes")
+    if budget is None:
+        budget = least_budget(engines, case.get("backend", "cuda")) + case.get("spare_bytes", 0)
+    facts["budget_bytes"] = budget
+    pictures = [np.full((64, 64, 3), 40 * n, np.uint8) for n in range(1, 5)]
+    begin = time.perf_counter()
+    with Pipeline(engines, backend=case.get("backend", "cuda"), vram_budget_bytes=budget, cache=None) as pipeline:
+        backend = pipeline._open.backend
+        facts["open"] = driver.seen() | {"seconds": time.perf_counter() - begin}
+        for images in case["passes"]:
+            before, begin = driver.seen(), time.perf_counter()
+            pipeline.lora_from_images(pictures[:images])
+            spent, after = time.perf_counter() - begin, driver.seen()
+            steps = {name: after[name] - before[name] for name in EACH_PASS}
+            facts["passes"].append({"images": images, "seconds": spent, "live_bytes": after["live_bytes"], **steps})
+        if isinstance(backend, DeviceBackend):
+            plan = backend.residency
+            facts |= {
+                "card": backend.device.name,
+                "parts": plan.parts,
+                "streamed_bytes": plan.streamed_bytes,
+                "least_bytes": plan.least_bytes,
+            }
+            if case.get("placement"):
+                facts["elsewhere"] = elsewhere(backend._engines)
+        facts["vram"] = pipeline.vram
+    return facts | {"after": driver.seen()}
+
+
+def elsewhere(engines: Mapping[str, Any]) -> list[str]:
+    """Nodes that are not on the CUDA provider."""
+    found = []
+    for graph, engine in engines.items():
+        for part in engine._session.get_provider_graph_assignment_info():
+            if part.ep_name != "CUDAExecutionProvider":
+                found += [f"{graph} {node.op_type} {node.name}" for node in part.get_nodes()]
+    return found
+
+
+def recording(make: Callable[[], Any]) -> Callable[[], Any]:
+    """Options of sessions that note where each node went."""
+
+    def options() -> Any:
+        made = make()
+        made.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        return made
+
+    return options
+
+
+def least_budget(engines: Path, backend: str) -> int:
+    """What the smallest plan needs."""
+    try:
+        Pipeline(engines, backend=backend, vram_budget_bytes=1).close()
+    except BudgetTooSmall as error:
+        return error.needed_bytes
+    raise AssertionError("one byte was enough")
+
+
+def main() -> None:
+    engines, case = Path(sys.argv[1]), json.loads(sys.argv[2])
+    driver = Driver()
+    if case.get("placement"):
+        ort.SessionOptions = recording(ort.SessionOptions)
+    try:
+        facts = run(engines, driver, case)
+    except I2LError as error:
+        facts = {"error": type(error).__name__, "message": str(error), "after": driver.seen()}
+    facts["providers"] = ort.get_available_providers()
+    sys.stdout.write(f"{json.dumps(facts)}\n")
+
+
+if __name__ == "__main__":
+    main()

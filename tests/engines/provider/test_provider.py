@@ -1,0 +1,113 @@
+"""The cuda backend on onnxruntime's real CUDA provider, over stand-ins for NVIDIA's libraries: ``make test-cuda``.
+
+onnxruntime-gpu cannot be installed beside onnxruntime, so each case is a process of another environment's Python. No
+kernel runs: results are noise. Seen is what lies on the card, what is copied when, and where each node went.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hollow import make_hollow
+from standin_libraries import compile_libraries
+
+from i2l.machine.wording import format_bytes
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+GIB = 1 << 30
+TENTH = 10
+"""The plan may leave so small a part of a budget unused."""
+ORDERS = ([1, 4], [4, 2, 3, 1], [2, 1, 4, 3])
+NOISE = {"I2L_STANDIN_HOLLOW": "1", "I2L_STANDIN_BYTES": str(24 * GIB)}
+Facts = dict[str, Any]
+Run = Callable[..., Facts]
+pytestmark = pytest.mark.cuda
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """``run(preset, precision, passes=...) -> facts`` of one process."""
+    home = ROOT / ".cuda"
+    (packages,) = home.glob("lib/python3.*/site-packages")
+    libraries = tmp_path_factory.mktemp("libraries")
+    (headers,) = home.glob("headers/nvidia/cu*/include")
+    compile_libraries(packages, headers, libraries)
+
+    @cache
+    def engines(preset: str, precision: str) -> Path:
+        directory = tmp_path_factory.mktemp(f"{preset}-{precision}")
+        make_hollow(directory, preset, precision)
+        return directory
+
+    def run_case(preset: str, precision: str, environment: dict[str, str] | None = None, **case: Any) -> Facts:
+        command = [str(home / "bin" / "python"), str(HERE / "provider_run.py")]
+        own = {"LD_LIBRARY_PATH": str(libraries), "PYTHONPATH": str(ROOT / ".typecheck"), "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(
+            [*command, str(engines(preset, precision)), json.dumps(case)],
+            env=os.environ | own | (environment or {}), capture_output=True, text=True, check=False, timeout=400,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr[-3000:]
+        facts: Facts = json.loads(result.stdout.splitlines()[-1])
+        return facts
+
+    return run_case
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8", "bf16"])
+def test_everything_computes_on_the_card(run: Run, precision: str) -> None:
+    """But shapes: those are numbers for the host."""
+    facts = run("tiny", precision, passes=[1], spare_bytes=GIB, placement=True)
+    assert "CUDAExecutionProvider" in facts["providers"]
+    operators = {line.split()[1] for line in facts["elsewhere"]}
+    assert operators <= {"Concat", "Shape", "Gather", "Unsqueeze"}, facts["elsewhere"]
+    assert len(facts["elsewhere"]) <= 5
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_memory_is_the_plan_s_in_every_order_of_passes(run: Run, order: list[int]) -> None:
+    """At the least budget and with all resident: live bytes never move, and all of them are given back."""
+    for spare in (0, GIB):
+        facts = run("tiny", "int8", passes=order, spare_bytes=spare)
+        planned = facts["vram"]["planned_peak_bytes"] - facts["parts"]["reserved"]
+        assert {row["live_bytes"] for row in facts["passes"]} == {planned}
+        assert facts["after"]["peak_bytes"] + facts["parts"]["reserved"] <= facts["budget_bytes"]
+        assert facts["after"]["live_bytes"] == facts["after"]["pinned_bytes"] == facts["after"]["problems"] == 0
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8", "bf16"])
+def test_full_size_keeps_and_uses_its_budget(run: Run, precision: str) -> None:
+    """4 GiB; only chunks and what goes in and out is copied, from pinned memory, once the first pass is done."""
+    facts = run("full", precision, NOISE, passes=[4, 1], budget_bytes=4 * GIB)
+    reserved = facts["parts"]["reserved"]
+    assert facts["after"]["peak_bytes"] + reserved <= 4 * GIB
+    live = {row["live_bytes"] for row in facts["passes"]}
+    assert len(live) == 1
+    unused = 4 * GIB - max(live) - reserved
+    assert unused <= 4 * GIB // TENTH, format_bytes(unused)
+    assert facts["after"]["problems"] == facts["after"]["live_bytes"] == 0
+    last = facts["passes"][-1]
+    assert last["pageable_copies"] == 0
+    values = last["copied_bytes"] - facts["streamed_bytes"]
+    assert 0 < values < 64 << 20, format_bytes(values)  # pixels, embeddings, 40 MB of factors
+
+
+@pytest.mark.parametrize(("precision", "least_mib"), [("int8", 1186), ("fp8", 1285), ("bf16", 1443)])
+def test_the_least_budget_is_what_readme_says(run: Run, precision: str, least_mib: int) -> None:
+    """It opens there; what the error names where there is less is enough, too."""
+    facts = run("full", precision, NOISE, passes=[], budget_bytes=least_mib << 20)
+    assert facts["least_bytes"] <= least_mib << 20 < facts["least_bytes"] + (2 << 20)
+    assert str(least_mib) in (ROOT / "docs" / "gpu.md").read_text()
+    small = run("full", precision, NOISE, passes=[], budget_bytes=(least_mib - 200) << 20)
+    assert small["error"] == "BudgetTooSmall"
+    assert small["after"]["live_bytes"] == 0
+
+
+def test_the_libraries_are_the_stand_in_s(run: Run) -> None:
+    """Whoever looks at these results must not take them for a card's."""
+    assert run("tiny", "int8", passes=[])["card"].startswith("stand-in")
