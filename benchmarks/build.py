@@ -4,8 +4,8 @@ The rival reads every checkpoint and writes as many bytes as the packs have, in 
 what `cp` would do. Both start from a cold page cache where the machine lets us drop it, and are timed until they
 return. Usage: python benchmarks/build.py --models DIR --engines DIR
 
-``--without sync`` and ``--without hashes`` leave one of them out of the build, to see what it costs. At last the time
-that an opening spends on its checks: all of it, and without the random regions of the packs.
+It says what of the build was waiting for the disk (``fsync``) and hashing, and what an opening then spends on its
+checks: all of it, and without the random regions of the packs.
 """
 
 import argparse
@@ -17,12 +17,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 PIECE = 4 << 20
-WITHOUT = {
-    "nothing": "",
-    "sync": "import os; os.fsync = lambda descriptor: None; ",
-    "hashes": "from i2l.engines.directory.hashing import Hasher; Hasher.update = lambda self, data: None; ",
-}
-"""What the build's process does before it begins."""
+COUNTED = """
+import atexit, json, os, sys, time
+from i2l.engines.directory.hashing import Hasher
+spent = {"sync_seconds": 0.0, "syncs": 0, "hashing_seconds": 0.0}
+sync, update = os.fsync, Hasher.update
+def counted_sync(descriptor):
+    start = time.perf_counter()
+    sync(descriptor)
+    spent["sync_seconds"] += time.perf_counter() - start
+    spent["syncs"] += 1
+def counted_update(self, data):
+    start = time.thread_time()
+    update(self, data)
+    spent["hashing_seconds"] += time.thread_time() - start
+os.fsync, Hasher.update = counted_sync, counted_update
+atexit.register(lambda: print(json.dumps(spent)))
+from i2l.__main__ import main
+main()
+"""
+"""The build's process, which counts the seconds of syncing by the clock, and of hashing by the CPU's time."""
 
 
 def main() -> None:
@@ -31,15 +45,13 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--engines", type=Path, required=True, help="a scratch directory; is built anew")
     parser.add_argument("--precision", default="int8")
-    parser.add_argument("--without", choices=WITHOUT, default="nothing")
     arguments = parser.parse_args()
-    code = f"{WITHOUT[arguments.without]}from i2l.__main__ import main; main()"
-    build = [sys.executable, "-c", code, "build-engines", "--models", arguments.models, "--engines"]
+    build = [sys.executable, "-c", COUNTED, "build-engines", "--models", arguments.models, "--engines"]
     build += [arguments.engines, "--precision", arguments.precision, "--force"]
 
     cold = drop_page_cache()
     start = time.perf_counter()
-    peak = peak_of(build)
+    peak, spent = run(build)
     build_seconds = time.perf_counter() - start
     pack_bytes = sum(path.stat().st_size for path in arguments.engines.glob("build-*/*/weights.safetensors"))
 
@@ -50,7 +62,6 @@ def main() -> None:
 
     facts = {
         "precision": arguments.precision,
-        "without": arguments.without,
         "page_cache": "cold" if cold else "as it was",
         "read_bytes": copied,
         "written_bytes": pack_bytes,
@@ -58,9 +69,9 @@ def main() -> None:
         "build_seconds": round(build_seconds, 1),
         "ratio": round(build_seconds / copy_seconds, 2),
         "build_peak_resident_bytes": peak,
+        **spent,
+        **opening_ms(arguments.engines),
     }
-    if arguments.without != "hashes":  # else the first check finds damage
-        facts |= opening_ms(arguments.engines)
     for name, value in facts.items():
         print(f"{name:<28}{value}")
     print(json.dumps(facts))
@@ -98,14 +109,14 @@ def drop_page_cache() -> bool:
     return True
 
 
-def peak_of(command: list[str | Path]) -> int:
-    """Run a command and return its peak resident bytes."""
+def run(command: list[str | Path]) -> tuple[int, dict[str, float]]:
+    """Run a command; its peak resident bytes, and what it counted."""
     if sys.platform == "win32":
         raise SystemExit("this asks POSIX for the child's memory")
     import resource
 
-    subprocess.run(command, check=True)
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024, json.loads(said.splitlines()[-1])
 
 
 def copy_like(models: Path, target: Path, write_bytes: int) -> int:
