@@ -28,6 +28,7 @@ from i2l.runtime.proof.judging import worst_error
 from i2l.specs import PRESETS, EncoderSpec, Spec
 
 Rounding = Callable[[Array], Array]
+LARGEST_E4M3 = 448.0
 PLAYED: Any = plain
 """Whose attention is replaced."""
 ATTENTION = plain._attended  # noqa: SLF001 - what is played is inside
@@ -104,9 +105,6 @@ def rounded_attention(rounding: Rounding) -> Callable[[Array, Array, Array], Arr
         return np.asarray(mixed.transpose(0, 2, 1, 3).reshape(-1, q.shape[1] * q.shape[3]), np.float32)
 
     return attended
-
-
-LARGEST_E4M3 = 448.0
 
 
 def bfloat16(x: Array) -> Array:
