@@ -1031,8 +1031,9 @@ def test_load_picture_lists_what_it_reads_and_sees_a_change(nodes: ModuleType, p
     assert before == changed(image="no suffix", ignore_icc=False)
     photo.write_bytes(photo.read_bytes() + b"\0")
     assert before != changed(image="photo.jpg", ignore_icc=False)
-    os.mkfifo(photo.parent / "pipe.jpg")
-    assert not changed(image="pipe.jpg", ignore_icc=False)  # which would wait for who writes there
+    if sys.platform != "win32":
+        os.mkfifo(photo.parent / "pipe.jpg")
+        assert not changed(image="pipe.jpg", ignore_icc=False)  # which would wait for who writes there
 
 
 def test_what_load_picture_cannot_read_stands_on_the_node(
