@@ -11,7 +11,7 @@ COMFYUI_OWN := .comfyui
 COMFYUI_PYTHON ?= $(COMFYUI_OWN)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit soak fuzz audit test-cpus test-cuda test-comfyui test-gpu test-webgpu test-serve soak-serve format bench-cpu bench-peers bench-gpu clean
+.PHONY: help setup demo test lint types unit soak fuzz audit test-cpus test-cuda test-comfyui test-gpu test-webgpu test-serve soak-serve test-ray format bench-cpu bench-peers bench-gpu clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -98,6 +98,10 @@ test-serve: setup  ## The service with its page in a real browser (Debian: apt-g
 
 soak-serve: setup  ## 2,000 requests on one service, 500 odd ones, 200 clients at once, 20 kills; for minutes
 	$(BIN)/python -m pytest -m soak tests/serve -s
+
+test-ray: setup  ## i2l batch --ray on a Ray of two workers: kills, poison, missing engines, Ctrl-C
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray]'
+	$(BIN)/python -m pytest -m ray tests/cluster -rs
 
 test-webgpu: setup  ## The webgpu backend on a software device (Debian: apt-get install chromium-common libvulkan1)
 	tests/webgpu/with_device $(BIN)/python -m pytest -m webgpu -rs

@@ -9,6 +9,7 @@ Importing this package imports nothing heavy: the names below are resolved at th
 which this folder is a node pack: it asks for ``NODE_CLASS_MAPPINGS`` and what belongs to it, and nobody else does.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 __all__ = ["I2LError", "Lora", "Pipeline", "__version__", "open_engines"]
 __version__ = "0.1.0"
+
+# From 1.29 on onnxruntime's builds for Linux and macOS tell their maker of every session, over the network, and keep an
+# id of the user in the home directory. It asks this variable once, when it is imported; 0 in it lets them.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HOMES = {
     "I2LError": "machine.errors",

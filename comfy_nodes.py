@@ -161,7 +161,9 @@ class Apply:
         with node_text() as tell:
             arrays = arrays_from_images(images)
             with torch.inference_mode(mode=False):  # ComfyUI runs nodes in it, torch.export refuses it
-                engines, manifest = prepare_engines(adapter, roots, precision, tell, engine_folders(home))
+                engines, manifest = prepare_engines(
+                    adapter, roots, precision, tell, engine_folders(home), close=open_pipelines.close
+                )
             opening = comfy_report(tell, whole, "")
             report = comfy_report(tell, of_run(total_steps(manifest, len(images))), "computing ")
             with open_pipelines.use(

@@ -4,6 +4,7 @@ Each stands beside what it is about, in a file called ``errors.py``; how they ar
 The nodes' own are not here: the wheel has no nodes, and ComfyUI alone shows them.
 """
 
+from .cluster.errors import ClusterError, MachinesTooSmall, PictureFatal, RayUnreachable, WorkersLost
 from .engines.cpu.errors import CpuPacksUnwritable
 from .engines.cuda.errors import CudaGraphsUnusable, ProviderMissing
 from .engines.errors import (
@@ -90,6 +91,7 @@ from .serve.errors import (
     BodyTooSlow,
     InternalFailure,
     JobLost,
+    JobsFolderForeign,
     JobsFolderTaken,
     JobUnfinished,
     JobUnknown,
@@ -126,6 +128,7 @@ __all__ = [
     "CheckpointOfAnotherKind",
     "CheckpointUnreadable",
     "CheckpointsUnfit",
+    "ClusterError",
     "ComparisonNotFinite",
     "CpuPacksUnwritable",
     "CudaGraphsUnusable",
@@ -155,6 +158,7 @@ __all__ = [
     "JobLost",
     "JobUnfinished",
     "JobUnknown",
+    "JobsFolderForeign",
     "JobsFolderTaken",
     "LoraMissing",
     "LoraNamesUnknown",
@@ -163,6 +167,7 @@ __all__ = [
     "LoraUnreadable",
     "LorasDiffer",
     "LorasForOthers",
+    "MachinesTooSmall",
     "ManifestInvalid",
     "MediaTypeForeign",
     "NoImages",
@@ -175,6 +180,7 @@ __all__ = [
     "OutputTaken",
     "OutputUnwritable",
     "PackageMissing",
+    "PictureFatal",
     "PictureTooLarge",
     "PicturesTooMany",
     "PipelineBusy",
@@ -189,6 +195,7 @@ __all__ = [
     "ProviderFailed",
     "ProviderMissing",
     "QueueFull",
+    "RayUnreachable",
     "RequestInvalid",
     "RequestTimedOut",
     "ServeError",
@@ -203,4 +210,5 @@ __all__ = [
     "TokenWrong",
     "TraceUnreadable",
     "WeightsMismatch",
+    "WorkersLost",
 ]

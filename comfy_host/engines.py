@@ -7,7 +7,7 @@ Engines are used if their build key says that they came from these checkpoints b
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +36,13 @@ ENCODERS: tuple[Family, ...] = ("siglip2", "dinov3")
 
 
 def prepare_engines(
-    adapter: Path, roots: Sequence[Path], precision: str, tell: Tell, places: Sequence[Path] = ()
+    adapter: Path,
+    roots: Sequence[Path],
+    precision: str,
+    tell: Tell,
+    places: Sequence[Path] = (),
+    *,
+    close: Callable[[], None],
 ) -> tuple[Path, Manifest]:
     """The engines directory of an adapter and its manifest, built if there is none or it is out of date.
 
@@ -46,6 +52,8 @@ def prepare_engines(
         precision: ``auto``, or what ``i2l build-engines --precision`` takes.
         tell: shows on the node what is built, if anything is.
         places: where engines may be and go, best first; by default in the first root.
+        close: closes the open pipeline, before a build that may replace its engines: Windows removes no file that is
+            open, and the build gets the memory.
 
     Raises:
         CheckpointError: the adapter is no adapter, or no root has the encoders and there are no engines yet.
@@ -79,6 +87,7 @@ def prepare_engines(
     if place != places[0]:
         log.info("i2l: %s cannot be written, so engines go to %s", format_path(places[0]), format_path(place))
     log.info("i2l: no engines for %s yet: building them in %s, once", adapter.name, format_path(own))
+    close()
     start = time.perf_counter()
     graphs = sum(1 + len(graph_weights(checkpoint.spec)) for checkpoint in checkpoints.values())
     bar = of_build(graphs * (2 if precision == "fp8" else 1))  # fp8 engines hold the CPU's graphs, too

@@ -2,8 +2,9 @@
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -35,6 +36,9 @@ from .telling import counted, is_quiet, quiet_option, tell
 if TYPE_CHECKING:
     from ..runtime.jobs import Plan
 
+HERE = "here"
+"""Stands for no address: Ray is started on this machine."""
+
 
 @click.command()
 @click.argument("folder", type=PATH)
@@ -52,6 +56,9 @@ if TYPE_CHECKING:
 @vram_margin_option
 @no_prove_option
 @device_option
+@click.option("--ray", "ray_address", is_flag=False, flag_value=HERE, metavar="[ADDRESS]",
+              help="Let Ray's workers make them: of the cluster at ADDRESS (or auto), or without one of this machine, "
+              "one for each card, or for each --threads CPUs.")  # fmt: skip
 @strength_option
 @dtype_option
 @key_format_option
@@ -71,6 +78,7 @@ def batch(
     vram_budget_bytes: int | None,
     vram_margin_bytes: int,
     device: str | None,
+    ray_address: str | None,
     strength: float,
     dtype: Literal["bf16", "fp16", "fp32"],
     key_format: Literal["comfyui", "diffsynth"],
@@ -88,8 +96,11 @@ def batch(
     is listed at the end, with exit code 1.
     """
     require_gpu_for_budget(backend, vram_budget_bytes, device)
+    if ray_address is not None and device is not None:
+        raise click.UsageError("--device has no effect with --ray, which gives each worker a card: leave one out")
     from ..machine.files import explained_os_errors, remove_leftovers  # noqa: PLC0415
-    from ..runtime.jobs import BatchProgress, plan_jobs, run_jobs  # noqa: PLC0415
+    from ..runtime.jobs import BatchProgress, plan_jobs  # noqa: PLC0415
+    from ..runtime.making import Form, run_jobs  # noqa: PLC0415
     from ..runtime.pictures.listing import skipped_beside_folders, skipped_line  # noqa: PLC0415
     from ..runtime.pipeline import Pipeline  # noqa: PLC0415
 
@@ -103,35 +114,35 @@ def batch(
     with explained_os_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
     remove_leftovers(output_dir)
+    form = Form(strength, dtype, key_format, ignore_icc)
+    more: dict[str, Any] = {}
     with show_progress("steps", quiet=as_json or is_quiet()) as report:
         progress = BatchProgress(report)
-        cache = cache_folder(no_cache=no_cache)
-        with Pipeline(
-            engines,
-            backend=backend,
-            threads=threads,
-            ram_budget_bytes=ram_budget_bytes,
-            vram_budget_bytes=vram_budget_bytes,
-            vram_margin_bytes=vram_margin_bytes,
-            prove=not no_prove,
-            device=device,
-            report=progress,
-            cache=cache,
-        ) as pipeline:
-            result = run_jobs(
-                pipeline,
-                plan.jobs,
-                strength=strength,
-                dtype=dtype,
-                key_format=key_format,
-                ignore_icc=ignore_icc,
-                progress=progress,
-            )
-            vram = pipeline.vram
+        options: dict[str, Any] = {
+            "backend": backend,
+            "threads": threads,
+            "ram_budget_bytes": ram_budget_bytes,
+            "vram_budget_bytes": vram_budget_bytes,
+            "vram_margin_bytes": vram_margin_bytes,
+            "prove": not no_prove,
+        }
+        if ray_address is None:
+            cache = cache_folder(no_cache=no_cache)
+            with Pipeline(engines, **options, device=device, report=progress, cache=cache) as pipeline:
+                result = run_jobs(pipeline, plan.jobs, form, progress)
+                if pipeline.vram:
+                    more["vram"] = pipeline.vram
+        else:
+            from ..cluster.batch_worker import WorkerSettings  # noqa: PLC0415
+            from ..cluster.driving import run_on_ray  # noqa: PLC0415
+
+            settings = WorkerSettings(engines.absolute(), **options, use_cache=not no_cache)
+            address = None if ray_address == HERE else ray_address
+            result, shares = run_on_ray(address, settings, plan.jobs, form, progress)
+            more["workers"] = [asdict(share) for share in shares]
     seconds = time.perf_counter() - start
     if as_json:
-        facts = result.to_dict() | {"seconds": round(seconds, 3)}
-        click.echo(json.dumps(facts | {"vram": vram} if vram else facts))
+        click.echo(json.dumps(result.to_dict() | {"seconds": round(seconds, 3)} | more))
     else:
         tell(
             f"{counted(len(result.written), 'LoRA')} written to {format_path(output_dir)} in {seconds:.1f} s, "

@@ -7,10 +7,11 @@ from ..machine.errors import PackageMissing
 from .errors import BackendUnavailable
 
 if TYPE_CHECKING:  # the command line lists the names, and must not pay for numpy
+    from collections.abc import Callable
     from pathlib import Path
 
     from .base import Array, BackendStatus, Offer
-    from .directory.manifest import Model, Step
+    from .directory.manifest import Chunk, Manifest, Model, Step
 
 BACKENDS: dict[str, str] = {
     "cpu": ".cpu.backend",
@@ -60,6 +61,24 @@ def working_backend(name: str) -> "BackendStatus":
     if not statuses[name].works:
         raise BackendUnavailable(name, statuses[name].reason, statuses[name].remedy)
     return statuses[name]
+
+
+def cpu_part(
+    engines: "Path", manifest: "Manifest", part: "Callable[[tuple[Chunk, ...]], tuple[Chunk, ...]]", folder: "Path"
+) -> "tuple[Path, Manifest] | None":
+    """Some chunks of fp8 engines as the cpu backend runs them, where it has not converted all of them yet.
+
+    Args:
+        engines: the engines directory.
+        manifest: its manifest.
+        part: all chunks of a model to those that are wanted.
+        folder: an empty one, for their packs.
+    """
+    from .cpu.converted import bytes_to_convert, convert_part  # noqa: PLC0415 - numpy
+
+    if not bytes_to_convert(engines, manifest):
+        return None
+    return folder, convert_part(engines, manifest, part, folder)
 
 
 def right_outputs(pack: "Path", model: "Model", step: "Step", activation: "Array") -> "dict[str, Array]":

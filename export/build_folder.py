@@ -18,7 +18,7 @@ from ..engines.directory.manifest import MANIFEST, Manifest, manifest_to_json, r
 from ..engines.errors import EnginesError
 from ..engines.plugin.graph_paths import PLUGIN_FOLDER
 from ..machine.errors import OutputUnwritable
-from ..machine.files import atomic_path, explained_os_errors, remove_leftovers, require_free, sync_tree
+from ..machine.files import atomic_path, explained_os_errors, remove_folder, remove_leftovers, require_free, sync_tree
 from ..machine.wording import format_bytes, format_path
 from ..specs import FAMILIES
 from .backends.build_lock import only_build
@@ -97,7 +97,8 @@ def remove_dead(engines: Path, keep: tuple[str, ...]) -> None:
     """Remove the folders of replaced and of dead builds, and the files that they were writing."""
     remove_leftovers(engines)
     for folder in dead_builds(engines, keep):
-        shutil.rmtree(folder, ignore_errors=True)  # a file in use may resist: the next build tries again
+        if reason := remove_folder(folder):
+            log.warning("%s stays until the next build: %s", format_path(folder), reason)
 
 
 def dead_builds(engines: Path, keep: tuple[str, ...]) -> list[Path]:

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from ..machine.files import regular_file_problem
 from ..machine.outputs import DRAWN_BY, DRAWN_TRACE, output_path, require_output
+from ..machine.wording import printable
 from .errors import TraceUnreadable
 
 KINDS = {
@@ -19,6 +20,10 @@ KINDS = {
     "run": ("tab:blue", "computes a step"),
 }
 """``first word of a span's name -> (its colour, what it is)``."""
+COUNTERS = {"memory": ("weights", "weights held"), "VRAM": ("used", "VRAM used")}
+"""``a counter -> (which of its values is drawn, what it is)``."""
+LATEST = 1e18
+"""Microseconds or bytes; a trace has no more."""
 
 
 def draw_trace(source: Path, target: Path) -> None:
@@ -48,7 +53,7 @@ def draw_trace(source: Path, target: Path) -> None:
         middle = (first + last) / 2e6 - begin
         above.annotate(name, (middle, len(lanes) - 0.35), ha="center", va="bottom", annotation_clip=False)
         above.axvline(first / 1e6 - begin, color="0.7", linewidth=0.8)
-    for name, value, label in (("memory", "weights", "weights held"), ("VRAM", "used", "VRAM used")):
+    for name, (value, label) in COUNTERS.items():
         points = [(e["ts"] / 1e6 - begin, e["args"][value] / 2**20) for e in memory if e["name"] == name]
         if points:
             below.step(*zip(*points, strict=True), where="post", label=label)
@@ -81,9 +86,36 @@ def read_trace(path: Path) -> tuple[dict[int, str], list[dict[str, Any]], list[d
         raise TraceUnreadable(path, problem)
     try:
         events = json.loads(path.read_bytes())["traceEvents"]
-        lanes = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
-        spans = [event for event in events if event["ph"] == "X"]
-        memory = [event for event in events if event["ph"] == "C"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        lanes = {event["tid"]: _label(event["args"]["name"]) for event in events if event["ph"] == "M"}
+        spans = [_span(event) for event in events if event["ph"] == "X"]
+        memory = [_counter(event) for event in events if event["ph"] == "C"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TraceUnreadable(path, str(error)) from error
     return lanes, spans, memory
+
+
+def _span(event: dict[str, Any]) -> dict[str, Any]:
+    """A span of which all is there that is drawn; raises :class:`ValueError`, :class:`KeyError` or others."""
+    _require(isinstance(event["tid"], int) and event["name"].split())
+    _require(_is_time(event["ts"]) and _is_time(event["dur"]))
+    return event
+
+
+def _counter(event: dict[str, Any]) -> dict[str, Any]:
+    _require(isinstance(event["name"], str) and _is_time(event["ts"]) and all(map(_is_time, event["args"].values())))
+    for name, (value, _) in COUNTERS.items():
+        _require(event["name"] != name or value in event["args"])
+    return event
+
+
+def _label(name: str) -> str:
+    return printable(name).replace("$", r"\$")  # which begins mathematics
+
+
+def _is_time(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value < LATEST  # type: ignore[operator]  # it is a number
+
+
+def _require(condition: object) -> None:
+    if not condition:
+        raise ValueError("an event lacks what is drawn of it")

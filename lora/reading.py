@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from ..engines.base import Array
 from ..engines.directory.tensorfile import TensorInfo, read_header
+from ..machine.files import read_small
 from .errors import LoraMissing, LoraNotASum, LoraUnreadable
 from .keys import ParsedKeys, parse_keys
 from .lora import Dtype, Lora
@@ -237,7 +238,7 @@ def _scales(path: Path, metadata: Mapping[str, str]) -> Scales:
             values = json.loads(metadata[HEADER_CONFIG])
             config = {name.removeprefix("transformer."): value for name, value in values.items()}
         elif path.name == PEFT_FILE and (beside := path.parent / PEFT_CONFIG).is_file():
-            config = json.loads(beside.read_text(encoding="utf-8"))
+            config = json.loads(read_small(beside))
         else:
             return Scales()
         patterns = {str(name): float(value) for name, value in (config.get("alpha_pattern") or {}).items()}

@@ -42,8 +42,9 @@ class OutputInUse(OutputUnwritable):
     def __init__(self, path: Path) -> None:
         I2LError.__init__(
             self,
-            f"{format_path(path)} is open in another program, so Windows does not let it be replaced: close that "
-            "program, such as ComfyUI, which keeps loaded LoRAs open, or choose another name",
+            f"{format_path(path)} is open in another program, so Windows does not let it be replaced or removed: "
+            "close that program, such as ComfyUI or i2l serve, which keep LoRAs and engines open, or choose another "
+            "name",
         )
 
 

@@ -31,6 +31,8 @@ UNWRITABLE = frozenset(
 """What the operating system says of a place that cannot be written."""
 LEFTOVER = re.compile(r"\.i2l-(?P<host>[0-9a-f]{6})-(?P<pid>[0-9]{1,10})-[0-9a-f]{16}\.part")
 LEFTOVER_SECONDS = 24 * 3600
+SMALL_BYTES = 64 << 20
+"""Of a file of facts. The manifest of full size has 1 MB."""
 
 
 @contextmanager
@@ -41,13 +43,32 @@ def explained_os_errors(path: Path) -> Iterator[None]:
     except (DiskFull, OutputUnwritable):
         raise
     except OSError as error:
-        if getattr(error, "winerror", None) in IN_USE and path.is_file():
-            raise OutputInUse(path) from error
+        if getattr(error, "winerror", None) in IN_USE and (kept := _a_file_of(error, path)):
+            raise OutputInUse(kept) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull(path, None, free_bytes(path)) from error
         if error.errno in UNWRITABLE:
             raise OutputUnwritable(path, os.strerror(error.errno)) from error
         raise
+
+
+def _a_file_of(error: OSError, path: Path) -> Path | None:
+    """The file that a refusal is about: ``path``, or one inside if that is a folder."""
+    names = (error.filename2, error.filename)
+    places = (path, *(Path(os.fsdecode(name)) for name in names if name and not isinstance(name, int)))
+    return next((place for place in places if place.is_file()), None)
+
+
+def remove_folder(folder: Path) -> str:
+    """Remove a folder as far as the system lets; return why some of it stays, empty if it is gone."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        if folder.exists():
+            with explained_os_errors(folder):
+                shutil.rmtree(folder)
+    except OSError as error:
+        return str(error) if folder.exists() else ""  # somebody else may have removed it meanwhile
+    return ""
 
 
 @contextmanager
@@ -173,6 +194,21 @@ def regular_file_problem(path: Path) -> str:
     if stat.S_ISREG(mode):
         return ""
     return os.strerror(errno.EISDIR) if stat.S_ISDIR(mode) else "it is a pipe, a socket or a device, not a file"
+
+
+def read_small(path: Path, most_bytes: int = SMALL_BYTES) -> bytes:
+    """The bytes of a file of facts, such as a manifest or a record.
+
+    Raises:
+        OSError: it cannot be read, is no file, or is larger than any of its kind: sparse files cost nothing to make.
+    """
+    if problem := regular_file_problem(path):
+        raise OSError(errno.EINVAL, problem)
+    with path.open("rb") as file:
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    return data
 
 
 def _require_replaceable(path: Path) -> None:

@@ -8,19 +8,23 @@ it, whatever the umask of who made it: else only that user could ever build in a
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 EVERYBODY = 0o666
+POLL_SECONDS = 0.25
 
 
 @contextmanager
-def exclusive(path: Path, *, waiting: Callable[[], None]) -> Iterator[None]:
+def exclusive(
+    path: Path, *, waiting: Callable[[], None], meanwhile: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Hold the lock; the thread that holds it may take it again.
 
     Args:
         path: of the lock file, made if it is not there; its folder is.
         waiting: called once if somebody else holds the lock.
+        meanwhile: called several times a second while waiting; what it raises ends that.
 
     Raises:
         OSError: the file cannot be made or opened.
@@ -32,7 +36,10 @@ def exclusive(path: Path, *, waiting: Callable[[], None]) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         waiting()
-        lock.acquire()
+        while not lock.is_locked:
+            meanwhile()
+            with suppress(Timeout):
+                lock.acquire(timeout=POLL_SECONDS)
     try:
         yield
     finally:

@@ -25,6 +25,11 @@ def peak_resident_bytes() -> int:
     return largest if sys.platform == "darwin" else largest * 1024
 
 
+def anonymous_bytes() -> int | None:
+    """What this process holds of its own, files left out; None where the system does not tell."""
+    return _kib(STATUS, "RssAnon")
+
+
 def available_bytes() -> int | None:
     """What could be used without swapping, cached files included, within the container's limit; None where unknown."""
     if sys.platform == "win32":

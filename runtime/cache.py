@@ -27,7 +27,7 @@ from safetensors.numpy import load, save
 
 from ..engines.base import Array
 from ..machine.errors import I2LError, OutputUnwritable
-from ..machine.files import atomic_path, remove_leftovers
+from ..machine.files import atomic_path, read_small, remove_leftovers
 from ..machine.wording import format_path
 from .pictures.pixels import content_sha256
 
@@ -110,7 +110,7 @@ class EmbeddingCache:
 
     def _read(self, path: Path) -> Array | None:
         try:
-            data = path.read_bytes()
+            data = read_small(path)
         except FileNotFoundError:
             return None
         except OSError as error:

@@ -12,7 +12,7 @@ from ..engines.base import MARGIN_BYTES, Array, Backend, Limits, VramBudget
 from ..engines.device.backend import DeviceBackend
 from ..engines.device.residency import Planned
 from ..engines.directory.manifest import Manifest, content_id
-from ..lora.lora import MODEL_METADATA, Lora, joining_weights, lora_from_factors, require_finite
+from ..lora.lora import MODEL_METADATA, Lora, Origin, joining_weights, lora_from_factors, require_finite
 from ..machine.locks import OneUser
 from ..machine.progress import Report, silent
 from ..machine.threads import require_threads
@@ -199,17 +199,13 @@ class Pipeline:
         lora = lora_from_factors(factors, strength, weights)
         adapter = self._adapter
         lora.metadata |= MODEL_METADATA[adapter.diffusion_model]
-        lora.metadata |= self.origin(lora.rank // adapter.rank, strength, weights)
+        lora.metadata |= self.origin.marks(lora.rank // adapter.rank, strength, weights)
         return lora
 
-    def origin(self, images: int, strength: float, weights: Sequence[float] | None) -> dict[str, str]:
-        """The metadata that says how a LoRA came about, its images aside."""
-        return {
-            "i2l.precision": self.manifest.precision,
-            "i2l.engines": content_id(self.manifest, FAMILIES)[:16],
-            "i2l.strength": f"{strength:.9g}",
-            "i2l.weights": ",".join(f"{weight:.9g}" for weight in joining_weights(weights, images, "image")),
-        }
+    @property
+    def origin(self) -> Origin:
+        """What the headers of its LoRAs say of its engines."""
+        return Origin(self.manifest.precision, content_id(self.manifest, FAMILIES)[:16])
 
     @property
     def vram(self) -> dict[str, int] | None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..machine.errors import I2LError
-from ..machine.wording import format_bytes, format_path
+from ..machine.wording import format_bytes, format_path, printable
 
 
 class ServeError(I2LError):
@@ -33,6 +33,16 @@ class JobsFolderTaken(ServeError, RuntimeError):
     def __init__(self, folder: Path) -> None:
         super().__init__(
             f"{format_path(folder)} belongs to another service that runs: stop it, or give another --jobs-dir"
+        )
+
+
+class JobsFolderForeign(ServeError, FileExistsError):
+    """Something else lies there, and what is old in a jobs' folder is removed."""
+
+    def __init__(self, folder: Path, found: Path) -> None:
+        super().__init__(
+            f"{format_path(folder)} holds {printable(found.name)}, which is no job: give a folder of its own to "
+            "--jobs-dir"
         )
 
 

@@ -14,8 +14,9 @@ Nothing is flushed to the disk: this is for programs that are killed, not for po
 
 import json
 import logging
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import isqrt
@@ -24,14 +25,17 @@ from typing import Any
 
 from PIL import Image
 
-from ..machine.files import atomic_path, explained_os_errors
+from ..machine.files import atomic_path, explained_os_errors, read_small
 from ..machine.locks import exclusive
 from ..machine.wording import format_path
-from .errors import JobsFolderTaken
+from .errors import JobsFolderForeign, JobsFolderTaken
+from .wishes import NOT_IN_NAMES
 
 log = logging.getLogger(__name__)
 RECORD = "job.json"
 LOCK = "lock"
+JOB = re.compile(r"[0-9a-f]{32}")
+"""How jobs are called, and so their folders."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Spool:
     """The jobs' folder, which one service has for itself until :meth:`close`.
 
     Raises:
-        JobsFolderTaken: another one has it.
+        JobsFolderForeign: something else lies there. JobsFolderTaken: another service has it.
         OutputUnwritable, DiskFull: it cannot be made or written.
     """
 
@@ -65,6 +69,9 @@ class Spool:
 
         with explained_os_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            for entry in sorted(folder.iterdir()):
+                if not (entry.name == LOCK or entry.name.startswith(".") or JOB.fullmatch(entry.name)):
+                    raise JobsFolderForeign(folder, entry)
             folder.chmod(0o700)
             self._held.enter_context(exclusive(folder / LOCK, waiting=taken))
 
@@ -97,7 +104,7 @@ class Spool:
 
     def recover(self) -> Iterator[Record]:
         """What an earlier service left, each with the state that it is in now; leftovers are removed."""
-        for folder in sorted(path for path in self.folder.iterdir() if path.is_dir()):
+        for folder in sorted(path for path in self.folder.iterdir() if JOB.fullmatch(path.name)):
             record = self._read(folder)
             if record is None:
                 self.remove(folder.name)
@@ -116,13 +123,18 @@ class Spool:
 
     def _read(self, folder: Path) -> Record | None:
         try:
-            facts = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-            return Record(folder.name, facts["name"], facts["state"], float(facts["at"]), dict(facts["facts"]))
+            return _record(folder.name, json.loads(read_small(folder / RECORD)))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             log.warning("%s cannot be understood (%s): removed", format_path(folder / RECORD), error)
             return None
+
+
+def _record(job_id: str, values: Mapping[str, Any]) -> Record:
+    if NOT_IN_NAMES & set(values["name"]):
+        raise ValueError("its name would be a path")
+    return Record(job_id, values["name"], str(values["state"]), float(values["at"]), dict(values["facts"]))
 
 
 def keep_squares(folder: Path, squares: Sequence[Image.Image]) -> None:

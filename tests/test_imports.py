@@ -58,13 +58,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         "export.checkpoints",
         "export",
     },
+    "cluster": RUNNING | {"runtime"},
     "serve": RUNNING | {"runtime"},
     "serve.http": RUNNING | {"runtime", "look", "serve"},
     "comfy_host": DISK | {"engines.backends", "lora", "runtime", "export.checkpoints", "export"},
     "comfy_host.pictures": {"machine", "runtime.pictures", "comfy_host"},
     "comfy_nodes": {"machine", "lora", "comfy_host", "comfy_host.pictures"},
     "commands": RUNNING
-    | {"runtime", "runtime.proof", "look", "engines.tensorrt", "serve", "serve.http"}
+    | {"runtime", "runtime.proof", "look", "engines.tensorrt", "serve", "serve.http", "cluster"}
     | {"export.checkpoints", "export.precisions", "export.packs", "export.backends", "export"},
     "cli": {"machine", "commands"},
 }
@@ -85,6 +86,7 @@ ONLY_IN = {
     "tensorrt": {"engines.tensorrt"},
     "tensorrt_rtx": {"engines.tensorrt"},
     "cuda": {"engines.device.calls"},
+    "pynvml": {"runtime.proof.card_memory"},
     "pillow_heif": {"runtime.pictures.files.formats"},
     "pillow_jxl": {"runtime.pictures.files.formats"},
     "rich": {"machine.progress"},
@@ -97,12 +99,13 @@ ONLY_IN = {
     "anyio": {"serve.http"},
     "python_multipart": {"serve.http.forms"},
     "prometheus_client": {"serve.metrics"},
+    "ray": {"cluster.crew"},
 }
 CORE_DEPENDENCIES = {"numpy", "onnxruntime", "safetensors", "PIL", "click", "rich", "filelock"}
 """What a machine that only runs has installed (pyproject.toml, dependencies)."""
 
 
-FOLDERS = ("comfy_host", "commands", "engines", "export", "look", "lora", "machine", "runtime", "serve")
+FOLDERS = ("cluster", "comfy_host", "commands", "engines", "export", "look", "lora", "machine", "runtime", "serve")
 
 
 def sources() -> list[str]:

@@ -11,6 +11,7 @@ from PIL import Image
 
 import folder_paths
 
+from ...machine.files import regular_file_problem
 from ...runtime.pictures.errors import DecoderMissing
 from ...runtime.pictures.images import load_image
 from ...runtime.pictures.listing import images_in
@@ -35,8 +36,11 @@ def picture_path(name: str) -> Path:
 
 
 def picture_sha256(name: str) -> str:
-    """Of the file's bytes: another value, and ComfyUI runs the node again."""
-    with picture_path(name).open("rb") as file:
+    """Of the file's bytes: another value, and ComfyUI runs the node again. Empty for a pipe: reading it says why."""
+    path = picture_path(name)
+    if regular_file_problem(path):
+        return ""
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -57,10 +57,17 @@ def prove(
     from ...engines.base import Limits, VramBudget  # noqa: PLC0415
     from ...engines.directory.integrity import check_files  # noqa: PLC0415
     from ...engines.directory.manifest import read_manifest  # noqa: PLC0415
+    from ...machine.files import require_writable  # noqa: PLC0415
+    from ...machine.outputs import output_path, require_output  # noqa: PLC0415
     from ...runtime.opening import decider  # noqa: PLC0415
     from ...runtime.passes import IMAGES_PER_PASS  # noqa: PLC0415
     from ...runtime.proof.deciding import to_prove  # noqa: PLC0415
-    from ...runtime.proof.sentences import record_lines, report_text  # noqa: PLC0415
+    from ...runtime.proof.sentences import REPORT, record_lines, report_text  # noqa: PLC0415
+
+    report_file = None if report_path in (None, "-") else Path(str(report_path)).expanduser()
+    if report_file:  # before minutes of work
+        require_writable(report_file)
+        require_output(report_file, REPORT)
 
     manifest = read_manifest(engines)
     check_files(engines, manifest)
@@ -77,19 +84,11 @@ def prove(
     else:
         lines = [line for record in records for line in record_lines(record)]
         click.echo("\n".join([*lines, *reasons]))
-    if report_path:
-        text = report_text(records, manifest)
-        if report_path == "-":
-            click.echo(text, nl=False)
-        else:
-            _write(Path(report_path).expanduser(), text)
+    if report_file:
+        with output_path(report_file, REPORT) as temporary:
+            temporary.write_text(report_text(records, manifest), encoding="utf-8")
+        click.echo(f"{format_path(report_file)}: look it over before you pass it on", err=True)
+    elif report_path:
+        click.echo(report_text(records, manifest), nl=False)
     if any(record.best is None for record in records) or (backend != "auto" and not records):
         raise click.exceptions.Exit(1)
-
-
-def _write(path: Path, text: str) -> None:
-    from ...machine.files import atomic_path  # noqa: PLC0415
-
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    click.echo(f"{format_path(path)}: look it over before you pass it on", err=True)

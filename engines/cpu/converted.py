@@ -15,18 +15,19 @@ date while its manifest is the plan, file facts aside. A lock lets a second proc
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from ...machine.files import atomic_path, explained_os_errors, remove_leftovers, require_free, sync_tree
+from ...machine.files import atomic_path, explained_os_errors, remove_folder, remove_leftovers, require_free, sync_tree
 from ...machine.locks import exclusive
 from ...machine.progress import Report, silent
 from ...machine.threads import default_threads
 from ...machine.wording import format_bytes, format_path
 from ..directory.integrity import check_files, record_checked
-from ..directory.manifest import MANIFEST, Manifest, manifest_to_json, read_manifest
+from ..directory.manifest import MANIFEST, Chunk, Manifest, Model, manifest_to_json, read_manifest
+from ..directory.tensorfile import PAD_PREFIX
 from ..errors import EngineFileDamaged, EnginesError, ManifestInvalid
 from .errors import CpuPacksUnwritable
 from .transcode import layout_of, transcode_pack
@@ -70,6 +71,54 @@ def cpu_engines(
     return folder, current
 
 
+def convert_part(
+    directory: Path, manifest: Manifest, part: Callable[[tuple[Chunk, ...]], tuple[Chunk, ...]], folder: Path
+) -> Manifest:
+    """The int8 form of some chunks of fp8 engines in a folder of its own: enough to time them, and seconds to make.
+
+    Args:
+        directory: the engines directory.
+        manifest: its manifest, of precision fp8.
+        part: all chunks of a model to those that are wanted.
+        folder: an empty one.
+
+    Returns:
+        A manifest of these chunks alone.
+
+    Raises:
+        ManifestInvalid: the build has no plan for the CPU.
+        DiskFull: there is no room for them.
+    """
+    plan = _plan(directory, manifest)
+    models = {family: _cut(model, part(model.chunks)) for family, model in plan.models.items()}
+    require_free(folder, sum(layout_of(model).nbytes for model in models.values()))
+    shutil.copytree(directory / manifest.build / PLAN_FOLDER, folder / plan.build)
+    with explained_os_errors(folder):
+        for family, wanted in models.items():
+            pack, source = folder / plan.build / wanted.pack, manifest.models[family]
+            pack.parent.mkdir(parents=True, exist_ok=True)
+            old = directory / manifest.build / source.pack
+            transcode_pack(old, source, pack, wanted, threads=default_threads(), advance=lambda _: None)
+    return replace(plan, models=models)
+
+
+def _cut(model: Model, chunks: tuple[Chunk, ...]) -> Model:
+    """A model of some of its chunks, placed one behind the other."""
+    names = [
+        name
+        for name, info in model.tensors.items()
+        if any(chunk.offset <= info.offset < chunk.offset + chunk.nbytes for chunk in chunks)
+    ]
+    tensors = layout_of(replace(model, chunks=chunks, tensors={name: model.tensors[name] for name in names})).tensors
+    at = {model.tensors[name].offset: tensors[name].offset for name in names if not name.startswith(PAD_PREFIX)}
+    starts = [at[chunk.offset] for chunk in chunks]
+    ends = [*starts[1:], max(info.offset + info.nbytes for info in tensors.values())]
+    placed = zip(chunks, starts, ends, strict=True)
+    return replace(
+        model, tensors=tensors, chunks=tuple(replace(chunk, offset=at, nbytes=end - at) for chunk, at, end in placed)
+    )
+
+
 def bytes_to_convert(directory: Path, manifest: Manifest) -> int:
     """What :func:`cpu_engines` would write now: 0 where nothing is to convert, or all of it is done.
 
@@ -106,8 +155,8 @@ def remove_cpu_engines(directory: Path, *, but_of: str) -> None:
         stale = read_manifest(folder).build != but_of
     except EnginesError:
         stale = (folder / LOCK).is_file()  # a conversion that died; without the lock it is somebody else's folder
-    if stale:
-        shutil.rmtree(folder, ignore_errors=True)
+    if stale and (reason := remove_folder(folder)):
+        log.warning("%s stays until the next build: %s", format_path(folder), reason)
 
 
 def _plan(directory: Path, manifest: Manifest) -> Manifest:

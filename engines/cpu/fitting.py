@@ -21,7 +21,6 @@ ORT_ERRORS: tuple[type[Exception], ...] = tuple(
 """What onnxruntime raises; older ones have fewer of them."""
 ORT_TYPES = {
     "tensor(float)": "F32",
-    "tensor(uint8)": "U8",
     "tensor(int8)": "I8",
     "tensor(bfloat16)": "BF16",
     "tensor(float8e4m3fn)": "F8_E4M3",

@@ -2,7 +2,7 @@
 
 Written apart from the graphs, and with their weights: so it tells what a backend computes from what its precision
 rounds. Weights are taken back to float32 exactly, nothing is quantised on the way, and nothing is fused. An int8 matrix
-of the encoders stays in its rotated basis, where the activations are brought instead: one product less.
+stays in its rotated basis, where the activations are brought instead: one product less.
 
 Shapes: B images, T tokens, D channels, H heads, R = B T rows.
 """
@@ -21,12 +21,10 @@ from ..base import Array
 from ..directory.dtypes import ELEMENT_TYPES
 from ..directory.manifest import Model, Step, inputs_of
 from ..directory.tensorfile import TensorInfo
-from .rotation import rotate, rotation
+from .rotation import balanced_rotation, rotate, rotation
 from .transcode import VALUES
 
 Held: TypeAlias = NDArray[Any]
-AROUND = 128
-"""What unsigned bytes are counted from."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,13 @@ class HeldWeights:
     def product(self, x: Array, name: str) -> Array:
         """``[R, in] -> [R, out]``: times the matrix ``name``, plus its bias if there is one."""
         info, held = self.infos[f"{name}.weight"], self.arrays[f"{name}.weight"]
-        if info.dtype == "I8":  # [out / p, in, p], rotated
+        if info.dtype == "I8" and len(info.shape) == 4:  # [in / p, 1, p', out], rotated and balanced
+            parts = rotate(x, balanced_rotation(x.shape[1])).reshape(len(x), len(held), -1).swapaxes(0, 1)
+            y: Array = ((parts @ held[:, 0].astype(np.float32)) * self.vector(f"{name}.scale")[:, 0]).sum(axis=0)
+        elif info.dtype == "I8":  # [out / p, in, p], rotated
             rotated, scale = rotate(x, rotation(x.shape[1])), self.vector(f"{name}.scale")
             panels = [(rotated @ panel.astype(np.float32)) * scale[index] for index, panel in enumerate(held)]
-            y: Array = np.concatenate(panels, axis=1)
+            y = np.concatenate(panels, axis=1)
         else:
             y = x @ self._matrix(info, held, name).T
         return y + self.vector(f"{name}.bias") if f"{name}.bias" in self.infos else y
@@ -59,10 +60,7 @@ class HeldWeights:
         if info.dtype == "BF16":  # the upper half of a float32
             return np.asarray((held.astype(np.uint32) << 16).view(np.float32))
         scale: Array = self.vector(f"{name}.scale")[:, None]
-        if info.dtype == "F8_E4M3":
-            return np.asarray(VALUES.look_up(np.ascontiguousarray(held)) * scale, np.float32)
-        levels = held.transpose(1, 0, 2).reshape(held.shape[1], -1)  # of [in / p, out, p]
-        return np.asarray((levels.astype(np.float32) - AROUND) * scale)
+        return np.asarray(VALUES.look_up(np.ascontiguousarray(held)) * scale, np.float32)  # of FP8
 
 
 def held_weights(pack: Path, model: Model, step: Step) -> HeldWeights:

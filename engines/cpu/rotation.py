@@ -29,15 +29,42 @@ already they halve the speed, and numpy has no switch: so a piece is rotated as 
 @cache
 def rotation(width: int) -> Array:
     """The rotation ``[b, b]`` of every ``b`` channels of ``width``, float32."""
-    matrix = _flat(_block(width))
+    matrix = _flat(block_size(width))
     return np.ascontiguousarray((matrix * _signs(matrix)).T, np.float32)
+
+
+@cache
+def balanced_rotation(width: int) -> Array:
+    """The rotation ``[b, b']`` of every ``b`` channels of ``width`` to some more whose sum is zero, float32.
+
+    A reflection takes the ``b`` rotated channels and a zero to ``b + 1`` whose sum is zero, whatever the input: so the
+    columns of a matrix add up to zero once they are rotated. Signs of the rotated channels are tried here, as an input
+    channel whose signs are all alike would come out as one channel. One channel is left free for what rounding adds up
+    to, and another where ``b'`` would be odd, as weights are limited by pairs (:mod:`.sums`).
+    """
+    matrix = rotation(width).astype(np.float64)
+    size = len(matrix)
+    axis = np.full(size + 1, 1 / math.sqrt(size + 1))
+    axis[-1] -= 1
+    axis /= np.linalg.norm(axis)
+    reflection = np.eye(size + 1) - 2 * np.outer(axis, axis)
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (SIGN_TRIES, size))
+    signs = signs[np.abs(signs @ matrix.T).max(axis=1).argmin()]
+    balanced = np.zeros((size, balanced_size(size)), np.float32)
+    balanced[:, : size + 1] = (matrix * signs) @ reflection[:size]
+    return balanced
+
+
+def balanced_size(size: int) -> int:
+    """How many channels :func:`balanced_rotation` makes of a block of ``size``: an even number."""
+    return size + 2 + size % 2
 
 
 def rotate(x: Array, matrix: Array) -> Array:
     """Rotate the rows of ``x [rows, width]``, block by block, in one thread."""
     blocks = x.size // len(matrix)
     stack = x.reshape(-1, math.gcd(blocks, STACKED_ROWS), len(matrix))
-    return np.asarray((stack @ matrix).reshape(x.shape), np.float32)
+    return np.asarray((stack @ matrix).reshape(len(x), -1), np.float32)
 
 
 @cache
@@ -73,7 +100,7 @@ def _flat(size: int) -> Matrix:
     return np.asarray(cosines)
 
 
-def _block(width: int) -> int:
+def block_size(width: int) -> int:
     """The largest divisor of ``width`` up to :data:`BLOCK`, with a Hadamard matrix if there is one above a quarter."""
     divisors = [size for size in range(min(BLOCK, width), 0, -1) if width % size == 0]
     return next((size for size in divisors if 4 * size >= divisors[0] and hadamard(size) is not None), divisors[0])

@@ -4,12 +4,8 @@ onnxruntime's CPU has no FP8 product, and its DequantizeLinear decodes one value
 matrix by matrix, into what the int8 build of the same checkpoint would hold but for the rounding that FP8 has done
 already; norms and biases are copied. Decoding is a table: numpy looks two codes up at once in 65536 pairs (512 KiB,
 which stay in the cache), 1.5 times as fast as one by one and twice as fast as shifting the bits into place.
-
-The rows of an FP8 matrix end at 448, so the adapter's form, which is not rotated, needs no decoding at all: 448 becomes
-127, and the table gives the eight-bit step of every code.
 """
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,20 +22,18 @@ from ..base import Array
 from ..directory.hashing import FileFacts
 from ..directory.manifest import Model
 from ..directory.tensorfile import PAD_PREFIX, TENSOR_ALIGN, Layout, LayoutWriter, TensorInfo, plan_layout
-from .rotation import rotate, rotation
-from .sums import LARGEST_PAIR, WEIGHT_LEVELS
+from .rotation import balanced_rotation, rotate, rotation
+from .sums import BALANCED_LEVELS, LARGEST_PAIR, WEIGHT_LEVELS
 
 Codes: TypeAlias = NDArray[np.uint8]
 Job: TypeAlias = Callable[[], NDArray[Any]]
 """Makes the next bytes of a tensor."""
-LARGEST = 448.0
-"""The largest value of e4m3, which ends every row of an FP8 matrix."""
 SMALLEST = 1e-30
 """Keeps the scale of a row of zeros from being zero, as in export/precisions/base.py."""
 PIECE_VALUES = 1 << 19
 """Values handled at a time where no panel says it: 2 MiB of float32 stay in the cache."""
 PIECES_AHEAD = 4
-"""Converted pieces per thread, of half a MiB to a MiB, that may wait for the disk."""
+"""Converted pieces per thread, of half a MiB to 5 MiB, that may wait for the disk."""
 
 
 class PairTable:
@@ -72,8 +66,6 @@ def e4m3_values() -> Array:
 
 
 VALUES = PairTable(e4m3_values())
-STEPS = PairTable((np.rint(np.nan_to_num(e4m3_values()) * WEIGHT_LEVELS / LARGEST) + 128).astype(np.uint8))
-"""e4m3 code -> uint8 around 128."""
 
 
 def rotated_panel(codes: Codes, matrix: Array) -> tuple[NDArray[np.int8], Array]:
@@ -87,14 +79,46 @@ def rotated_panel(codes: Codes, matrix: Array) -> tuple[NDArray[np.int8], Array]
         int8 ``[in, p]``, and the scales ``[p]`` in units of the FP8 matrix's own.
     """
     values = rotate(VALUES.look_up(codes), matrix)
-    peak = np.maximum(values.max(axis=1), -values.min(axis=1))
-    even = values[:, : values.shape[1] // 2 * 2]
-    pair = np.abs(even.reshape(len(values), -1, 2).sum(axis=2)).max(axis=1, initial=0)
-    scale = np.maximum(peak / np.float32(WEIGHT_LEVELS), pair / np.float32(LARGEST_PAIR))  # see sums.py
-    scale = np.maximum(scale, np.float32(SMALLEST))
+    scale = exact_scales(values)
     values /= scale[:, None]
     np.rint(values, out=values)
     return np.ascontiguousarray(values.astype(np.int8).T), scale
+
+
+def balanced_panel(codes: Codes, matrix: Array, scale: Array, out: Array) -> NDArray[np.int8]:
+    """One panel of the adapter's int8 form, int8 ``[p', rows]``.
+
+    Args:
+        codes: e4m3 ``[rows, p]``.
+        matrix: the balanced rotation ``[b, b']``.
+        scale: of the FP8 matrix ``[rows]``.
+        out: the panel's scales ``[rows]`` are written there.
+    """
+    size, after = matrix.shape
+    width = codes.shape[1] // size * after
+    panel = np.empty((width, len(codes)), np.int8)
+    step = max(1, PIECE_VALUES // width)
+    for start in range(0, len(codes), step):
+        rows = slice(start, start + step)
+        values = rotate(VALUES.look_up(np.ascontiguousarray(codes[rows])), matrix)
+        blocks = values.reshape(len(values), -1, after)
+        peak = np.abs(blocks[:, :, size]).max(axis=1) / np.float32(BALANCED_LEVELS)
+        relative = np.maximum(exact_scales(values), peak)
+        values /= relative[:, None]
+        np.rint(values, out=values)
+        blocks[:, :, size + 1] = -blocks.sum(axis=2)
+        panel[:, rows] = values.astype(np.int8).T
+        np.maximum(relative * scale[rows], np.float32(SMALLEST), out=out[rows])
+    return panel
+
+
+def exact_scales(values: Array) -> Array:
+    """The scale ``[rows]`` of int8 weights whose products every CPU adds exactly (sums.py)."""
+    peak = np.maximum(values.max(axis=1), -values.min(axis=1))
+    even = values[:, : values.shape[1] // 2 * 2]
+    pair = np.abs(even.reshape(len(values), -1, 2).sum(axis=2)).max(axis=1, initial=0)
+    scale = np.maximum(peak / np.float32(WEIGHT_LEVELS), pair / np.float32(LARGEST_PAIR))
+    return np.asarray(np.maximum(scale, np.float32(SMALLEST)))
 
 
 def transcode_pack(
@@ -156,12 +180,11 @@ def _jobs(
         codes = values.reshape(old.shape)
         scale_info = stored[scale_name := f"{name.removesuffix('weight')}scale"]
         scale = np.frombuffer(mapped, np.float32, scale_info.shape[0], scale_info.offset)
-        if new.dtype == "U8":
-            scales[scale_name] = scale * np.float32(LARGEST / WEIGHT_LEVELS)
-            panels, _, width = new.shape
-            rows = max(1, PIECE_VALUES // width)
-            for left, start in itertools.product(range(0, panels * width, width), range(0, old.shape[0], rows)):
-                yield name, partial(STEPS.look_up, codes[start : start + rows, left : left + width])
+        if len(new.shape) == 4:  # the adapter's
+            matrix = balanced_rotation(old.shape[1])
+            scales[scale_name] = collected = np.empty((new.shape[0], old.shape[0]), np.float32)
+            for index, columns in enumerate(np.split(codes, new.shape[0], axis=1)):
+                yield name, partial(balanced_panel, columns, matrix, scale, collected[index])
         else:
             panels, in_features, width = new.shape
             matrix = rotation(in_features)

@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ...machine.files import read_small
 from ..directory.integrity import file_sha256
 from ..directory.manifest import Manifest, graphs_of, spec_hash
+from ..directory.typed_facts import typed
 from .errors import CudaGraphsUnusable
 
 FOLDER = "cuda"
@@ -50,7 +52,7 @@ def checked_graphs(engines: Path, manifest: Manifest) -> dict[str, Path]:
     """
     folder = graphs_folder(engines, manifest.precision)
     try:
-        facts = {graph: GraphFacts(**row) for graph, row in json.loads((folder / FACTS).read_bytes()).items()}
+        facts = {graph: typed(GraphFacts(**row)) for graph, row in json.loads(read_small(folder / FACTS)).items()}
     except FileNotFoundError as error:
         raise CudaGraphsUnusable(engines, f"none were made for {manifest.precision} packs") from error
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:

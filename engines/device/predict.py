@@ -85,7 +85,7 @@ def graph_memory(models: Mapping[Family, Model], images: int) -> dict[str, Graph
             integers = (
                 math.prod(info.shape)
                 for name, info in inputs_of(step, model).items()
-                if is_matrix(name, info) and info.dtype in {"I8", "U8"}
+                if is_matrix(name, info) and info.dtype == "I8"
             )
             memory = memories[step.graph]
             memories[step.graph] = replace(memory, activation_bytes=memory.activation_bytes + 2 * sum(integers))

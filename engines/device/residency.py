@@ -13,7 +13,7 @@ round again. Which chunks stay:
 - within a model spread evenly, so that the slots refill while resident chunks compute.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -103,6 +103,16 @@ class Planned(Protocol):
         ...
 
 
+@runtime_checkable
+class Counted(Protocol):
+    """A backend that counts what it has of a card."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most at one time."""
+        ...
+
+
 @dataclass(frozen=True)
 class Slots:
     """How chunks that do not stay pass through."""
@@ -114,14 +124,20 @@ class Slots:
     staged: bool = False
     """Whether the device holds a chunk on its way twice."""
 
-    def bytes_of(self, passing: Mapping[Place, int]) -> tuple[int, int]:
-        """``(bytes of the slots, bytes of chunks on their way)`` for chunks of these sizes."""
+    def bytes_of(self, sizes: Mapping[Place, int], resident: Collection[Place]) -> tuple[int, int]:
+        """``(bytes of the slots, bytes of chunks on their way)``.
+
+        Chunks that stay come one at a time when the weights are opened, and what they came through is kept.
+        """
+        passing = {place: size for place, size in sizes.items() if place not in resident}
         rows: dict[Hashable, list[int]] = {}
         for place, size in passing.items():
             rows.setdefault(self.kinds.get(place), []).append(size)
         held = sum(min(self.count, len(row)) * max(row) for row in rows.values())
-        on_their_way = min(self.count, len(passing)) * max(passing.values(), default=0)
-        return held, on_their_way if self.staged else 0
+        if not self.staged:
+            return held, 0
+        came = max((sizes[place] for place in resident), default=0)
+        return held, max(came, min(self.count, len(passing)) * max(passing.values(), default=0))
 
 
 def plan_residency(
@@ -161,7 +177,7 @@ def plan_residency(
     plans = [filled(sizes, start, order, slots, room) for start in forced if weight_bytes(sizes, start, slots) <= room]
     resident = max(plans, key=lambda plan: sum(sizes[place] for place in plan))
     passing = {place: size for place, size in sizes.items() if place not in resident}
-    slots_bytes, staging_bytes = slots.bytes_of(passing)
+    slots_bytes, staging_bytes = slots.bytes_of(sizes, resident)
     return Residency(
         budget_bytes=budget_bytes,
         least_bytes=least,
@@ -195,8 +211,7 @@ def resident_chunks(chunks: Mapping[Family, Sequence[Chunk]], ram_budget_bytes: 
 
 def weight_bytes(sizes: Mapping[Place, int], resident: set[Place], slots: Slots) -> int:
     """Device bytes of the weights: resident chunks, and slots for the largest of the others."""
-    passing = {place: size for place, size in sizes.items() if place not in resident}
-    return sum(sizes[place] for place in resident) + sum(slots.bytes_of(passing))
+    return sum(sizes[place] for place in resident) + sum(slots.bytes_of(sizes, resident))
 
 
 def filled(

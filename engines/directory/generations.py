@@ -14,12 +14,16 @@ The two are replaced one after the other, the outer one first, and inner engines
 ones are not used: a card must not give another LoRA than the card beside it.
 """
 
-import shutil
+import logging
 from pathlib import Path
 
+from ...machine.files import remove_folder
+from ...machine.wording import format_path
 from ..errors import EnginesError
 from .architectures import FLOAT8_FROM
 from .manifest import MANIFEST, Manifest, read_manifest
+
+log = logging.getLogger(__name__)
 
 FP8_FOLDER = "gpu-fp8"
 """In the engines directory."""
@@ -65,7 +69,8 @@ def remove_fp8_engines(engines: Path) -> int:
         return 0  # not there, or somebody else's folder
     nbytes = sum(path.stat().st_size for path in inner.rglob("*") if path.is_file())
     (inner / MANIFEST).unlink(missing_ok=True)  # first: half a build must not look like one
-    shutil.rmtree(inner, ignore_errors=True)  # a file in use may resist
+    if reason := remove_folder(inner):
+        log.warning("%s stays until the next build: %s", format_path(inner), reason)
     return nbytes
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ...machine.errors import I2LError
-from ...machine.files import atomic_path
+from ...machine.files import atomic_path, read_small, remove_leftovers
 from ...machine.platforms.mapping import MappedFile
 from ...machine.wording import format_bytes
 from ..errors import EngineFileChanged, EngineFileDamaged, EngineFileUnreadable
@@ -182,7 +182,7 @@ def _mark(path: Path, directory: Path, wanted: FileFacts) -> str:
 
 def _read_notes(directory: Path) -> Notes:
     try:
-        values = json.loads((directory / CHECKED).read_text(encoding="utf-8"))
+        values = json.loads(read_small(directory / CHECKED))
         marks, word = values["files"], values["word"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return Notes({}, "")
@@ -196,6 +196,7 @@ def _forget(directory: Path, name: str) -> None:
 
 
 def _write_notes(directory: Path, notes: Notes) -> None:
+    remove_leftovers(directory)  # of runs that were killed while they noted this
     try:
         with atomic_path(directory / CHECKED) as temporary:
             temporary.write_text(json.dumps({"word": notes.word, "files": notes.marks}), encoding="utf-8")

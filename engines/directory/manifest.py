@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ...machine.files import read_small
 from ...machine.wording import printable
 from ...specs import FAMILIES, Family, Spec, spec_from_dict, spec_to_dict
 from ..errors import EnginesMissing, ManifestInvalid
@@ -117,7 +118,7 @@ def read_manifest(directory: Path, *, planned: bool = False) -> Manifest:
     """
     path = directory / MANIFEST
     try:
-        text = path.read_bytes()
+        text = read_small(path)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise EnginesMissing(directory) from error
     except OSError as error:
@@ -214,6 +215,9 @@ def require_sound(manifest: Manifest, *, planned: bool) -> None:
     """
     _require(BUILD.fullmatch(manifest.build), f"its build is called {manifest.build!r}")
     _require(NAME.fullmatch(manifest.precision), f"its precision is {manifest.precision!r}")
+    texts = (manifest.build_key, manifest.precision_reason, manifest.created, *dict(manifest.versions).values())
+    _require(all(isinstance(text, str) for text in texts), "one of its texts is none")
+    _require(_is_count(manifest.blocks_per_chunk), f"it has {manifest.blocks_per_chunk!r} blocks per chunk")
     for name, facts in manifest.files.items():
         parts = PurePosixPath(name).parts
         _require("/".join(parts) == name and 0 < len(parts) <= DEPTH, f"it names the file {name!r}")
@@ -224,6 +228,8 @@ def require_sound(manifest: Manifest, *, planned: bool) -> None:
         _require(NAME.fullmatch(graph) and path in manifest.files, f"the graph {graph!r} is no file of it")
     for family, model in manifest.models.items():
         _require(model.spec.family == family, f"the spec of {family} is that of {model.spec.family}")
+        sources = [model.checkpoint["shape_hash"], *dict(model.checkpoint).values()]
+        _require(all(isinstance(fact, str | int) for fact in sources), f"the checkpoint of {family} is {sources}")
         nbytes = None if planned else manifest.files[model.pack].nbytes
         _require(PurePosixPath(model.pack).parts[:-1] == (family,), f"the pack of {family} is {model.pack!r}")
         _require(NAME.fullmatch(PurePosixPath(model.pack).name), f"the pack of {family} is {model.pack!r}")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ...machine.files import read_small
 from ..errors import FolderNotEngines
 from .manifest import MANIFEST
 
@@ -26,7 +27,6 @@ def _is_own(directory: Path) -> bool:
     if (directory / LOCK).is_file():
         return True
     try:
-        with (directory / MANIFEST).open("rb") as file:
-            return file.read(16).startswith(b'{"format":')  # other programs have files of this name too
+        return read_small(directory / MANIFEST).startswith(b'{"format":')  # other programs have files of this name too
     except OSError:
         return False

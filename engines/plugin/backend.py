@@ -115,6 +115,11 @@ class PluginBackend:
         return self._residency
 
     @property
+    def peak_bytes(self) -> int:
+        """The most of the card by our own count, since it was last opened."""
+        return self.device.peak_bytes
+
+    @property
     def placement(self) -> dict[str, dict[str, set[str]]]:
         """``graph -> provider -> operators``."""
         return {graph: engine.placement for graph, engine in self._engines.items()}
@@ -195,12 +200,14 @@ class PluginBackend:
         }
         chunks = {family: model.chunks for family, model in models.items()}
         kinds = {(family, i): kind_of(chunk) for family, row in chunks.items() for i, chunk in enumerate(row)}
+        # Opening reads every value back, through a buffer of its size that is kept (measured).
+        largest_read = max(info.nbytes for model in models.values() for info in model.tensors.values())
         plan = partial(
             plan_residency,
             chunks,
             memory,
             slots=Slots(kinds=kinds, staged=True),
-            reserved_bytes=self._seat.provider.reserved_bytes,
+            reserved_bytes=self.device.reserved_bytes + largest_read,
         )
         return plan(plan(1 << 62).least_bytes if budget_bytes is None else budget_bytes)
 

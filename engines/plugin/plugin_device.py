@@ -35,10 +35,12 @@ NO_MEMORY = re.compile(
 class DeviceValue:
     """A tensor on the card, which can be taken back whoever still holds this."""
 
-    __slots__ = ("__weakref__", "held")
+    __slots__ = ("__weakref__", "held", "nbytes")
 
-    def __init__(self, held: ort.OrtValue) -> None:
+    def __init__(self, held: ort.OrtValue, nbytes: int = 0) -> None:
         self.held: ort.OrtValue | None = held
+        self.nbytes = nbytes
+        """0 of what a run made: that counts as the run's."""
 
     def shape(self) -> list[int]:
         assert self.held is not None, "the backend is closed"
@@ -70,8 +72,14 @@ class PluginDevice:
         self._errors = ErrorLog(provider.error_log)
         self._values: WeakSet[DeviceValue] = WeakSet()
         self._unsettled_bytes = 0
+        self._ran: dict[int, int] = {}
+        """``session -> bytes`` that its runs computed in, which the provider keeps."""
         self.allocated_bytes = 0
-        """Of values that were asked for by :meth:`allocate`; what runs take is the provider's."""
+        """The most at one time of values that were asked for by :meth:`allocate`; what runs take is the provider's."""
+        self.staged_bytes = 0
+        """The most at one time of copies on their way."""
+        self.read_bytes = 0
+        """Of the largest value that was read: it comes through a buffer that the provider keeps."""
         with ExitStack() as undo:
             self._library = library_of(provider)
             self._library.begin()
@@ -82,6 +90,19 @@ class PluginDevice:
     def open(self) -> None:
         """Allocate what waits; once the first session has brought the provider up."""
         self._smallest = self.allocate(np.float32, (1,))
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most of the card by this count: a provider tells neither what it holds nor what it keeps for reuse."""
+        ran = sum(self._ran.values())
+        copies = self.staged_bytes + self.read_bytes
+        return self.allocated_bytes + copies + ran + self.reserved_bytes
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What the provider takes beside the tensors."""
+        software = self._card is not None and self._card.kind == "software"
+        return self._provider.reserved_in_software_bytes if software else self._provider.reserved_bytes
 
     # --- memory ---------------------------------------------------------------------------------------------------
 
@@ -110,8 +131,9 @@ class PluginDevice:
         except FAILURES as error:
             raise self._failure(str(error), nbytes) from error
         self._check(nbytes)
-        self.allocated_bytes += nbytes
-        return self._keep(held)
+        value = self._keep(held, nbytes)
+        self.allocated_bytes = max(self.allocated_bytes, sum(value.nbytes for value in self._values))
+        return value
 
     def write(self, value: DeviceValue, array: NDArray[np.generic]) -> None:
         """Enqueue a copy to the card; the array is free again at once."""
@@ -122,6 +144,7 @@ class PluginDevice:
             raise self._failure(str(error), array.nbytes) from error
         self._check(array.nbytes)
         self._unsettled_bytes += array.nbytes
+        self.staged_bytes = max(self.staged_bytes, self._unsettled_bytes)
 
     def read(self, value: DeviceValue) -> NDArray[Any]:
         """A value as an array, once it is computed."""
@@ -132,6 +155,7 @@ class PluginDevice:
             raise self._failure(str(error), 0) from error
         self._check(array.nbytes)
         self._unsettled_bytes = 0
+        self.read_bytes = max(self.read_bytes, array.nbytes)
         return array
 
     def settle(self) -> None:
@@ -180,6 +204,7 @@ class PluginDevice:
         except FAILURES as error:
             raise self._failure(str(error), wanted_bytes) from error
         self._check(wanted_bytes)
+        self._ran[id(session)] = wanted_bytes
         return {name: self._keep(held) for name, held in zip(outputs, binding.get_outputs(), strict=True)}
 
     def close(self) -> None:
@@ -190,9 +215,9 @@ class PluginDevice:
 
     # --------------------------------------------------------------------------------------------------------------
 
-    def _keep(self, held: ort.OrtValue) -> DeviceValue:
+    def _keep(self, held: ort.OrtValue, nbytes: int = 0) -> DeviceValue:
         self._library.made.add(held)
-        value = DeviceValue(held)
+        value = DeviceValue(held, nbytes)
         self._values.add(value)
         return value
 

@@ -14,11 +14,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from ...machine.files import read_small
 from ...specs import Spec
 from ..directory.architectures import GENERATIONS
 from ..directory.generations import build_target
 from ..directory.integrity import file_sha256
 from ..directory.manifest import spec_hash
+from ..directory.typed_facts import typed
 from .errors import PlanMissing, PlanStale
 
 PLANS = "plans"
@@ -66,7 +68,7 @@ def plans_folder(engines: Path, sm: int, precision: str) -> Path:
 def read_plans(folder: Path) -> dict[str, PlanFacts]:
     """``graph -> facts``; empty where there are none, or none that can be read."""
     try:
-        rows = json.loads((folder / FACTS).read_bytes())
+        rows = json.loads(read_small(folder / FACTS))
         return {graph: _facts(row) for graph, row in rows.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
@@ -139,4 +141,4 @@ def differences(found: PlanKey, wanted: PlanKey) -> list[str]:
 def _facts(row: dict[str, object]) -> PlanFacts:
     values = {field.name: row[field.name] for field in fields(PlanFacts)}
     key = dict(values["key"])  # type: ignore[call-overload]  # a mapping, or the caller's except
-    return PlanFacts(**{**values, "key": PlanKey(**{"form": 0, **key, "profile": tuple(key["profile"])})})  # type: ignore[arg-type]
+    return typed(PlanFacts(**{**values, "key": typed(PlanKey(**{"form": 0, **key, "profile": tuple(key["profile"])}))}))  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from ...machine.files import read_small
 from .errors import CheckpointIncomplete
 
 INDEX = ".safetensors.index.json"
@@ -55,8 +56,8 @@ def _indexed(path: Path) -> Mapping[str, str] | None:
     """The ``tensor -> file`` of an index that names this file."""
     for index in sorted(path.parent.glob(f"*{INDEX}")):
         try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError):
+            names = json.loads(read_small(index))["weight_map"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # no index: the files' own names must say it
         if isinstance(names, dict) and path.name in names.values():
             return names

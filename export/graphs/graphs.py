@@ -33,7 +33,6 @@ ONNX_TYPES = {
     "BF16": onnx.TensorProto.BFLOAT16,
     "F8_E4M3": onnx.TensorProto.FLOAT8E4M3FN,
     "I8": onnx.TensorProto.INT8,
-    "U8": onnx.TensorProto.UINT8,
 }
 
 

@@ -15,16 +15,13 @@ import torch
 from torch import Tensor
 
 from ...engines.directory.pieces import LARGEST_BYTES, cut_shapes, piece_names
+from .balanced_int8 import BalancedInt8, BalancedLinear
 from .base import FloatLinear, Linear, Linears, Weights, product
 from .floats import Float
-from .left_int8 import LeftInt8
-from .linears import gemm
+from .linears import dequantised
 from .rotated_int8 import RotatedInt8, RotatedInt8Linear
 from .storing import Stored
 from .torch_rotation import rotate
-
-ZERO_POINT = 128
-"""Of the adapter's unsigned bytes."""
 
 
 def cut_stored(stored: Sequence[Stored], largest_bytes: int) -> list[Stored]:
@@ -120,42 +117,38 @@ def dequantised_columns(panels: Tensor, scale: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DequantisedLeftInt8(LeftInt8):
-    """The adapter's uint8 matrices."""
+class DequantisedBalancedInt8(BalancedInt8):
+    """The adapter's int8 panels, large matrices in pieces."""
 
     largest_bytes: int = LARGEST_BYTES
 
     def stored(self, out_features: int, in_features: int, group: int | None = None) -> list[Stored]:
         return cut_stored(super().stored(out_features, in_features, group), self.largest_bytes)
 
-    def linear(self, name: str, in_features: int) -> Linear:  # noqa: ARG002
-        return DequantisedLeft(name)
+    def linear(self, name: str, in_features: int) -> Linear:
+        return DequantisedBalanced(name, in_features)
 
     def linears(self, names: Sequence[str], in_features: int) -> Linears:
         return Linears([self.linear(name, in_features) for name in names])
 
 
-class DequantisedLeft(Linear):
-    """The dequantised matrix as it lies: one panel on the right of a Gemm, several on the left of a product each."""
+class DequantisedBalanced(BalancedLinear):
+    """A float32 product with each dequantised panel; a single panel may come in pieces of its input channels."""
 
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
         pieces = pieces_of(self.name, weights)
-        if pieces[0].shape[2] == x.shape[1]:
-            columns = [gemm(x, self.dequantised(piece).squeeze(0)) for piece in pieces]
-            total = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
-        else:
-            width = pieces[0].shape[2]
-            parts = parted(x.view(-1, x.shape[1] // width, width).permute(1, 2, 0), pieces)  # [P, p, B]
-            sums = [(self.dequantised(piece) @ part).sum(0) for piece, part in zip(pieces, parts, strict=True)]
-            total = reduce(torch.add, sums).t()
-        y = total * self.scale(weights)
-        bias = self.bias(weights)
-        return y if bias is None else y + bias
+        panels = self.scale(weights).shape[0]
+        rotated = rotate(x, self.rotation)
+        if panels == 1:
+            widths = [piece.shape[2] for piece in pieces]
+            parts = [rotated] if len(pieces) == 1 else list(torch.split(rotated, widths, dim=1))
+            products = [part @ self.dequantised(piece)[0, 0] for part, piece in zip(parts, pieces, strict=True)]
+            return self.joined(reduce(torch.add, products)[None, :, None], weights)
+        parts = parted(rotated.view(-1, panels, rotated.shape[1] // panels).transpose(0, 1), pieces)
+        products = [part @ self.dequantised(piece).squeeze(1) for part, piece in zip(parts, pieces, strict=True)]
+        y = products[0] if len(products) == 1 else torch.cat(products)
+        return self.joined(y.unsqueeze(2), weights)
 
     def dequantised(self, piece: Tensor) -> Tensor:
-        """uint8 around 128 as float32, without the scale."""
-        zero_point = torch.tensor(ZERO_POINT, dtype=torch.uint8)
-        y: Tensor = torch.onnx.ops.symbolic(
-            "DequantizeLinear", [piece, torch.ones(()), zero_point], dtype=torch.float32, shape=piece.shape
-        )
-        return y
+        """int8 as float32, without the scale."""
+        return dequantised(piece, torch.ones(()), torch.float32)

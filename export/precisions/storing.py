@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
+from ...engines.cpu.rotation import balanced_size, block_size
 from ...specs import Spec
 from ..checkpoints.weights import Matrix, Weight
 
 Stored: TypeAlias = tuple[str, str, tuple[int, ...]]
 """``(suffix, safetensors dtype, shape)``."""
 PANEL = 128
-"""Output channels side by side in memory. onnxruntime packs the weights at every call, as they are inputs; narrow
-panels take half the time of whole rows with AMX, four fifths without (docs/adr/0001)."""
+"""Output channels side by side in memory; the adapter's input channels of one scale, at most. onnxruntime packs the
+encoders' weights at every call, as they are inputs; narrow panels take half the time of whole rows with AMX, four
+fifths without (docs/adr/0001)."""
 
 
 class Storing(Protocol):
@@ -48,12 +50,18 @@ class StoredFloat8:
         return [("weight", "F8_E4M3", (out_features, in_features)), ("scale", "F32", (out_features,))]
 
 
-class StoredLeftInt8:
-    """uint8 in panels of columns, one scale per output channel."""
+class StoredBalancedInt8:
+    """int8 in panels of input channels, each block brought to some more; one scale per panel and output channel.
+
+    The dimension of one is there for the graph: an input that is reshaped might be copied.
+    """
 
     def stored(self, out_features: int, in_features: int, group: int | None = None) -> list[Stored]:  # noqa: ARG002
-        width = panel_width(in_features)
-        return [("weight", "U8", (in_features // width, out_features, width)), ("scale", "F32", (out_features,))]
+        size = block_size(in_features)
+        blocks = in_features // size
+        each = next(count for count in range(max(1, PANEL // size), 0, -1) if blocks % count == 0)
+        shape = (blocks // each, 1, each * balanced_size(size), out_features)
+        return [("weight", "I8", shape), ("scale", "F32", (shape[0], 1, 1, out_features))]
 
 
 class StoredRotatedInt8:
@@ -68,7 +76,7 @@ class StoredRotatedInt8:
 def storing_for(name: str, spec: Spec) -> Storing:
     """How the precision ``name`` lays out a model's packs; int8 differs for products of few rows."""
     if name == "int8":
-        return StoredLeftInt8() if spec.family == "adapter" else StoredRotatedInt8()
+        return StoredBalancedInt8() if spec.family == "adapter" else StoredRotatedInt8()
     kept: dict[str, Storing] = {"fp8": StoredFloat8(), "bf16": StoredFloat("BF16"), "fp32": StoredFloat("F32")}
     return kept[name]
 

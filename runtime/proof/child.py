@@ -28,7 +28,8 @@ from ...engines.errors import BackendUnavailable, BudgetTooSmall, EnginesError, 
 from ...machine.errors import I2LError, PackageMissing
 from .judging import FormOutcome
 from .records import outcome_from_dict
-from .trial import Tell, Trial, time_backend
+from .timing import time_cpu
+from .trial import Tell, Trial
 
 ROOT = Path(__file__).parents[2]
 BOOT = """
@@ -65,6 +66,8 @@ class Task:
     engines: Path
     backend: str
     limits: Limits
+    software: bool = False
+    """The card is a renderer on the CPU."""
     time_only: bool = False
 
 
@@ -153,8 +156,8 @@ def serve(values: dict[str, Any]) -> None:
 def _do(task: Task, tell: Tell) -> FormOutcome:
     manifest = read_manifest(task.engines)
     if task.time_only:
-        return time_backend(task.engines, manifest, task.backend, task.limits)
-    return Trial(task.engines, manifest, task.backend, task.limits, tell).run()
+        return time_cpu(task.engines, manifest, task.limits)
+    return Trial(task.engines, manifest, task.backend, task.limits, tell, task.software).run()
 
 
 def _task_to_dict(task: Task) -> dict[str, Any]:
@@ -164,13 +167,13 @@ def _task_to_dict(task: Task) -> dict[str, Any]:
     return {
         "path": sys.path, "root": str(ROOT), "init": str(ROOT / "__init__.py"), "module": module,
         "engines": str(task.engines.absolute()), "backend": task.backend, "limits": limits,
-        "time_only": task.time_only,
+        "software": task.software, "time_only": task.time_only,
     }  # fmt: skip
 
 
 def _task_from_dict(values: dict[str, Any]) -> Task:
     limits = {**values["limits"], "vram": VramBudget(**values["limits"]["vram"])}
-    return Task(Path(values["engines"]), values["backend"], Limits(**limits), values["time_only"])
+    return Task(Path(values["engines"]), values["backend"], Limits(**limits), values["software"], values["time_only"])
 
 
 def _read(stream: IO[str], put: Callable[[str | None], None]) -> None:

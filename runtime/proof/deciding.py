@@ -38,11 +38,10 @@ class Decider:
     fallback: Path
     time_limits: TimeLimits = field(default_factory=TimeLimits)
     _cpu: FormOutcome | None = None
-    _cpu_known: bool = False
 
     def __post_init__(self) -> None:
         self.records = Records(self.engines, self.manifest.build, self.fallback)
-        self._prover = Prover(self.engines, self.manifest.precision, self.limits, self.time_limits)
+        self._prover = Prover(self.engines, self.limits, self.time_limits)
 
     def decide(self, backend: str, *, prove: bool) -> Chosen:
         """Where to compute.
@@ -64,9 +63,23 @@ class Decider:
         return Subject(status.name, card, self.manifest.build, __version__) if card else None
 
     def prove(self, subject: Subject) -> Record:
-        """Prove a backend now, and keep the record."""
-        if not self._cpu_known:
-            self._cpu, self._cpu_known = self._prover.cpu_time(), True
+        """Prove a backend now, and keep the record.
+
+        Two proofs at once would spoil each other's times: who comes second waits, and takes what the first found.
+        """
+        waited = False
+
+        def waiting() -> None:
+            nonlocal waited
+            waited = True
+            log.info("another process proves a card: waiting for it")
+
+        with self.records.turn(waiting, lambda: self.limits.report("waiting for another proof", 0, 1)):
+            record = self.records.of(subject) if waited else None
+            return record or self._prove(subject)
+
+    def _prove(self, subject: Subject) -> Record:
+        self._cpu = self._cpu or self._prover.cpu_time()
         record = self._prover.prove(subject, self._cpu)
         if record.lasting:
             self.records.keep(record)

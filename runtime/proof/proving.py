@@ -23,13 +23,11 @@ class Prover:
 
     Args:
         engines: the directory, whose files were checked.
-        precision: of its packs.
         limits: what a backend may take; ``report`` is told the progress and may interrupt by raising.
         time_limits: when a proof is taken for hung.
     """
 
     engines: Path
-    precision: str
     limits: Limits
     time_limits: TimeLimits = field(default_factory=TimeLimits)
 
@@ -42,7 +40,7 @@ class Prover:
         """
         start = time.monotonic()
         forms: Sequence[str | None] = offer_of(subject.backend).forms or (None,)
-        outcomes = tuple(self._form(subject.backend, form) for form in forms)
+        outcomes = tuple(self._form(subject, form) for form in forms)
         return Record(
             subject=subject,
             forms=outcomes,
@@ -52,15 +50,14 @@ class Prover:
             made=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
-    def cpu_time(self) -> FormOutcome | None:
-        """How long the CPU takes for an image; None for fp8 packs, which it would first convert, in minutes."""
-        if self.precision == "fp8":
-            return None
+    def cpu_time(self) -> FormOutcome:
+        """How long the CPU takes for an image."""
         task = Task(self.engines, TIMING, replace(self.limits, device=None, form=None), time_only=True)
         return run_task(task, self._tell("timing the CPU"), self.time_limits)
 
-    def _form(self, backend: str, form: str | None) -> FormOutcome:
-        task = Task(self.engines, backend, replace(self.limits, form=form))
+    def _form(self, subject: Subject, form: str | None) -> FormOutcome:
+        backend = subject.backend
+        task = Task(self.engines, backend, replace(self.limits, form=form), software=subject.card.software)
         return run_task(task, self._tell(f"proving {backend}{f' ({form})' if form else ''}"), self.time_limits)
 
     def _tell(self, stage: str) -> Tell:

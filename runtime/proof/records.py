@@ -9,20 +9,25 @@ parse, or that is of another driver, library, build or i2l, is as good as none: 
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ...engines.base import CardFacts
 from ...engines.directory.manifest import PROOFS
+from ...engines.directory.typed_facts import typed
 from ...machine.errors import I2LError
-from ...machine.files import atomic_path
+from ...machine.files import atomic_path, read_small, remove_leftovers
+from ...machine.locks import exclusive
 from ...machine.wording import format_path
 from .judging import FormOutcome
 
 log = logging.getLogger(__name__)
-FORMAT = 1
+LOCK = "lock"
+FORMAT = 2
 """Raised whenever a proof checks something else, or a record says something else."""
 
 
@@ -46,7 +51,7 @@ class Record:
     forms: tuple[FormOutcome, ...]
     """Each on its own, as a crash ends a process."""
     cpu_ms_per_image: float | None
-    """None where the CPU would first convert the packs."""
+    """None where it could not be timed."""
     cpu_estimated: bool
     seconds: float
     """The proof took, the CPU's time included."""
@@ -99,6 +104,24 @@ class Records:
     def __init__(self, engines: Path, build: str, fallback: Path) -> None:
         self._build = build
         self._paths = (engines / PROOFS, fallback / f"{build}.json")
+        self._lock = fallback / LOCK
+
+    @contextmanager
+    def turn(self, waiting: Callable[[], None], meanwhile: Callable[[], None]) -> Iterator[None]:
+        """One proof of this user at a time, whatever the engines; where no lock can be made, that is said.
+
+        Args:
+            waiting: called once if another one runs.
+            meanwhile: called while waiting; what it raises ends that.
+        """
+        with ExitStack() as stack:
+            try:
+                self._lock.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(exclusive(self._lock, waiting=waiting, meanwhile=meanwhile))
+            except OSError as error:
+                reason = os.strerror(error.errno or 0)
+                log.warning("%s: %s: another proof at the same time would spoil its times", self._lock, reason)
+            yield
 
     def read(self) -> list[Record]:
         """All records of the build."""
@@ -117,6 +140,7 @@ class Records:
         others = [kept for kept in self.read() if (kept.subject.backend, kept.subject.card.name) != same]
         reasons = []
         for path in self._paths:
+            remove_leftovers(path.parent)
             try:
                 with atomic_path(path) as temporary:
                     temporary.write_text(records_to_json([*others, record]), encoding="utf-8")
@@ -135,11 +159,11 @@ def records_to_json(records: Iterable[Record]) -> str:
     return json.dumps({"format": FORMAT, "records": [asdict(record) for record in records]}, indent=1)
 
 
-def records_from_json(text: str) -> list[Record]:
+def records_from_json(text: str | bytes) -> list[Record]:
     """What :func:`records_to_json` wrote.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: it does not parse.
+        ValueError, KeyError, TypeError, AttributeError: it does not parse, or a value is of another kind.
     """
     values = json.loads(text)
     if values["format"] != FORMAT:
@@ -153,18 +177,21 @@ def outcome_from_dict(row: Mapping[str, Any]) -> FormOutcome:
 
 
 def _record(row: Mapping[str, Any]) -> Record:
-    subject = {**row["subject"], "card": CardFacts(**row["subject"]["card"])}
-    forms = tuple(outcome_from_dict(outcome) for outcome in row["forms"])
-    return Record(**{**row, "subject": Subject(**subject), "forms": forms})
+    subject = {**row["subject"], "card": typed(CardFacts(**row["subject"]["card"]))}
+    forms = tuple(typed(outcome_from_dict(outcome)) for outcome in row["forms"])
+    record = Record(**{**row, "subject": typed(Subject(**subject)), "forms": forms})
+    if any(outcome.passed and outcome.ms_per_image is None for outcome in forms):
+        raise ValueError("a form is right and has no time")
+    return typed(record)
 
 
 def _read(path: Path) -> list[Record]:
     try:
-        return records_from_json(path.read_text(encoding="utf-8"))
+        return records_from_json(read_small(path))
     except FileNotFoundError:
         return []
     except OSError as error:
-        reason = str(error.strerror)
+        reason = error.strerror or str(error)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         reason = "it does not parse"
     log.warning("%s cannot be used (%s): cards prove themselves anew", format_path(path), reason)

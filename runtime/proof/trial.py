@@ -5,7 +5,7 @@ enough that every slot is used several times, in the order and by the streamer o
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,13 +13,13 @@ from typing import Any
 
 from ...engines.backends import offer_of, right_outputs
 from ...engines.base import Array, Limits, Opened, VramBudget
-from ...engines.device.backend import DeviceBackend
-from ...engines.device.residency import Planned
-from ...engines.directory.manifest import Chunk, Manifest
+from ...engines.device.residency import Counted, Planned
+from ...engines.directory.manifest import Manifest
 from ...engines.errors import BudgetTooSmall
 from ...specs import Family
 from ..streamer import stream
 from .activations import seeded_activation
+from .card_memory import Told, growth, told_memory
 from .judging import (
     TOLERANCES,
     FormOutcome,
@@ -28,14 +28,11 @@ from .judging import (
     error_failure,
     first_steps,
     memory_failure,
-    stretch,
+    time_failure,
     worst_error,
 )
+from .timing import STRETCH, outputs, pass_time, upload_rates
 
-STRETCH = 7
-"""Chunks of a model: with two slots each is used three times."""
-LONG_PASS_SECONDS = 6.0
-"""A pass that would take longer is estimated from the stretch."""
 ROOM_BYTES = 512 << 20
 """Beyond the smallest plan: a few chunks at full size."""
 PHASES = 7
@@ -55,6 +52,7 @@ class Trial:
         backend: its name.
         limits: what it may take, and the form of graphs.
         tell: told the phases done.
+        software: the card is a renderer on the CPU.
     """
 
     engines: Path
@@ -62,10 +60,13 @@ class Trial:
     backend: str
     limits: Limits
     tell: Tell
+    software: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
     """What was measured, by the names of :class:`FormOutcome`."""
     results: list[Array] = field(default_factory=list)
     """Of one image, to which all else must be equal."""
+    _before: Told | None = None
+    """What the process held before the card was opened."""
     _done: int = 0
     _least_bytes: int = 0
     _streamed: int | None = None
@@ -76,6 +77,8 @@ class Trial:
         """All checks, until one fails."""
         start = time.perf_counter()
         self._advance(0)
+        offer_of(self.backend)  # what it imports is not the card's
+        self._before = told_memory(software=self.software)
         failure = self._in_force() or self._smallest() or self._roomier()
         return FormOutcome(self.limits.form, failure, seconds=time.perf_counter() - start, **self.facts)
 
@@ -101,8 +104,10 @@ class Trial:
             self.facts |= pass_time(opened, first, seconds)
             self._advance()
             self.facts |= memory(opened)
+            told = self._told()
+            self.facts |= {"told_bytes": told.nbytes, "told_by": told.by} if told else {}
             self._streamed = streamed_bytes(opened)
-        return memory_failure(self.facts["peak_bytes"], self.facts["budget_bytes"])
+        return memory_failure(self.facts["peak_bytes"], self.facts["budget_bytes"], told)
 
     def _smallest(self) -> str:
         """The least plan that works, where everything streams; nothing to do for a backend without a budget."""
@@ -124,8 +129,10 @@ class Trial:
             self._advance()
             self.facts |= upload_rates(opened, first)
             self._advance()
-            used = memory(opened)
-        return memory_failure(used["peak_bytes"], used["budget_bytes"])
+            used, told = memory(opened), self._told()
+        rate = self.facts.get("upload_bytes_per_second")
+        late = time_failure(self.facts["ms_per_image"], self._streamed, rate)
+        return memory_failure(used["peak_bytes"], used["budget_bytes"], told) or late
 
     def _roomier(self) -> str:
         """A plan where chunks stay, if that in force is the smallest, as where a card does not tell what is free."""
@@ -137,6 +144,10 @@ class Trial:
         with closing(opened.backend):
             found, _ = outputs(opened, self._inputs(opened, 1), STRETCH)
         return difference_failure("with chunks that stay", difference(self.results, found))
+
+    def _told(self) -> Told | None:
+        """What others say that the card holds for this process, now that everything has run."""
+        return growth(self._before, told_memory(software=self.software))
 
     def _within(self, budget_bytes: int) -> Limits:
         return replace(self.limits, vram=VramBudget(budget_bytes))
@@ -183,81 +194,11 @@ class Trial:
         self.tell(self._done, PHASES + sum(len(first_steps(model)) for model in self.manifest.models.values()))
 
 
-def time_backend(engines: Path, manifest: Manifest, backend: str, limits: Limits) -> FormOutcome:
-    """How long an image takes, and nothing else: for the CPU, which cards are held against."""
-    start = time.perf_counter()
-    opened = offer_of(backend).open(engines, manifest, limits)
-    with closing(opened.backend):
-        models = opened.running.models
-        first = {
-            family: seeded_activation(model.spec, model.chunks[0].steps[0].graph, 1) for family, model in models.items()
-        }
-        outputs(opened, first, STRETCH)
-        _, seconds = outputs(opened, first, STRETCH)
-        facts = pass_time(opened, first, seconds)
-    return FormOutcome(limits.form, seconds=time.perf_counter() - start, **facts)
-
-
-def outputs(
-    opened: Opened, inputs: Mapping[Family, Array], most: int | None
-) -> tuple[list[Array], dict[Family, float]]:
-    """What a pass over at most so many chunks of each model gives, and the seconds of each."""
-    backend, results = opened.backend, []
-    seconds: dict[Family, float] = {}
-    for family, model in opened.running.models.items():
-        start = time.perf_counter()
-        value = backend.value(inputs[family])
-        for step, weights in stream(backend.store(family), part_of(model.chunks, most)):
-            if family == "adapter":  # its steps do not follow each other
-                given = backend.engine(step.graph).run(backend.value(inputs[family]), weights)
-                results += [backend.array(factor) for factor in given.values()]
-            else:
-                (value,) = backend.engine(step.graph).run(value, weights).values()
-        if family != "adapter":
-            results.append(backend.array(value))
-        seconds[family] = time.perf_counter() - start
-    return results, seconds
-
-
-def pass_time(opened: Opened, inputs: Mapping[Family, Array], seconds: Mapping[Family, float]) -> dict[str, Any]:
-    """The milliseconds of an image: of a pass, or from those of a stretch where a pass would take long."""
-    estimate = 0.0
-    for family, model in opened.running.models.items():
-        part = sum(chunk.nbytes for chunk in part_of(model.chunks, STRETCH))
-        estimate += seconds[family] * sum(chunk.nbytes for chunk in model.chunks) / part
-    if estimate > LONG_PASS_SECONDS:
-        return {"ms_per_image": 1e3 * estimate, "estimated": True}
-    outputs(opened, inputs, None)  # chunks that stay come now
-    _, whole = outputs(opened, inputs, None)
-    return {"ms_per_image": 1e3 * sum(whole.values()), "estimated": False}
-
-
-def upload_rates(opened: Opened, inputs: Mapping[Family, Array]) -> dict[str, float]:
-    """Bytes a second that reach the device: with nothing computing, and while it computes."""
-    backend = opened.backend
-    nbytes, alone = 0, 0.0
-    _, busy = outputs(opened, inputs, STRETCH)
-    for family, model in opened.running.models.items():
-        store, chunks = backend.store(family), part_of(model.chunks, STRETCH)
-        nbytes += sum(chunk.nbytes for chunk in chunks if chunk not in store.resident)
-        start = time.perf_counter()
-        for _ in stream(store, chunks):
-            pass
-        backend.array(backend.value(inputs["adapter"]))  # waits for what was enqueued
-        alone += time.perf_counter() - start
-    if not nbytes:
-        return {}
-    return {
-        "upload_bytes_per_second": nbytes / alone,
-        "busy_upload_bytes_per_second": nbytes / sum(busy.values()),
-    }
-
-
 def memory(opened: Opened) -> dict[str, int | None]:
     """What was in use at most, and what was allowed, as far as the backend counts it."""
     backend = opened.backend
     return {
-        "peak_bytes": backend.peak_bytes if isinstance(backend, DeviceBackend) else None,
+        "peak_bytes": backend.peak_bytes if isinstance(backend, Counted) else None,
         "budget_bytes": backend.residency.budget_bytes if isinstance(backend, Planned) else None,
     }
 
@@ -265,8 +206,3 @@ def memory(opened: Opened) -> dict[str, int | None]:
 def streamed_bytes(opened: Opened) -> int | None:
     """What a pass copies to the device; None for a backend that plans nothing."""
     return opened.backend.residency.streamed_bytes if isinstance(opened.backend, Planned) else None
-
-
-def part_of(chunks: Sequence[Chunk], most: int | None) -> tuple[Chunk, ...]:
-    """At most so many chunks; all for None."""
-    return tuple(chunks) if most is None else stretch(tuple(chunks), most)

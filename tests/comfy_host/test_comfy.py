@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import psutil
 import pytest
 import torch
 from pathspec import PathSpec
@@ -37,6 +39,7 @@ from i2l.comfy_host.errors import (
     OutputOutside,
 )
 from i2l.comfy_host.heat_map import CELL_HEIGHT, LEFT, TOP, VIRIDIS, cell_width
+from i2l.engines.backends import BACKENDS
 from i2l.engines.cpu.backend import OrtEngine
 from i2l.engines.cpu.converted import CPU_FOLDER
 from i2l.errors import BackendUnavailable, CheckpointMissing, ImageAbsurd, ImageUnreadable
@@ -592,6 +595,9 @@ def test_engines_are_built_on_first_use(
 def test_changed_checkpoints_are_built_anew(
     apply: Callable[..., Any], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before = mapped_packs()  # a pipeline of another test may still be open
+    apply()
+    assert mapped_packs() > before
     adapters = home / "models" / "I2L" / "Z-Image"
     original = adapters.resolve()
     adapters.unlink()
@@ -602,11 +608,18 @@ def test_changed_checkpoints_are_built_anew(
 
     def build(_: object, engines: Path, **options: object) -> None:
         assert options["precision"] == "auto"
+        assert mapped_packs() == before  # Windows would let none of them be removed
         raise Built(engines.name)
 
     monkeypatch.setattr("i2l.export.build.build_engines", build)
     with pytest.raises(Built, match="Z-Image-i2L-int8"):
         apply()
+
+
+def mapped_packs() -> int:
+    """How many packs are in this process's address space."""
+    maps = psutil.Process().memory_maps(grouped=False)
+    return sum(Path(found.path).name == "weights.safetensors" for found in maps)
 
 
 def test_engines_serve_when_the_encoders_are_gone(
@@ -799,6 +812,24 @@ def test_an_error_and_an_interrupt_stand_on_the_node(apply: Callable[..., Any], 
     with pytest.raises(LoraDataForeign) as foreign:
         nodes.Save().save({}, "style")
     assert host.texts[-1] == str(foreign.value)
+
+
+def test_a_card_that_proves_itself_is_spoken_of(
+    apply: Callable[..., Any], host: Host, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text moves with its phases, so that nobody takes it for hung; the CPU goes on, as this card crashes."""
+    engines = home / "models" / "I2L" / "engines"
+    shared = engines.resolve()
+    engines.unlink()
+    shutil.copytree(shared, engines)  # the record lies beside them
+    monkeypatch.setitem(BACKENDS, "played", "played_card")
+    monkeypatch.setenv("PLAYED_CARD", json.dumps({"fault": "crashes"}))
+    _, data = apply()
+    assert data.made
+    proving = [text for text in host.texts if text.startswith("proving played, ")]
+    assert proving[0] == "proving played, 0 %"
+    assert len(proving) > 1
+    assert any(text.startswith("timing the CPU, ") for text in host.texts)
 
 
 def test_a_prompt_of_the_api_has_nobody_to_tell(apply: Callable[..., Any], host: Host) -> None:
@@ -1000,6 +1031,8 @@ def test_load_picture_lists_what_it_reads_and_sees_a_change(nodes: ModuleType, p
     assert before == changed(image="no suffix", ignore_icc=False)
     photo.write_bytes(photo.read_bytes() + b"\0")
     assert before != changed(image="photo.jpg", ignore_icc=False)
+    os.mkfifo(photo.parent / "pipe.jpg")
+    assert not changed(image="pipe.jpg", ignore_icc=False)  # which would wait for who writes there
 
 
 def test_what_load_picture_cannot_read_stands_on_the_node(

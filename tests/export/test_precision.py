@@ -12,17 +12,18 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from i2l.engines.cpu.sums import PAIR_LEVELS
 from i2l.engines.directory.dtypes import ELEMENT_TYPES
 from i2l.export.checkpoints.torch_dtypes import TORCH_DTYPES
 from i2l.export.graphs.graphs import export_graph
 from i2l.export.precisions import base as precision_module
+from i2l.export.precisions.balanced_int8 import BalancedInt8
 from i2l.export.precisions.base import Precision, Rows, Weights
 from i2l.export.precisions.float8 import Float8
 from i2l.export.precisions.floats import Float
-from i2l.export.precisions.left_int8 import LeftInt8
 from i2l.export.precisions.rotated_int8 import RotatedInt8
 from i2l.export.precisions.storing import Stored
-from i2l.export.precisions.torch_rotation import rotate, rotation
+from i2l.export.precisions.torch_rotation import balanced_rotation, rotate, rotation
 from i2l.specs import EncoderSpec
 
 Array = NDArray[Any]
@@ -32,7 +33,7 @@ FORMS: dict[str, Precision] = {
     "bf16": Float("BF16"),
     "fp8": Float8(),
     "int8": RotatedInt8(),
-    "int8-adapter": LeftInt8(),
+    "int8-adapter": BalancedInt8(),
 }
 SIZES = [(64, 96), (384, 512), (192, 1536)]
 """``(out_features, in_features)``"""
@@ -211,29 +212,40 @@ def test_a_row_of_zeros_is_stored_as_finite_numbers(form: str) -> None:
 
 
 def steps_and_scales(form: str, values: Array) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stored weights ``[out, in]`` without their zero point, and scales ``[out]``."""
+    """Stored weights ``[out, in]`` and their scales ``[out]``."""
     tensors = prepared(FORMS[form], values)
     weight, scale = tensors["weight"].float(), tensors["scale"].reshape(-1)
     if form == "int8":  # panels [out / p, in, p]
         weight = weight.transpose(1, 2).reshape(values.shape)
-    if form == "int8-adapter":  # panels [in / p, out, p]
-        weight = weight.transpose(0, 1).reshape(values.shape)
-    return weight - (128 if form == "int8-adapter" else 0), scale
+    return weight, scale
 
 
 @pytest.mark.parametrize(("out_features", "in_features"), SIZES)
-@pytest.mark.parametrize(("form", "end"), [("fp8", 448), ("int8-adapter", 127)])
-def test_a_scale_brings_the_largest_value_of_a_row_to_the_end_of_the_range(
-    form: str, end: int, out_features: int, in_features: int
-) -> None:
-    weight, _ = steps_and_scales(form, matrix(out_features, in_features))
-    assert weight.abs().amax(dim=1).tolist() == [end] * out_features
+def test_a_scale_brings_the_largest_value_of_a_row_to_the_end_of_the_range(out_features: int, in_features: int) -> None:
+    weight, _ = steps_and_scales("fp8", matrix(out_features, in_features))
+    assert weight.abs().amax(dim=1).tolist() == [448] * out_features
 
 
 @pytest.mark.parametrize(("out_features", "in_features"), SIZES)
-@pytest.mark.parametrize("form", ["int8", "int8-adapter"])
-def test_a_weight_is_stored_as_the_nearest_step(form: str, out_features: int, in_features: int) -> None:
+def test_a_weight_is_stored_as_the_nearest_step(out_features: int, in_features: int) -> None:
     values = torch.from_numpy(matrix(out_features, in_features))
-    wanted = rotate(values, rotation(in_features)) if form == "int8" else values
-    weight, scale = steps_and_scales(form, values.numpy())
+    wanted = rotate(values, rotation(in_features))
+    weight, scale = steps_and_scales("int8", values.numpy())
     assert ((weight - wanted / scale[:, None]).abs() <= 0.5 + 1e-4).all()  # float32 blurs the middle between two steps
+
+
+@pytest.mark.parametrize(("out_features", "in_features"), [*SIZES, (5, 54), (3, 9)])
+def test_the_adapters_weights_are_the_nearest_steps_and_each_block_adds_up_to_zero(
+    out_features: int, in_features: int
+) -> None:
+    values = torch.from_numpy(matrix(out_features, in_features))
+    tensors = prepared(BalancedInt8(), values.numpy())
+    turn = balanced_rotation(in_features)
+    panels, _, width, _ = tensors["weight"].shape
+    steps = tensors["weight"].float().permute(3, 0, 2, 1).reshape(out_features, panels, -1, turn.shape[1])
+    wanted = rotate(values, turn).view(out_features, panels, width) / tensors["scale"].permute(3, 0, 1, 2).squeeze(3)
+    assert (steps.sum(dim=3) == 0).all()
+    off = (steps - wanted.view(steps.shape)).abs()
+    assert (off[..., : len(turn) + 1] <= 0.5 + 1e-4).all()
+    assert (off[..., len(turn) + 1] <= (len(turn) + 1) / 2).all()  # what balances
+    assert (steps.reshape(-1, 2).sum(dim=1).abs() <= PAIR_LEVELS).all()

@@ -21,7 +21,6 @@ from i2l.engines.cpu.converted import cpu_engines
 from i2l.engines.cpu.sums import ACTIVATION_LEVELS, PAIR_LEVELS, WEIGHT_LEVELS
 from i2l.engines.directory.manifest import read_manifest
 from i2l.export.precisions.base import row_scales_for_exact_sums
-from i2l.export.precisions.left_int8 import LeftInt8
 from i2l.export.precisions.rotated_int8 import RotatedInt8
 from i2l.export.precisions.torch_rotation import rotate, rotation
 
@@ -109,10 +108,10 @@ def test_packs_keep_the_limits(engines: MakeEngines, precision: str, outliers: b
         data = np.fromfile(directory / manifest.build / model.pack, np.int8)
         for info in model.tensors.values():
             if info.dtype == "I8":
-                panels, width, channels = info.shape
-                levels = data[info.offset : info.offset + info.nbytes].reshape(info.shape).astype(np.int32)
+                *_, width, channels = info.shape  # of both forms: input channels, then output channels
+                levels = data[info.offset : info.offset + info.nbytes].reshape(-1, width, channels).astype(np.int32)
                 assert np.abs(levels).max() <= WEIGHT_LEVELS
-                assert np.abs(levels.reshape(panels, width // 2, 2, channels).sum(axis=2)).max() <= PAIR_LEVELS
+                assert np.abs(levels.reshape(-1, width // 2, 2, channels).sum(axis=2)).max() <= PAIR_LEVELS
                 matrices += 1
     assert matrices > 10
 
@@ -148,7 +147,18 @@ def test_gaussian_rows_lose_what_the_docstring_says() -> None:
     assert np.linalg.norm(error) / np.linalg.norm(x @ w.T) == pytest.approx(0.0144, abs=0.0003)
 
 
-def test_the_adapters_levels_fit_too() -> None:
-    """uint8 weights around 128 on the left, 63 levels of activations on each side: any pair fits."""
-    assert INT16_LARGEST >= 2 * 255 * 63
-    assert {dtype for _, dtype, _ in LeftInt8().stored(64, 96)} == {"U8", "F32"}
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("pair", [(75, 76), (-76, -75), (127, 24), (-24, -127), (127, -127)])
+def test_the_adapters_worst_sums_are_exact(pair: tuple[int, int], images: int) -> None:
+    """One row without a zero point has a kernel of its own, which reads the weights as they lie."""
+    shapes = {"x": (2, images, 1, 132), "w": (2, 1, 132, 260), "y": (2, images, 1, 260)}
+    kinds = {"x": TensorProto.UINT8, "w": TensorProto.INT8, "y": TensorProto.INT32}
+    x, w, y = (helper.make_tensor_value_info(name, kinds[name], shape) for name, shape in shapes.items())
+    graph = helper.make_graph([helper.make_node("MatMulInteger", ["x", "w"], ["y"])], "row", [x, w], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10).SerializeToString()
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    weights = np.broadcast_to(np.resize(np.array(pair, np.int8), 132)[None, None, :, None], shapes["w"]).copy()
+    for levels in ((216, 216), (0, 216), (216, 0), (108, 216)):
+        activations = np.broadcast_to(np.resize(np.array(levels, np.uint8), 132), shapes["x"]).copy()
+        (found,) = session.run(["y"], {"x": activations, "w": weights})
+        assert (found == 66 * np.dot(levels, pair)).all()

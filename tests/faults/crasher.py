@@ -4,6 +4,7 @@
 a finished build: exporting them takes all the time and plays no part. Prints one JSON object, outcome -> how often.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -22,6 +23,9 @@ from i2l.engines.directory.manifest import read_manifest
 from i2l.errors import I2LError
 from i2l.export import build
 from i2l.machine.files import LEFTOVER
+from i2l.runtime.jobs import plan_jobs
+from i2l.runtime.making import run_jobs
+from i2l.runtime.passes import IMAGES_PER_PASS
 from i2l.runtime.pipeline import open_engines
 from injectors import arm, small_lora
 
@@ -60,6 +64,28 @@ def save(_: Path, engines: Path) -> None:
     small_lora(1).save(engines / "x.safetensors")
 
 
+def batch(_: Path, engines: Path) -> None:
+    with open_engines(engines, threads=1) as pipeline:
+        result = run_jobs(pipeline, plan_jobs(engines / "pictures", engines / "out", "image").jobs)
+    assert not result.failed, result.failed
+
+
+def prepare(kind: str, good: Path) -> None:
+    """What the work takes beside engines."""
+    if kind != "conversion":
+        memoised(good)
+    if kind == "batch":  # two rounds, each of a pass and its files
+        (good / "pictures").mkdir()
+        for index in range(IMAGES_PER_PASS + 2):
+            Image.new("RGB", (40, 40), (10 * index, 50, 90)).save(good / "pictures" / f"{index}.png")
+
+
+def loras_of(engines: Path) -> str:
+    """What a batch has made so far."""
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in engines.glob("out/*.safetensors")}
+    return json.dumps(hashes, sort_keys=True)
+
+
 def lora_of(engines: Path) -> bytes:
     with open_engines(engines, threads=1) as pipeline:
         lora = pipeline.lora_from_images([Image.new("RGB", (64, 64), "red")])
@@ -96,11 +122,16 @@ def left_over(engines: Path) -> list[str]:
 def main() -> None:
     kind, models, good = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
     step, offset, number = int(sys.argv[4]), int(sys.argv[5]), int(sys.argv[6])
-    work = {"rebuild": rebuild, "first build": finish, "conversion": convert, "save": save}[kind]
+    work = {"rebuild": rebuild, "first build": finish, "conversion": convert, "save": save, "batch": batch}[kind]
     place = good.parent / "crash"
-    if kind != "conversion":
-        memoised(good)
-    _, wanted = forked(lambda: lora_of(good).hex())
+    prepare(kind, good)
+
+    def look(engines: Path) -> str:
+        return loras_of(engines) if kind == "batch" else lora_of(engines).hex()
+
+    if kind == "batch":
+        forked(lambda: batch(models, shutil.copytree(good, place)))
+    _, wanted = forked(lambda: look(place if kind == "batch" else good))
     outcomes: Counter[str] = Counter()
     countdown = offset
     while True:
@@ -121,13 +152,18 @@ def main() -> None:
             if said:
                 outcomes[f"bad: unkilled: {said}"] += 1
             break
-        _, found = forked(lambda: lora_of(place).hex())
-        outcomes["the LoRA" if found == wanted else found[:200] if found.startswith(("refused", "bad")) else "bad"] += 1
-        if kind == "save":
-            forked(lambda: save(models, place))
+        _, found = forked(lambda: look(place))
+        if kind == "batch":
+            whole = json.loads(found).items() <= json.loads(wanted).items()
+            outcomes[f"{len(json.loads(found))} of {IMAGES_PER_PASS + 2} LoRAs" if whole else "bad: another LoRA"] += 1
+        else:
+            said = found[:200] if found.startswith(("refused", "bad")) else "bad"
+            outcomes["the LoRA" if found == wanted else said] += 1
+        if kind in {"save", "batch"}:
+            forked(lambda: work(models, place))
         elif kind != "conversion":
             forked(lambda: finish(models, place))
-        _, found = forked(lambda: lora_of(place).hex())
+        _, found = forked(lambda: look(place))
         if found != wanted:
             outcomes[f"bad: after the next one: {found[:200]}"] += 1
         if rest := left_over(place):

@@ -7,10 +7,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,22 @@ def arm(countdown: int, number: int) -> None:
     io.open = builtins.open = watched(io.open)
 
 
+@contextmanager
+def answered(seconds: int = 20) -> Iterator[None]:
+    """The body answers in time: whoever waits for a pipe that nobody writes is ended with an error of the test."""
+
+    def late(*_: object) -> None:
+        raise AssertionError("no answer")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def run_python(code: str, *arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a script in a process of its own, with at most one thread for products."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}
@@ -68,7 +86,7 @@ def flip(path: Path, position: int, bit: int = 0, *, keep_time: bool = True) -> 
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def doctored(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
+def doctored(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change a manifest as somebody would who knows how it is sealed."""
     path = directory / MANIFEST
     values = json.loads(path.read_bytes())

@@ -39,7 +39,7 @@ from i2l.runtime.pictures.images import load_image
 from i2l.runtime.pictures.listing import list_images
 from i2l.runtime.pipeline import Pipeline, open_engines
 from i2l.specs import PRESETS, spec_from_dict, spec_to_dict
-from injectors import i2l_process, names, no_traceback, run_python, small_lora
+from injectors import answered, i2l_process, names, no_traceback, run_python, small_lora
 
 LONG = os.environ.get("I2L_FAULTS") == "long"
 KINDS = ("webp", "avif", "jpg", "gif", "ppm", "png", "bmp", "tif", "qoi", "jp2")
@@ -85,7 +85,7 @@ def test_what_is_no_file_is_refused_without_being_opened(odd: Path) -> None:
     ]
     for read, error in cases:
         for path in (pipe, Path("/dev/zero")):
-            with pytest.raises(error):
+            with answered(), pytest.raises(error):
                 read(path)
 
 
@@ -102,7 +102,8 @@ def test_no_command_waits_for_a_pipe(odd: Path, engines: MakeEngines, tmp_path: 
         "inspect": [pipe],
         "merge": [pipe, pipe, "--output", out],
     }
-    result = CliRunner().invoke(main, [command, *map(str, commands[command])])
+    with answered(60):
+        result = CliRunner().invoke(main, [command, *map(str, commands[command])])
     assert result.exit_code == 1
     assert "error: " in result.output
 

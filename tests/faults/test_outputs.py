@@ -251,7 +251,7 @@ def test_threads_that_save_to_one_path_leave_one_whole_file(tmp_path: Path) -> N
 
     def save(seed: int) -> None:
         try:
-            for _ in range(15):
+            for _ in range(6):
                 small_lora(seed, 40).save(path)
         except OSError as error:
             failed.append(error)

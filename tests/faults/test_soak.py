@@ -51,15 +51,15 @@ def test_nothing_grows_over_many_calls(
     engines: MakeEngines, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Resident memory, threads and descriptors stay within 5 % from the tenth part of the calls on."""
-    count = 500 if LONG else 40
-    (tmp_path / "bad.png").write_bytes(b"\\x89PNG\\r\\n\\x1a\\n half of it")
+    count = 500 if LONG else 24
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n half of it")
     done = run_python(SOAK, engines("tiny", "int8"), count, tmp_path / "bad.png", timeout=1500)
     assert done.returncode == 0, done.stderr
     seen = np.array(json.loads(done.stdout))[max(10, count // 10) :]
     low, high = seen.min(axis=0), seen.max(axis=0)
     if LONG:
         with capsys.disabled():
-            sys.stdout.write(f"\\n{count} calls: resident, threads, descriptors from {low} to {high}\\n")
+            sys.stdout.write(f"\n{count} calls: resident, threads, descriptors from {low} to {high}\n")
     assert (high <= low * 1.05).all(), (low, high)
 
 
@@ -99,7 +99,7 @@ def test_signals_at_random_moments_leave_whole_files(
     assert len(names(out)) == (1 if command == "run" else 4)
     if LONG:
         with capsys.disabled():
-            sys.stdout.write(f"\\n{command}, signals: {json.dumps(dict(sorted(endings.items())))}\\n")
+            sys.stdout.write(f"\n{command}, signals: {json.dumps(dict(sorted(endings.items())))}\n")
 
 
 @pytest.fixture

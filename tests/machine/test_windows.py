@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+import re
 import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from i2l.engines.cpu import readahead
 from i2l.engines.errors import EnginesMissing
+from i2l.export import build_folder
 from i2l.machine import files, wording
 from i2l.machine.errors import OutputInUse, OutputUnwritable
 from i2l.machine.filenames import windows_problem
@@ -138,6 +140,43 @@ def test_replacing_what_a_program_has_mapped(tmp_path: Path, monkeypatch: pytest
         temporary.write_bytes(b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["lora.safetensors"]
     assert path.read_bytes() == b"old"
+
+
+class Held:
+    """``shutil.rmtree`` on Windows where a pack is mapped: all but it and the folders around it goes."""
+
+    def __init__(self, pack: Path, code: int) -> None:
+        self.pack, self.code = pack, code
+
+    def __call__(self, folder: Path, *, ignore_errors: bool = False) -> None:
+        for path in folder.rglob("*"):
+            if path.is_file() and path != self.pack:
+                path.unlink()
+        if not ignore_errors:
+            error = PermissionError(13, "Permission denied", str(self.pack))
+            error.winerror = self.code  # type: ignore[attr-defined]
+            raise error
+
+
+@pytest.mark.parametrize("code", sorted(windows.IN_USE))
+def test_an_old_build_that_a_program_has_open_stays_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    pack = tmp_path / "build-0123abcd" / "dinov3" / "weights.safetensors"
+    graph = pack.parents[1] / "graphs" / "a.onnx"
+    for path in (pack, graph):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    with monkeypatch.context() as held:
+        held.setattr("i2l.machine.files.shutil.rmtree", Held(pack, code))
+        build_folder.remove_dead(tmp_path, keep=())
+    assert re.search(
+        r"build-0123abcd stays until the next build: .*weights\.safetensors is open in .*close", caplog.text
+    )
+    assert (pack.exists(), graph.exists()) == (True, False)
+    caplog.clear()
+    build_folder.remove_dead(tmp_path, keep=())
+    assert (caplog.text, [*tmp_path.iterdir()]) == ("", [])
 
 
 @pytest.mark.parametrize(

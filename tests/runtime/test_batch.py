@@ -20,7 +20,8 @@ from conftest import MakeEngines, picture
 from i2l.cli import main
 from i2l.errors import FolderEmpty
 from i2l.lora.reading import describe_lora
-from i2l.runtime.jobs import BatchProgress, Job, plan_jobs, run_jobs
+from i2l.runtime.jobs import BatchProgress, Job, plan_jobs
+from i2l.runtime.making import run_jobs
 from i2l.runtime.passes import IMAGES_PER_PASS
 from i2l.runtime.pipeline import Pipeline, open_engines
 

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 
 from conftest import MakeEngines, picture
 from i2l.export.precisions.choosing import PRECISIONS
-from i2l.runtime.jobs import Job, run_jobs
+from i2l.runtime.jobs import Job
+from i2l.runtime.making import run_jobs
 from i2l.runtime.passes import IMAGES_PER_PASS
 from i2l.runtime.pipeline import Pipeline, open_engines
 

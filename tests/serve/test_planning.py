@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from i2l.errors import AddressOpen, I2LError, JobUnknown, QueueFull, RequestInvalid, TokenWrong
+from i2l.errors import AddressOpen, I2LError, JobsFolderForeign, JobUnknown, QueueFull, RequestInvalid, TokenWrong
 from i2l.serve import errors as serve_errors
 from i2l.serve.grouping import leading, retry_seconds, seconds_to_wait
 from i2l.serve.http.guard import host_name, require_token
@@ -125,7 +125,8 @@ def test_a_poor_token_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_every_error_of_the_room_has_a_status_or_ends_the_command() -> None:
     """A new error without a status would be our own fault, 500, to a client."""
-    ends_the_command = {"ServeError", "AddressOpen", "AddressTaken", "JobsFolderTaken", "TokenUnusable"}
+    ends_the_command = {"ServeError", "AddressOpen", "AddressTaken", "JobsFolderForeign", "JobsFolderTaken"}
+    ends_the_command |= {"TokenUnusable"}
     classes = {
         name for name, kind in vars(serve_errors).items() if isinstance(kind, type) and issubclass(kind, I2LError)
     }
@@ -144,28 +145,48 @@ def test_a_problem_has_the_sentence_of_the_error() -> None:
 
 def test_what_an_earlier_service_left_is_said(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
-    for name, state in [("a", "accepted"), ("b", "accepted"), ("c", "failed"), ("d", "done"), ("e", "done")]:
+    a, b, c, d, e, never_accepted, damaged = (letter * 32 for letter in "abcdef0")
+    for name, state in [(a, "accepted"), (b, "accepted"), (c, "failed"), (d, "done"), (e, "done")]:
         spool.make(name)
         spool.write(Record(name, "lora", state, 0.0, {"error": "why: so"} if state == "failed" else {}))
-    spool.make("never accepted")
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / RECORD).write_text("{")
-    for name in ("b", "d"):
+    spool.make(never_accepted)
+    (tmp_path / damaged).mkdir()
+    (tmp_path / damaged / RECORD).write_text("{")
+    for name in (b, d):
         spool.lora(name, "lora").write_bytes(b"whole")
-    (tmp_path / "a" / ".lora.safetensors.9.part").write_bytes(b"half")
-    (tmp_path / "a" / "square-0.rgb").write_bytes(b"private")
+    (tmp_path / a / ".lora.safetensors.9.part").write_bytes(b"half")
+    (tmp_path / a / "square-0.rgb").write_bytes(b"private")
     book = JobBook(spool, ServeLimits(), Sharing())
     states: dict[str, str] = {}
-    for name in "abcde":
+    for name in (a, b, c, d, e):
         try:
             states[name] = book.get(name).state
         except JobUnknown:
             states[name] = "unknown"
-    assert states == {"a": "lost", "b": "done", "c": "failed", "d": "done", "e": "unknown"}
-    assert str(book.get("c").error) == "why: so"
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c", "d", "lock"}
-    assert [path.name for path in (tmp_path / "a").iterdir()] == [RECORD]
-    assert json.loads((tmp_path / "a" / RECORD).read_text())["state"] == "lost"
+    assert states == {a: "lost", b: "done", c: "failed", d: "done", e: "unknown"}
+    assert str(book.get(c).error) == "why: so"
+    assert {path.name for path in tmp_path.iterdir()} == {a, b, c, d, "lock"}
+    assert [path.name for path in (tmp_path / a).iterdir()] == [RECORD]
+    assert json.loads((tmp_path / a / RECORD).read_text())["state"] == "lost"
+
+
+def test_jobs_are_not_kept_among_other_files(tmp_path: Path) -> None:
+    """Folders without a record of ours would be removed as jobs that were never accepted."""
+    (tmp_path / "holiday").mkdir()
+    (tmp_path / "holiday" / "photo.jpg").write_bytes(b"mine")
+    before = tmp_path.stat().st_mode
+    with pytest.raises(JobsFolderForeign, match="holiday, which is no job"):
+        Spool(tmp_path)
+    assert (tmp_path / "holiday" / "photo.jpg").read_bytes() == b"mine"
+    assert (tmp_path.stat().st_mode, list(tmp_path.iterdir())) == (before, [tmp_path / "holiday"])
+
+
+def test_a_job_whose_name_leads_out_is_forgotten(tmp_path: Path) -> None:
+    (tmp_path / "mine.safetensors").write_bytes(b"mine")
+    spool = Spool(tmp_path / "jobs")
+    spool.make("a" * 32)
+    spool.write(Record("a" * 32, "../../mine", "accepted", 0.0))
+    assert list(spool.recover()) == []
 
 
 def test_jobs_end_once_and_old_ones_are_forgotten(tmp_path: Path) -> None:

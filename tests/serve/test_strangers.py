@@ -91,7 +91,7 @@ def odd_request(generator: random.Random) -> bytes:
     more = generator.choice(
         [b"X: y", b"X: y", b"X: " + b"y" * 70_000, b"Prefer: respond-async", b"Prefer: ;;;,=,", b"Expect: 100-continue",
          b"Authorization: Bearer \xff", b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity",
-         b"Range: bytes=9-", b"Content-Length: 7", b"Host: evil.example",
+         b"Range: bytes=9-", b"Content-Length: 7", b"Origin: https://evil.example",
          b"Upgrade: websocket\r\nConnection: upgrade", b"\x01: x", b"X"]
     )  # fmt: skip
     path = generator.choice([b"/v1/loras"] * 8 + [b"/v1/loras/../../etc/passwd", b"/v1/jobs/%00", b"//", b"*", b"\xff"])

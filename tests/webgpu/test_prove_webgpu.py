@@ -38,7 +38,10 @@ def test_the_proof_finds_the_wrong_attention_and_takes_the_other_form(directory:
     assert (plain["form"], plain["failure"], plain["refusal"]) == ("plain", "", "")
     assert 0 < max(plain["errors"].values()) < 1e-5
     assert plain["ms_per_image"] > 0
+    assert 0 < plain["peak_bytes"] <= plain["budget_bytes"]
     if proof["subject"]["card"]["name"].startswith("SwiftShader"):
+        assert plain["told_by"] == "the process"  # whose memory is the card's there
+        assert 0 < plain["told_bytes"] <= plain["budget_bytes"]
         assert fast["form"] == "mha"
         wrong = {graph for graph, error in fast["errors"].items() if error > 0.01}
         assert wrong == {"siglip2.block", "dinov3.block"}  # the head's one query is right

@@ -7,7 +7,8 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper
+from test_plugin import buffers_swapped, overwritten_too_early, slots_swapped, upload_dropped
 
 from conftest import MakeEngines, MakeModels, picture
 from i2l.cli import main
@@ -26,11 +28,21 @@ from i2l.engines.plugin.presence import seat_for
 from i2l.engines.plugin.providers import WEBGPU
 from i2l.errors import BudgetTooSmall, OutOfDeviceMemory, ProviderFailed
 from i2l.export.graphs.footprint import note_memory
+from i2l.machine.memory import anonymous_bytes
 from i2l.runtime.pipeline import Pipeline
+from i2l.specs import PRESETS, Preset
 from oracles import TOLERANCES, oracle_lora, worst_module
 
 pytestmark = pytest.mark.webgpu
-PICTURES = [picture(90, 70, seed=1), picture(64, 64, seed=2)]
+STREAMING = Path(__file__).parents[2] / "webgpu" / "weights_taken.py"
+PICTURES = [picture(90, 70, seed=1), picture(64, 64, seed=2), picture(70, 64, seed=3), picture(64, 80, seed=4)]
+"""As many as share a pass."""
+TINY = PRESETS["tiny"]
+MICRO = Preset(
+    replace(TINY.siglip2, depth=1, image_size=32),
+    replace(TINY.dinov3, depth=1, image_size=32),
+    replace(TINY.adapter, layers=1),
+)
 MIB = 1 << 20
 SHAPES_ONLY = {"Concat", "Expand"}
 """Operators that may run on the CPU: they make the shape of a batch, and DINOv3's positions for it."""
@@ -49,10 +61,16 @@ def smallest(directory: Path) -> int:
     return caught.value.needed_bytes
 
 
-def anonymous_bytes() -> int:
+def interrupt(step: str, _: object) -> None:
+    if step == "dinov3.block.1":
+        raise KeyboardInterrupt
+
+
+def own_bytes() -> int:
     """Of this process: what the software device holds is among it."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(next(line for line in status.splitlines() if line.startswith("RssAnon:")).split()[1]) << 10
+    nbytes = anonymous_bytes()
+    assert nbytes is not None
+    return nbytes
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp32"])
@@ -80,6 +98,10 @@ def test_every_budget_and_every_batch_gives_the_same_bits(models: MakeModels, en
             found.append(pipeline.lora_from_embeddings(batch))
             assert pipeline.vram is not None
             assert pipeline.vram["planned_peak_bytes"] <= budget_bytes
+            if budget_bytes == least:  # an interrupt in the middle of a pass, and the next one is right
+                with pytest.raises(KeyboardInterrupt):
+                    pipeline.embed_pixels(pipeline.pixels(PICTURES), observe=interrupt)
+                np.testing.assert_array_equal(pipeline.embed(PICTURES), batch)
     for lora in found[1:]:
         for module, pair in found[0].factors.items():
             for x, y in zip(pair, lora.factors[module], strict=True):
@@ -89,19 +111,46 @@ def test_every_budget_and_every_batch_gives_the_same_bits(models: MakeModels, en
     assert worst_module(found[0], factors) < TOLERANCES["int8"]
 
 
-def test_two_hundred_runs_take_no_more_memory(engines: MakeEngines) -> None:
-    """Of the adapter, whose chunks all pass through slots at the smallest budget."""
+@pytest.mark.parametrize("mutate", [overwritten_too_early, upload_dropped, buffers_swapped, slots_swapped])
+def test_a_mutation_is_seen(
+    engines: MakeEngines, monkeypatch: pytest.MonkeyPatch, mutate: Callable[[pytest.MonkeyPatch], None]
+) -> None:
+    """On a real queue, too, a slot that is written too early, or another's, shows in the LoRA."""
     directory = engines("tiny", "int8")
     with Pipeline(directory, backend="webgpu", vram_budget_bytes=smallest(directory)) as pipeline:
-        embedding = pipeline.embed(PICTURES[:1])
+        wanted = pipeline.embed(PICTURES[:1])
+        assert np.array_equal(pipeline.embed(PICTURES[:1]), wanted)
+        mutate(monkeypatch)
+        assert not all(np.array_equal(pipeline.embed(PICTURES[:1]), wanted) for _ in range(2))
+
+
+def test_two_hundred_runs_take_no_more_memory(engines: MakeEngines, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole LoRAs at the smallest budget, where every chunk passes through slots. 0.3 % was seen (478.2 MiB)."""
+    monkeypatch.setitem(PRESETS, "micro", MICRO)  # half a second of one core each on SwiftShader
+    directory = engines("micro", "int8")
+    with Pipeline(directory, backend="webgpu", vram_budget_bytes=smallest(directory)) as pipeline:
         for _ in range(20):
-            pipeline.factors(embedding)
+            pipeline.lora_from_images(PICTURES[:1])
         gc.collect()
-        before = anonymous_bytes()
+        before = own_bytes()
         for _ in range(200):
-            pipeline.factors(embedding)
+            pipeline.lora_from_images(PICTURES[:1])
         gc.collect()
-        assert anonymous_bytes() < 1.05 * before
+        assert own_bytes() < 1.05 * before
+
+
+@pytest.mark.parametrize("spare_chunks", [0, 2, 7])
+def test_weights_take_what_is_planned_and_arrive(tmp_path: Path, spare_chunks: int) -> None:
+    """From the smallest budget to all resident: what a process grows by, against the plan; and every byte.
+
+    62.0 of 80, 94.0 of 112 and 142.0 of 144 MiB were seen: no more than one of two chunks was on its way at once.
+    """
+    (tmp_path / "tiny.onnx").write_bytes(tiny_model())
+    command = [sys.executable, str(STREAMING), str(tmp_path), str(spare_chunks)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    weights, grown, peak = map(int, run.stdout.split())
+    assert weights < grown <= peak
 
 
 def test_memory_is_what_is_planned(device: PluginDevice) -> None:
@@ -124,7 +173,7 @@ def test_memory_is_what_is_planned(device: PluginDevice) -> None:
     fixed, each = map(int, session.get_modelmeta().custom_metadata_map[INTERMEDIATES].split(","))
     device.open()
     array = np.ones((1, pixels), np.float32)
-    before = anonymous_bytes()
+    before = own_bytes()
     given = device.allocate(np.float32, (1, pixels))
     device.write(given, array)
     device.settle()
@@ -132,7 +181,7 @@ def test_memory_is_what_is_planned(device: PluginDevice) -> None:
         outputs = device.run(session, {"x0": given}, [f"x{count}"], 0)
     device.settle()
     found = device.read(outputs[f"x{count}"])
-    grown = anonymous_bytes() - before - found.nbytes
+    grown = own_bytes() - before - found.nbytes
     np.testing.assert_array_equal(found, array)
     staging = 2 * array.nbytes  # up and down
     assert array.nbytes + each < grown + 64 * MIB

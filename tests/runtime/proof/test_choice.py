@@ -1,15 +1,18 @@
 """What is chosen, what is seen of an error, and what is read back: pure."""
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import MakeEngines
 from i2l.engines.base import BackendStatus, CardFacts
-from i2l.engines.directory.manifest import Chunk, Step
+from i2l.engines.directory.manifest import Chunk, Step, read_manifest
 from i2l.runtime.proof.activations import MASSIVE, seeded_activation
 from i2l.runtime.proof.choice import Candidate, choose
 from i2l.runtime.proof.judging import (
@@ -22,7 +25,7 @@ from i2l.runtime.proof.judging import (
     worst_error,
 )
 from i2l.runtime.proof.records import Record, Subject, card_of, records_from_json, records_to_json
-from i2l.runtime.proof.sentences import anonymous, verdict
+from i2l.runtime.proof.sentences import anonymous, report_text, verdict
 from i2l.specs import PRESETS
 
 TINY = PRESETS["tiny"]
@@ -155,3 +158,20 @@ def test_a_verdict_says_what_was_estimated() -> None:
     record = Record(Subject("webgpu", CardFacts("Arc"), "b", "1"), (right,), 11000.0, True, 8.0, "")
     assert verdict(record) == "right (mha), 45 ms an image, the CPU about 11000 ms"
     assert verdict(replace(record, forms=(replace(right, failure="off"),))) == "failed its proof: mha: off"
+
+
+def test_whatever_a_record_quotes_its_report_names_nobody(
+    engines: MakeEngines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("USER", "jane")
+    monkeypatch.setattr("platform.node", lambda: "janes-pc")
+    private = f"open '{Path.home()}/models/jane/x.onnx' for jane on janes-pc: C:\\Users\\jane\\i2l"
+    card = CardFacts("Radeon RX 6700/6750 XT", f"1.0 {private}", {private: private})
+    wrong = FormOutcome(private, failure=private, errors={private: 1.0}, told_bytes=1, told_by=private)
+    other = FormOutcome(None, refusal=private, peak_bytes=1, budget_bytes=1, told_bytes=1, told_by=private)
+    manifest = read_manifest(engines("tiny", "fp32"))
+    for forms in ((wrong, other), (other,)):
+        record = Record(Subject(private, card, private, private), forms, 1.0, False, 1.0, private)
+        text = report_text([record], manifest)
+        assert "Radeon RX 6700/6750 XT" in text
+        assert not re.search(rf"jane|models|x\.onnx|Users|i2l\.|{re.escape(str(Path.home()))}", text), text

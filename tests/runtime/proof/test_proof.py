@@ -128,6 +128,7 @@ def test_a_card_that_is_right_is_taken_and_proven_once(
     assert outcome.peak_bytes is not None
     assert outcome.budget_bytes is not None
     assert 0 < outcome.peak_bytes <= outcome.budget_bytes
+    assert outcome.told_bytes is None  # it is no card that a driver knows
     assert outcome.upload_bytes_per_second
     assert outcome.busy_upload_bytes_per_second
     assert outcome.ms_per_image
@@ -198,7 +199,7 @@ def test_another_driver_or_library_proves_itself_anew(
     assert {record.subject.card.driver, record.subject.card.libraries["playing"]} == {"1.0", "2.0"}
 
 
-BROKEN = ["{", "[]", '{"format": 1, "records": [{}]}', '{"format": 0, "records": []}', "\udcff"]
+BROKEN = ["{", "[]", f'{{"format": {records.FORMAT}, "records": [{{}}]}}', '{"format": 0, "records": []}', "\udcff"]
 
 
 @pytest.mark.parametrize("text", BROKEN)

@@ -1,0 +1,119 @@
+"""Passes over an opened backend, whole or a stretch of each model, and how long they take."""
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ...engines.backends import cpu_part, offer_of
+from ...engines.base import Array, Limits, Opened
+from ...engines.directory.manifest import Chunk, Manifest, Model
+from ...specs import Family
+from ..streamer import stream
+from .activations import seeded_activation
+from .judging import FormOutcome, stretch
+
+STRETCH = 7
+"""Chunks of a model: with two slots each is used three times."""
+CPU_STRETCH = 4
+"""Of fp8 engines that the CPU would first convert: about 0.6 GiB at full size."""
+LONG_PASS_SECONDS = 6.0
+"""A pass that would take longer is estimated from the stretch."""
+
+
+def time_cpu(engines: Path, manifest: Manifest, limits: Limits) -> FormOutcome:
+    """How long an image takes on the CPU, and nothing else: what cards are held against.
+
+    Of fp8 engines that the CPU has not converted to int8 yet, a part is, and the time is that part's.
+    """
+    start = time.perf_counter()
+    cpu = offer_of("cpu")
+    with tempfile.TemporaryDirectory(prefix="i2l-proof-", ignore_cleanup_errors=True) as folder:
+        part = cpu_part(engines, manifest, lambda chunks: stretch(chunks, CPU_STRETCH), Path(folder))
+        opened = cpu.open(*(part or (engines, manifest)), limits)
+        with closing(opened.backend):
+            models = opened.running.models
+            first = {
+                family: seeded_activation(model.spec, model.chunks[0].steps[0].graph, 1)
+                for family, model in models.items()
+            }
+            outputs(opened, first, STRETCH)
+            _, seconds = outputs(opened, first, STRETCH)
+            facts = part_time(manifest, models, seconds) if part else pass_time(opened, first, seconds)
+    return FormOutcome(limits.form, seconds=time.perf_counter() - start, **facts)
+
+
+def outputs(
+    opened: Opened, inputs: Mapping[Family, Array], most: int | None
+) -> tuple[list[Array], dict[Family, float]]:
+    """What a pass over at most so many chunks of each model gives, and the seconds of each."""
+    backend, results = opened.backend, []
+    seconds: dict[Family, float] = {}
+    for family, model in opened.running.models.items():
+        start = time.perf_counter()
+        value = backend.value(inputs[family])
+        for step, weights in stream(backend.store(family), part_of(model.chunks, most)):
+            if family == "adapter":  # its steps do not follow each other
+                given = backend.engine(step.graph).run(backend.value(inputs[family]), weights)
+                results += [backend.array(factor) for factor in given.values()]
+            else:
+                (value,) = backend.engine(step.graph).run(value, weights).values()
+        if family != "adapter":
+            results.append(backend.array(value))
+        seconds[family] = time.perf_counter() - start
+    return results, seconds
+
+
+def pass_time(opened: Opened, inputs: Mapping[Family, Array], seconds: Mapping[Family, float]) -> dict[str, Any]:
+    """The milliseconds of an image: of a pass, or from those of a stretch where a pass would take long."""
+    models = opened.running.models
+    ran = {family: replace(model, chunks=part_of(model.chunks, STRETCH)) for family, model in models.items()}
+    estimated = part_time(opened.running, ran, seconds)
+    if estimated["ms_per_image"] > 1e3 * LONG_PASS_SECONDS:
+        return estimated
+    outputs(opened, inputs, None)  # chunks that stay come now
+    _, whole = outputs(opened, inputs, None)
+    return {"ms_per_image": 1e3 * sum(whole.values()), "estimated": False}
+
+
+def part_time(whole: Manifest, ran: Mapping[Family, Model], seconds: Mapping[Family, float]) -> dict[str, Any]:
+    """The milliseconds of an image, from those of a part of each model's chunks, by their bytes."""
+    estimate = 0.0
+    for family, model in ran.items():
+        all_bytes = sum(chunk.nbytes for chunk in whole.models[family].chunks)
+        estimate += seconds[family] * all_bytes / sum(chunk.nbytes for chunk in model.chunks)
+    return {"ms_per_image": 1e3 * estimate, "estimated": True}
+
+
+def upload_rates(opened: Opened, inputs: Mapping[Family, Array]) -> dict[str, float]:
+    """Bytes a second that reach the device: with nothing computing, and while it computes."""
+    _, busy = outputs(opened, inputs, STRETCH)
+    nbytes, alone = _streamed_alone(opened, inputs)
+    if not nbytes:
+        return {}
+    return {
+        "upload_bytes_per_second": nbytes / min(alone, _streamed_alone(opened, inputs)[1]),  # once may be disturbed
+        "busy_upload_bytes_per_second": nbytes / sum(busy.values()),
+    }
+
+
+def _streamed_alone(opened: Opened, inputs: Mapping[Family, Array]) -> tuple[int, float]:
+    """``(bytes, seconds)`` of a stretch of each model that passes through, and nothing else."""
+    backend, nbytes, seconds = opened.backend, 0, 0.0
+    for family, model in opened.running.models.items():
+        store, chunks = backend.store(family), part_of(model.chunks, STRETCH)
+        nbytes += sum(chunk.nbytes for chunk in chunks if chunk not in store.resident)
+        start = time.perf_counter()
+        for _ in stream(store, chunks):
+            pass
+        backend.array(backend.value(inputs["adapter"]))  # waits for what was enqueued
+        seconds += time.perf_counter() - start
+    return nbytes, seconds
+
+
+def part_of(chunks: Sequence[Chunk], most: int | None) -> tuple[Chunk, ...]:
+    """At most so many chunks; all for None."""
+    return tuple(chunks) if most is None else stretch(tuple(chunks), most)
