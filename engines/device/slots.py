@@ -104,7 +104,7 @@ class DeviceWeights:
     def _replan(self, cause: OutOfDeviceMemory) -> None:
         """The next smaller plan, within what is free now, said once."""
         old = self.residency
-        available = self.device.free_bytes() + old.reserved_bytes
+        available = self.device.free_bytes() + old.reserved_bytes + old.context_bytes  # engines are open: not free
         wanted = min(available, (old.peak_bytes + old.least_bytes) // 2)  # a few tries reach the smallest plan
         if old.peak_bytes <= old.least_bytes or available < old.least_bytes:
             raise cause
