@@ -5,6 +5,7 @@ import mmap
 import os
 import re
 import shlex
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,7 @@ def test_an_old_build_that_a_program_has_open_stays_and_is_named(
         path.parent.mkdir(parents=True)
         path.touch()
     with monkeypatch.context() as held:
-        held.setattr("i2l.machine.files.shutil.rmtree", Held(pack, code))
+        held.setattr(shutil, "rmtree", Held(pack, code))
         build_folder.remove_dead(tmp_path, keep=())
     assert re.search(
         r"build-0123abcd stays until the next build: .*weights\.safetensors is open in .*close", caplog.text
