@@ -23,7 +23,8 @@ from i2l.engines.directory.manifest import read_manifest
 from i2l.errors import I2LError
 from i2l.export import build
 from i2l.machine.files import LEFTOVER
-from i2l.runtime.jobs import plan_jobs, run_jobs
+from i2l.runtime.jobs import plan_jobs
+from i2l.runtime.making import run_jobs
 from i2l.runtime.passes import IMAGES_PER_PASS
 from i2l.runtime.pipeline import open_engines
 from injectors import arm, small_lora
