@@ -19,7 +19,6 @@ import numpy as np
 from i2l.engines.base import Array
 from i2l.engines.cpu import plain
 from i2l.engines.cpu.plain import HeldWeights, plain_step
-from i2l.engines.cpu.transcode import LARGEST
 from i2l.engines.directory.tensorfile import TensorInfo
 from i2l.export.checkpoints.weights import graph_weights
 from i2l.export.precisions.choosing import precision_for
@@ -28,6 +27,8 @@ from i2l.runtime.proof.activations import seeded_activation
 from i2l.runtime.proof.judging import worst_error
 from i2l.specs import PRESETS, EncoderSpec, Spec
 
+LARGEST = 448.0
+"""Of e4m3."""
 Rounding = Callable[[Array], Array]
 PLAYED: Any = plain
 """Whose attention is replaced."""
