@@ -27,6 +27,8 @@ from i2l.runtime.proof.activations import seeded_activation
 from i2l.runtime.proof.judging import worst_error
 from i2l.specs import PRESETS, EncoderSpec, Spec
 
+LARGEST = 448.0
+"""Of e4m3."""
 Rounding = Callable[[Array], Array]
 LARGEST_E4M3 = 448.0
 PLAYED: Any = plain
