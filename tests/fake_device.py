@@ -88,9 +88,13 @@ class FakeDevice:
         number, self.allocations = self.allocations, self.allocations + 1
         if number in self._failures or nbytes > self.free_bytes():
             raise OutOfDeviceMemory(self.name, nbytes, self.free_bytes())
+        address = self._placed(number, nbytes)
+        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+        return address
+
+    def _placed(self, number: int, nbytes: int) -> int:
         address = (1 << 20) * (1 + number)
         self._memory[address] = bytearray(b"\xee" * nbytes)
-        self.peak_bytes = max(self.peak_bytes, self.used_bytes)
         return address
 
     def free(self, address: int) -> None:
@@ -187,9 +191,7 @@ class HostDevice(FakeDevice):
     sm = 89
     compute_stream = 77
 
-    def allocate(self, nbytes: int) -> int:
-        marker = super().allocate(nbytes)
-        del self._memory[marker]
+    def _placed(self, number: int, nbytes: int) -> int:  # noqa: ARG002
         raw = np.full(nbytes + 256, 0xEE, np.uint8)
         start = -raw.ctypes.data % 256
         address = raw.ctypes.data + start

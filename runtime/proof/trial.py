@@ -119,6 +119,10 @@ class Trial:
         else:
             return ""
         opened = offer.open(self.engines, self.manifest, self._within(self._least_bytes))
+        if isinstance(opened.backend, Planned) and opened.backend.residency.least_bytes < self._least_bytes:
+            self._least_bytes = opened.backend.residency.least_bytes  # some backends see only now what they need
+            opened.backend.close()
+            opened = offer.open(self.engines, self.manifest, self._within(self._least_bytes))
         with closing(opened.backend):
             self._everything_streams = streamed_bytes(opened)
             self._advance()
