@@ -6,6 +6,7 @@ kernels' code at that time, too. What was seen is what is planned (arena.py says
 """
 
 import math
+import traceback
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -60,15 +61,11 @@ def measured_memory(
     address = device.allocate(room)
     workspace = arena.workspace
     workspace.address, workspace.scratch_bytes, workspace.values_bytes = address, scratch, values
-    memory: dict[str, GraphMemory] = {}
     try:
-        for graph, engine in engines.items():
-            placed = placed_weights(device, address + scratch + values, *steps[graph])
-            arena.most_bytes = 0
-            for count in range(images, 0, -1):
-                engine.run(engine.activation_at(workspace.values_address, count), placed)
-            memory[graph] = GraphMemory(arena.most_bytes, engine.value_bytes(images), 0)
+        memory = _seen(device, arena, engines, steps, images, address + scratch + values)
     except OutOfDeviceMemory as error:
+        for raised in filter(None, (error, error.__cause__)):  # they hold a session, which must not outlive the card
+            traceback.clear_frames(raised.__traceback__)
         raise too_small(models, images, budget_bytes, kept) from error
     finally:
         device.finish()
@@ -76,6 +73,25 @@ def measured_memory(
         workspace.address = workspace.scratch_bytes = workspace.values_bytes = 0
     kept = max(device.used_bytes - used_before_bytes, kept)
     return memory | {SESSIONS: GraphMemory(0, 0, kept)}
+
+
+def _seen(
+    device: Device,
+    arena: Arena,
+    engines: Mapping[str, OrtDeviceEngine],
+    steps: Mapping[str, tuple[Step, Model]],
+    images: int,
+    weights_address: int,
+) -> dict[str, GraphMemory]:
+    """What every graph took of the scratch, with every number of images."""
+    memory = {}
+    for graph, engine in engines.items():
+        placed = placed_weights(device, weights_address, *steps[graph])
+        arena.most_bytes = 0
+        for count in range(images, 0, -1):
+            engine.run(engine.activation_at(arena.workspace.values_address, count), placed)
+        memory[graph] = GraphMemory(arena.most_bytes, engine.value_bytes(images), 0)
+    return memory
 
 
 def too_small(

@@ -27,7 +27,7 @@ def make_hollow(directory: Path, preset: str, precision: str) -> None:
         pack = f"{spec.family}/weights.safetensors"
         (build / spec.family).mkdir(parents=True)
         files[pack] = _hole(build / pack, plan.layout)
-        models[spec.family] = Model(spec, pack, plan.chunks, plan.layout.tensors, {})
+        models[spec.family] = Model(spec, pack, plan.chunks, plan.layout.tensors, {"shape_hash": "none"})
     used = sorted({step.graph for model in models.values() for chunk in model.chunks for step in chunk.steps})
     (build / "graphs").mkdir()
     for graph in used:  # the cuda backend has its own
