@@ -144,7 +144,8 @@ def test_the_graphs_compute_what_the_checkpoint_does(with_graphs: Path, wanted: 
 
 ON_CUDA = {
     "Add", "Attention", "Cast", "Concat", "Expand", "Gather", "Gelu", "Gemm", "LayerNormalization", "MatMul", "Mul",
-    "Reshape", "RotaryEmbedding", "Shape", "Sigmoid", "Slice", "Split", "Squeeze", "Sub", "Transpose", "Unsqueeze",
+    "ReduceSum", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid", "Slice", "Split", "Squeeze", "Sub",
+    "Transpose", "Unsqueeze",
 }  # fmt: skip
 """In onnxruntime's list of CUDA kernels at opset 23, in bfloat16 too (docs/OperatorKernels.md there)."""
 
