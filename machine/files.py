@@ -202,6 +202,7 @@ def read_small(path: Path, most_bytes: int = SMALL_BYTES) -> bytes:
     Raises:
         OSError: it cannot be read, is no file, or is larger than any of its kind: sparse files cost nothing to make.
     """
+    path.stat()  # the system's own error where there is none
     if problem := regular_file_problem(path):
         raise OSError(errno.EINVAL, problem)
     with path.open("rb") as file:

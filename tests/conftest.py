@@ -1,5 +1,6 @@
 """Shared fixtures: synthetic checkpoints, engines built from them once per session, and pictures."""
 
+import signal
 import struct
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,11 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 def pytest_configure() -> None:
-    """torch makes its table of operators anew at every export, 0.8 s each time; nothing here changes the table."""
+    """A shell's background job ignores Ctrl-C, and so would the processes that tests start to interrupt.
+
+    torch makes its table of operators anew at every export, 0.8 s each time; nothing here changes the table.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]

@@ -202,8 +202,7 @@ def test_a_file_of_somebody_else_is_not_replaced(folder: Path, engines: MakeEngi
 
 
 SLOW = """
-import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits "ignored"
+import sys, time
 from i2l.cli import main
 from i2l.lora.lora import Lora
 from i2l.lora import lora as module
