@@ -129,6 +129,8 @@ def batch(
         if ray_address is None:
             cache = cache_folder(no_cache=no_cache)
             with Pipeline(engines, **options, device=device, report=progress, cache=cache) as pipeline:
+                if device is None:
+                    tell_of_idle_cards(pipeline.backend_name)
                 result = run_jobs(pipeline, plan.jobs, form, progress)
                 if pipeline.vram:
                     more["vram"] = pipeline.vram
@@ -153,6 +155,15 @@ def batch(
     if result.failed:
         click.echo(f"error: {len(result.failed)} of {len(plan.jobs)} LoRAs were not made", err=True)
         raise click.exceptions.Exit(1)
+
+
+def tell_of_idle_cards(backend: str) -> None:
+    """A pipeline uses one card; with Ray each has a worker."""
+    from ..engines.backends import offer_of  # noqa: PLC0415
+
+    cards = [card for card in offer_of(backend).find().cards if not card.software]
+    if len(cards) > 1:
+        tell(f"one of the {len(cards)} cards of this machine works; all of them do with --ray", err=True)
 
 
 def forecast(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 from conftest import MakeEngines, picture
 from i2l.cli import main
+from i2l.engines.base import BackendStatus, CardFacts
+from i2l.engines.cpu import backend as cpu_backend
 from i2l.errors import FolderEmpty
 from i2l.lora.reading import describe_lora
 from i2l.runtime.jobs import BatchProgress, Job, plan_jobs
@@ -199,6 +202,18 @@ def test_a_file_of_somebody_else_is_not_replaced(folder: Path, engines: MakeEngi
     assert result.exit_code == 1
     assert len(facts["failed"]) == 2
     assert {name: (out / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize("names", [["one"], ["one", "two"]])
+def test_cards_that_stay_idle_are_spoken_of(
+    folder: Path, engines: MakeEngines, monkeypatch: pytest.MonkeyPatch, names: list[str]
+) -> None:
+    """The CPU plays the cards, and a renderer in software beside them."""
+    cards = (*map(CardFacts, names), CardFacts("a renderer", software=True))
+    status = BackendStatus("cpu", works=True, reason="it is played", cards=cards)
+    monkeypatch.setattr(cpu_backend, "OFFER", replace(cpu_backend.OFFER, find=lambda: status))
+    result, _ = i2l_batch(folder, engines("tiny", "fp32"), "--backend", "cpu")
+    assert ("one of the 2 cards of this machine works" in result.stderr) == (len(names) == 2)
 
 
 SLOW = """
