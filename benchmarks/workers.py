@@ -53,7 +53,8 @@ def main() -> None:
 
 def files_per_second(pictures: Path, engines: Path, output: Path, workers: int) -> float:
     """Of a batch; 0 workers: without Ray."""
-    command = [sys.executable, "-m", "i2l.cli", "batch", pictures, "--engines", engines, "--output-dir", output]
+    command = [sys.executable, "-m", "i2l.cli", "batch", str(pictures)]
+    command += ["--engines", str(engines), "--output-dir", str(output)]
     command += ["--backend", "cpu", "--threads", "1", "--no-cache", "--quiet"]
     if workers:
         with ray_of(workers) as address:
@@ -72,7 +73,7 @@ def ray_of(workers: int) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--port", str(port)]
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--port", str(port)]
     command += [
         "--num-cpus",
         str(workers),
