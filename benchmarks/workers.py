@@ -81,7 +81,7 @@ def ray_of(workers: int) -> Iterator[str]:
         "false",
         "--disable-usage-stats",
         "--temp-dir",
-        folder,
+        str(folder),
     ]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env=os.environ | {"RAY_AUTH_MODE": "token"}
