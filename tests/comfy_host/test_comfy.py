@@ -822,6 +822,7 @@ def test_a_card_that_proves_itself_is_spoken_of(
     shared = engines.resolve()
     engines.unlink()
     shutil.copytree(shared, engines)  # the record lies beside them
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "runtime" / "proof")  # where the played card lies
     monkeypatch.setitem(BACKENDS, "played", "played_card")
     monkeypatch.setenv("PLAYED_CARD", json.dumps({"fault": "crashes"}))
     _, data = apply()
