@@ -17,9 +17,9 @@ from .card_memory import Told
 
 TOLERANCES: Mapping[Arithmetic, float] = {
     "float32": 1e-3,  # other orders of additions: 2e-5 seen at the preset tiny; real faults begin at percents
-    # The next two by benchmarks/tolerances.py, the published widths in numpy with rounded operands: 4.7 % and 33 % for a
-    # block that attends very sharply, 1.8 % and 12 % for one that attends as models do. More would hide faults of FP8: a
-    # right card whose model attends that sharply is passed over rather than a wrong one taken.
+    # The next two by benchmarks/tolerances.py, the published widths in numpy with rounded operands: 4.7 % and 33 % for
+    # a block that attends very sharply, 1.8 % and 12 % for one that attends as models do. More would hide faults of
+    # FP8: a right card whose model attends that sharply is passed over rather than a wrong one taken.
     "bfloat16": 0.08,
     "float8": 0.3,
     "int8": 0.3,  # 63 levels on each side for a token that is not massive. Only the CPU has it, which is not proven
