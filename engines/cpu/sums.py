@@ -25,6 +25,6 @@ PAIR_LEVELS = 151
 """The sum of two neighbouring weights of a row, input channels 2 i and 2 i + 1, on each side of zero."""
 LARGEST_PAIR = PAIR_LEVELS - 1
 """Before rounding, which may add half a step to each."""
-BALANCED_LEVELS = 118
-"""Of a weight beside the one that balances a block (:func:`.rotation.balanced_rotation`): the half steps by which 65
-weights are rounded add up to 32, and 118 + 32 fit a pair."""
+LEVELS_OF_EACH = 64
+"""On each side of zero, also the zero point, of each of the adapter's two rows of activations: the second one counts in
+128ths of the first one's step. 128 * (127 + 127) = 32512, so that its weights need no limit for pairs."""

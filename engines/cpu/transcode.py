@@ -23,7 +23,7 @@ from ..directory.hashing import FileFacts
 from ..directory.manifest import Model
 from ..directory.tensorfile import PAD_PREFIX, TENSOR_ALIGN, Layout, LayoutWriter, TensorInfo, plan_layout
 from .rotation import balanced_rotation, rotate, rotation
-from .sums import BALANCED_LEVELS, LARGEST_PAIR, WEIGHT_LEVELS
+from .sums import LARGEST_PAIR, WEIGHT_LEVELS
 
 Codes: TypeAlias = NDArray[np.uint8]
 Job: TypeAlias = Callable[[], NDArray[Any]]
@@ -102,8 +102,7 @@ def balanced_panel(codes: Codes, matrix: Array, scale: Array, out: Array) -> NDA
         rows = slice(start, start + step)
         values = rotate(VALUES.look_up(np.ascontiguousarray(codes[rows])), matrix)
         blocks = values.reshape(len(values), -1, after)
-        peak = np.abs(blocks[:, :, size]).max(axis=1) / np.float32(BALANCED_LEVELS)
-        relative = np.maximum(exact_scales(values), peak)
+        relative = np.maximum(largest_of(values) / np.float32(WEIGHT_LEVELS), np.float32(SMALLEST))
         values /= relative[:, None]
         np.rint(values, out=values)
         blocks[:, :, size + 1] = -blocks.sum(axis=2)
@@ -112,12 +111,16 @@ def balanced_panel(codes: Codes, matrix: Array, scale: Array, out: Array) -> NDA
     return panel
 
 
+def largest_of(values: Array) -> Array:
+    """The largest size in each row, without the copy that ``abs`` makes."""
+    return np.asarray(np.maximum(values.max(axis=1), -values.min(axis=1)))
+
+
 def exact_scales(values: Array) -> Array:
     """The scale ``[rows]`` of int8 weights whose products every CPU adds exactly (sums.py)."""
-    peak = np.maximum(values.max(axis=1), -values.min(axis=1))
     even = values[:, : values.shape[1] // 2 * 2]
     pair = np.abs(even.reshape(len(values), -1, 2).sum(axis=2)).max(axis=1, initial=0)
-    scale = np.maximum(peak / np.float32(WEIGHT_LEVELS), pair / np.float32(LARGEST_PAIR))
+    scale = np.maximum(largest_of(values) / np.float32(WEIGHT_LEVELS), pair / np.float32(LARGEST_PAIR))
     return np.asarray(np.maximum(scale, np.float32(SMALLEST)))
 
 

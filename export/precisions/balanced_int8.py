@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...engines.cpu.sums import ACTIVATION_LEVELS, BALANCED_LEVELS
-from .base import SMALLEST, Kept, Linear, Linears, Rows, Weights, row_scales, row_scales_for_exact_sums, row_starts
+from ...engines.cpu.sums import LEVELS_OF_EACH, WEIGHT_LEVELS
+from .base import SMALLEST, Kept, Linear, Linears, Rows, Weights, row_scales, row_starts
 from .linears import Compute, GpuLinear, dequantised
 from .parallel import in_threads
 from .rotated_int8 import quantised
@@ -22,7 +22,8 @@ class BalancedInt8(StoredBalancedInt8, Kept):
     Such a product only waits for the weights. onnxruntime reads them as they lie, without packing them first, where one
     row of unsigned bytes without a zero point is multiplied by signed bytes. So each column of a panel adds up to zero,
     and the zero point of the activations drops out of the sum: ``p`` channels are brought to ``p'``, a little more
-    (engines/cpu/rotation.py), whose last of each block makes the rounded weights balance.
+    (engines/cpu/rotation.py), whose last of each block makes the rounded weights balance. Activations are two rows of
+    levels, the second of what the first one leaves: only for the first do the weights come from memory.
     """
 
     equalised: bool = False
@@ -42,10 +43,8 @@ class BalancedInt8(StoredBalancedInt8, Kept):
         def convert(start: int) -> None:
             piece = slice(start, min(start + starts.step, out_features))
             rotated = rotate(rows(start, piece.stop - start), matrix)
-            blocks = rotated.view(-1, len(matrix.t()))
-            panels = rotated.view(-1, weight_shape[2])
-            peaks = row_scales(blocks[:, len(matrix) : len(matrix) + 1], BALANCED_LEVELS).view(len(panels), -1)
-            steps = torch.maximum(row_scales_for_exact_sums(panels), peaks.amax(dim=1))
+            panels, blocks = rotated.view(-1, weight_shape[2]), rotated.view(-1, matrix.shape[1])
+            steps = row_scales(panels, WEIGHT_LEVELS)
             panels.div_(steps[:, None]).round_()
             blocks[:, len(matrix) + 1] = -blocks.sum(dim=1)
             weight[:, 0, :, piece] = panels.to(torch.int8).view(-1, *weight_shape[::2]).permute(1, 2, 0)
@@ -93,7 +92,7 @@ class BalancedInt8Linear(BalancedLinear):
         matrix = self.weight(weights)
         shape = (*levels.shape[:3], matrix.shape[3])
         sums = torch.onnx.ops.symbolic("MatMulInteger", [levels, matrix], dtype=torch.int32, shape=shape)
-        return self.joined(sums.to(torch.float32) * steps, weights)
+        return self.joined(steps @ sums.to(torch.float32).view(shape[0], -1, 2, shape[3]), weights)
 
 
 class BalancedInt8Linears(Linears):
@@ -113,11 +112,18 @@ class BalancedInt8Linears(Linears):
 
 
 def panel_levels(x: Tensor, rotation: Tensor, panels: int, width: int) -> tuple[Tensor, Tensor]:
-    """``x [B, in]`` as uint8 ``[P, B, 1, p']``, and the step of each panel of a row ``[P, B, 1, 1]``."""
+    """``x [B, in]`` as two rows of uint8 for each panel of an image ``[P, 2 B, 1, p']``, and their steps ``[P, B, 1, 2]``.
+
+    Of the second row's levels, half a step of the first is 64: so no value needs more of them than there are.
+    """
     rotated = rotate(x, rotation).view(-1, panels, 1, width).transpose(0, 1)
-    steps = rotated.abs().amax(dim=3, keepdim=True).clamp_min(SMALLEST) / ACTIVATION_LEVELS
-    zero_point = torch.tensor(ACTIVATION_LEVELS, dtype=torch.uint8)
-    return quantised(rotated / steps, torch.ones(()), zero_point, {}), steps
+    steps = rotated.abs().amax(dim=3, keepdim=True).clamp_min(SMALLEST) / LEVELS_OF_EACH
+    exact = rotated / steps
+    coarse = exact.round()
+    fine = (exact - coarse) * (2 * LEVELS_OF_EACH)
+    zero_point = torch.tensor(LEVELS_OF_EACH, dtype=torch.uint8)
+    levels = quantised(torch.cat([coarse, fine], dim=2), torch.ones(()), zero_point, {})
+    return levels.view(panels, -1, 1, width), steps * torch.tensor([1, 1 / (2 * LEVELS_OF_EACH)])
 
 
 @dataclass(frozen=True)

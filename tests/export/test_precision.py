@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from i2l.engines.cpu.sums import PAIR_LEVELS
+from i2l.engines.cpu.sums import WEIGHT_LEVELS
 from i2l.engines.directory.dtypes import ELEMENT_TYPES
 from i2l.export.checkpoints.torch_dtypes import TORCH_DTYPES
 from i2l.export.graphs.graphs import export_graph
@@ -248,4 +248,4 @@ def test_the_adapters_weights_are_the_nearest_steps_and_each_block_adds_up_to_ze
     off = (steps - wanted.view(steps.shape)).abs()
     assert (off[..., : len(turn) + 1] <= 0.5 + 1e-4).all()
     assert (off[..., len(turn) + 1] <= (len(turn) + 1) / 2).all()  # what balances
-    assert (steps.reshape(-1, 2).sum(dim=1).abs() <= PAIR_LEVELS).all()
+    assert steps.abs().max() == WEIGHT_LEVELS

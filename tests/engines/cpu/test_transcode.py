@@ -18,7 +18,7 @@ from conftest import MakeEngines, picture
 from i2l.engines.cpu import converted, transcode
 from i2l.engines.cpu.converted import CPU_FOLDER, LOCK, cpu_engines, remove_cpu_engines
 from i2l.engines.cpu.rotation import balanced_rotation, rotate, rotation
-from i2l.engines.cpu.sums import BALANCED_LEVELS, LARGEST_PAIR, WEIGHT_LEVELS
+from i2l.engines.cpu.sums import LARGEST_PAIR, WEIGHT_LEVELS
 from i2l.engines.cpu.transcode import PairTable, e4m3_values, rotated_panel
 from i2l.engines.directory.hashing import FileFacts
 from i2l.engines.directory.manifest import MANIFEST, Manifest, manifest_to_json, read_manifest
@@ -99,11 +99,7 @@ def exact_steps(codes: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         panels, _, width, _ = shape
         matrix = torch.from_numpy(balanced_rotation(codes.shape[1])).double()
         values = (values.reshape(-1, len(matrix)) @ matrix).reshape(len(codes), panels, width)
-        pair = values.unflatten(2, (-1, 2)).sum(dim=3).abs().amax(dim=2, keepdim=True) / LARGEST_PAIR
-        last = values.unflatten(2, (-1, matrix.shape[1]))[..., len(matrix)].abs().amax(dim=2, keepdim=True)
-        scale = torch.maximum(
-            torch.maximum(values.abs().amax(dim=2, keepdim=True) / WEIGHT_LEVELS, pair), last / BALANCED_LEVELS
-        )
+        scale = values.abs().amax(dim=2, keepdim=True) / WEIGHT_LEVELS
         return (values / scale).permute(1, 2, 0).unsqueeze(1)
     matrix = torch.from_numpy(rotation(codes.shape[1])).double()
     values = (values.reshape(-1, len(matrix)) @ matrix).reshape(codes.shape)
