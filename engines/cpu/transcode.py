@@ -85,14 +85,15 @@ def rotated_panel(codes: Codes, matrix: Array) -> tuple[NDArray[np.int8], Array]
     return np.ascontiguousarray(values.astype(np.int8).T), scale
 
 
-def balanced_panel(codes: Codes, matrix: Array, scale: Array, out: Array) -> NDArray[np.int8]:
-    """One panel of the adapter's int8 form, int8 ``[p', rows]``.
+def balanced_panels(codes: Codes, matrix: Array, scale: Array, out: Array, row: int) -> NDArray[np.int8]:
+    """The panels of the adapter's int8 form that share input channels, int8 ``[out / q, p', q]``.
 
     Args:
-        codes: e4m3 ``[rows, p]``.
+        codes: e4m3 ``[out, p]``.
         matrix: the balanced rotation ``[b, b']``.
-        scale: of the FP8 matrix ``[rows]``.
-        out: the panel's scales ``[rows]`` are written there.
+        scale: of the FP8 matrix ``[out]``.
+        out: the panels' scales ``[out]`` are written there.
+        row: output channels of a panel, ``q``.
     """
     size, after = matrix.shape
     width = codes.shape[1] // size * after
@@ -108,7 +109,7 @@ def balanced_panel(codes: Codes, matrix: Array, scale: Array, out: Array) -> NDA
         blocks[:, :, size + 1] = -blocks.sum(axis=2)
         panel[:, rows] = values.astype(np.int8).T
         np.maximum(relative * scale[rows], np.float32(SMALLEST), out=out[rows])
-    return panel
+    return np.ascontiguousarray(panel.reshape(width, -1, row).swapaxes(0, 1))
 
 
 def largest_of(values: Array) -> Array:
@@ -183,11 +184,11 @@ def _jobs(
         codes = values.reshape(old.shape)
         scale_info = stored[scale_name := f"{name.removesuffix('weight')}scale"]
         scale = np.frombuffer(mapped, np.float32, scale_info.shape[0], scale_info.offset)
-        if len(new.shape) == 4:  # the adapter's
+        if len(new.shape) == 5:  # the adapter's
             matrix = balanced_rotation(old.shape[1])
             scales[scale_name] = collected = np.empty((new.shape[0], old.shape[0]), np.float32)
             for index, columns in enumerate(np.split(codes, new.shape[0], axis=1)):
-                yield name, partial(balanced_panel, columns, matrix, scale, collected[index])
+                yield name, partial(balanced_panels, columns, matrix, scale, collected[index], new.shape[4])
         else:
             panels, in_features, width = new.shape
             matrix = rotation(in_features)

@@ -17,7 +17,7 @@ from .torch_rotation import balanced_rotation, rotate
 
 @dataclass(frozen=True)
 class BalancedInt8(StoredBalancedInt8, Kept):
-    """int8 in panels of input channels ``[in / p, 1, p', out]``, one scale per panel and output channel: for few rows.
+    """int8 in panels of both kinds of channels ``[in / p, out / q, 1, p', q]``, one scale for each ``q``: for few rows.
 
     Such a product only waits for the weights. onnxruntime reads them as they lie, without packing them first, where one
     row of unsigned bytes without a zero point is multiplied by signed bytes. So each column of a panel adds up to zero,
@@ -37,23 +37,23 @@ class BalancedInt8(StoredBalancedInt8, Kept):
         group: int | None = None,  # noqa: ARG002
     ) -> Iterator[tuple[str, Tensor]]:
         matrix = balanced_rotation(in_features)
-        (_, _, weight_shape), (_, _, scale_shape) = self.stored(out_features, in_features)
-        weight, scale = torch.empty(weight_shape, dtype=torch.int8), torch.empty(scale_shape)
+        (_, _, (count, _, _, width, row)), _ = self.stored(out_features, in_features)
+        weight, scale = torch.empty((count, width, out_features), dtype=torch.int8), torch.empty((count, out_features))
 
         def convert(start: int) -> None:
             piece = slice(start, min(start + starts.step, out_features))
             rotated = rotate(rows(start, piece.stop - start), matrix)
-            panels, blocks = rotated.view(-1, weight_shape[2]), rotated.view(-1, matrix.shape[1])
+            panels, blocks = rotated.view(-1, width), rotated.view(-1, matrix.shape[1])
             steps = row_scales(panels, WEIGHT_LEVELS)
             panels.div_(steps[:, None]).round_()
             blocks[:, len(matrix) + 1] = -blocks.sum(dim=1)
-            weight[:, 0, :, piece] = panels.to(torch.int8).view(-1, *weight_shape[::2]).permute(1, 2, 0)
-            scale[:, 0, 0, piece] = steps.view(-1, len(scale)).t()
+            weight[:, :, piece] = panels.to(torch.int8).view(-1, count, width).permute(1, 2, 0)
+            scale[:, piece] = steps.view(-1, count).t()
 
         starts = row_starts(out_features, in_features)
         for _ in in_threads(convert, starts):
             pass
-        yield "weight", weight
+        yield "weight", weight.view(count, width, -1, row).transpose(1, 2).contiguous()
         yield "scale", scale
 
     def linear(self, name: str, in_features: int) -> Linear:
@@ -64,7 +64,7 @@ class BalancedInt8(StoredBalancedInt8, Kept):
 
 
 class BalancedLinear(Linear):
-    """What all forms share. B rows, P panels of p' channels."""
+    """What all forms share. B rows, P panels of p' input channels, Q of q output channels."""
 
     rotation: Tensor
 
@@ -73,26 +73,32 @@ class BalancedLinear(Linear):
         self.register_buffer("rotation", balanced_rotation(in_features))
 
     def joined(self, y: Tensor, weights: Weights) -> Tensor:
-        """``[B, out]`` of the panels' products ``[P, B, 1, out]``, their scales still to come."""
-        y = y * self.scale(weights)
-        y = y.view(-1, y.shape[3]) if y.shape[0] == 1 else y.sum(dim=0).squeeze(1)
-        bias = self.bias(weights)
+        """``[B, out]`` of the panels' products ``[P, Q, B, 1, q]``, scales and bias still to come."""
+        y, bias = scaled_sum(y, self.scale(weights)), self.bias(weights)
         return y if bias is None else y + bias
+
+
+def scaled_sum(y: Tensor, scale: Tensor) -> Tensor:
+    """``[B, Q q]`` of the panels' products ``[P, Q, B, 1, q]``, their scales ``[P, Q, 1, 1, q]`` still to come."""
+    y = y * scale
+    panels, parts, _, _, row = y.shape
+    y = y.view(parts, -1, row) if panels == 1 else y.sum(dim=0).squeeze(2)
+    return y.view(-1, row) if parts == 1 else y.transpose(0, 1).reshape(-1, parts * row)
 
 
 class BalancedInt8Linear(BalancedLinear):
     """Integer weights times integer activations, one panel and row at a time: the form that packs no weights."""
 
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
-        panels, _, width, _ = self.weight(weights).shape
+        panels, _, _, width, _ = self.weight(weights).shape
         return self.multiply(*panel_levels(x, self.rotation, panels, width), weights)
 
     def multiply(self, levels: Tensor, steps: Tensor, weights: Weights) -> Tensor:
         """``[B, out]`` of what :func:`panel_levels` gave for ``[B, in]``."""
         matrix = self.weight(weights)
-        shape = (*levels.shape[:3], matrix.shape[3])
+        shape = (*matrix.shape[:2], levels.shape[2], 1, matrix.shape[4])
         sums = torch.onnx.ops.symbolic("MatMulInteger", [levels, matrix], dtype=torch.int32, shape=shape)
-        return self.joined(steps @ sums.to(torch.float32).view(shape[0], -1, 2, shape[3]), weights)
+        return self.joined(steps @ sums.to(torch.float32).view(*shape[:2], -1, 2, shape[4]), weights)
 
 
 class BalancedInt8Linears(Linears):
@@ -105,14 +111,14 @@ class BalancedInt8Linears(Linears):
         self.register_buffer("rotation", balanced_rotation(in_features))
 
     def forward(self, x: Tensor, weights: Weights) -> list[Tensor]:
-        panels, _, width, _ = weights[f"{self.linears[0].name}.weight"].shape
+        panels, _, _, width, _ = weights[f"{self.linears[0].name}.weight"].shape
         together = panel_levels(x.flatten(1), self.rotation, len(self.linears) * panels, width)
         parts = zip(self.linears, *(torch.split(part, panels) for part in together), strict=True)
         return [linear.multiply(*part, weights) for linear, *part in parts]
 
 
 def panel_levels(x: Tensor, rotation: Tensor, panels: int, width: int) -> tuple[Tensor, Tensor]:
-    """``x [B, in]`` as two rows of uint8 for each panel of an image ``[P, 2 B, 1, p']``, and their steps ``[P, B, 1, 2]``.
+    """``x [B, in]`` as two rows of uint8 for each panel ``[P, 1, 2 B, 1, p']``, and their steps ``[P, 1, B, 1, 2]``.
 
     Of the second row's levels, half a step of the first is 64: so no value needs more of them than there are.
     """
@@ -123,7 +129,8 @@ def panel_levels(x: Tensor, rotation: Tensor, panels: int, width: int) -> tuple[
     fine = (exact - coarse) * (2 * LEVELS_OF_EACH)
     zero_point = torch.tensor(LEVELS_OF_EACH, dtype=torch.uint8)
     levels = quantised(torch.cat([coarse, fine], dim=2), torch.ones(()), zero_point, {})
-    return levels.view(panels, -1, 1, width), steps * torch.tensor([1, 1 / (2 * LEVELS_OF_EACH)])
+    steps = steps * torch.tensor([1, 1 / (2 * LEVELS_OF_EACH)])
+    return levels.view(panels, 1, -1, 1, width), steps.unsqueeze(1)
 
 
 @dataclass(frozen=True)
@@ -149,14 +156,11 @@ class GpuBalancedInt8Linear(GpuLinear):
         self.register_buffer("rotation", balanced_rotation(in_features))
 
     def product(self, x: Tensor, weights: Weights) -> Tensor:
-        panels, _, width, out_features = self.weight(weights).shape
-        rotated = rotate(x.to(self.compute), self.rotation.to(self.compute))
-        matrix = self.matrix(weights)
-        if panels == 1:
-            return (rotated @ matrix.view(width, out_features)).to(torch.float32) * self.scale(weights).view(1, -1)
-        parts = rotated.view(-1, panels, width).transpose(0, 1)
-        y = (parts @ matrix.view(panels, width, out_features)).to(torch.float32) * self.scale(weights).squeeze(1)
-        return y.sum(dim=0)
+        panels, _, _, width, row = self.weight(weights).shape
+        parts = rotate(x.to(self.compute), self.rotation.to(self.compute)).view(-1, panels, width)
+        parts = parts.transpose(0, 1).unsqueeze(1) if panels > 1 else parts.view(-1, width)
+        y = (parts @ self.matrix(weights).view(panels, -1, width, row)).to(torch.float32)
+        return scaled_sum(y.unsqueeze(3), self.scale(weights))
 
     def matrix(self, weights: Weights) -> Tensor:
         return dequantised(self.weight(weights), torch.ones((), dtype=self.compute), self.compute)

@@ -241,9 +241,10 @@ def test_the_adapters_weights_are_the_nearest_steps_and_each_block_adds_up_to_ze
     values = torch.from_numpy(matrix(out_features, in_features))
     tensors = prepared(BalancedInt8(), values.numpy())
     turn = balanced_rotation(in_features)
-    panels, _, width, _ = tensors["weight"].shape
-    steps = tensors["weight"].float().permute(3, 0, 2, 1).reshape(out_features, panels, -1, turn.shape[1])
-    wanted = rotate(values, turn).view(out_features, panels, width) / tensors["scale"].permute(3, 0, 1, 2).squeeze(3)
+    panels, _, _, width, _ = tensors["weight"].shape
+    steps = tensors["weight"].float().permute(1, 4, 0, 2, 3).reshape(out_features, panels, -1, turn.shape[1])
+    scale = tensors["scale"].permute(1, 4, 0, 2, 3).reshape(out_features, panels, 1)
+    wanted = rotate(values, turn).view(out_features, panels, width) / scale
     assert (steps.sum(dim=3) == 0).all()
     off = (steps - wanted.view(steps.shape)).abs()
     assert (off[..., : len(turn) + 1] <= 0.5 + 1e-4).all()

@@ -153,13 +153,13 @@ def test_gaussian_rows_lose_what_the_docstring_says() -> None:
 @pytest.mark.parametrize("pair", [(127, 127), (-127, -127), (127, -127)])
 def test_the_adapters_worst_sums_are_exact(pair: tuple[int, int], images: int) -> None:
     """One row without a zero point has a kernel of its own, which reads the weights as they lie."""
-    shapes = {"x": (2, images, 1, 132), "w": (2, 1, 132, 260), "y": (2, images, 1, 260)}
+    shapes = {"x": (2, 1, 2 * images, 1, 132), "w": (2, 3, 1, 132, 260), "y": (2, 3, 2 * images, 1, 260)}
     kinds = {"x": TensorProto.UINT8, "w": TensorProto.INT8, "y": TensorProto.INT32}
     x, w, y = (helper.make_tensor_value_info(name, kinds[name], shape) for name, shape in shapes.items())
     graph = helper.make_graph([helper.make_node("MatMulInteger", ["x", "w"], ["y"])], "row", [x, w], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10).SerializeToString()
     session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
-    weights = np.broadcast_to(np.resize(np.array(pair, np.int8), 132)[None, None, :, None], shapes["w"]).copy()
+    weights = np.broadcast_to(np.resize(np.array(pair, np.int8), 132)[:, None], shapes["w"]).copy()
     for levels in ((128, 128), (0, 128), (128, 0), (64, 128)):
         activations = np.broadcast_to(np.resize(np.array(levels, np.uint8), 132), shapes["x"]).copy()
         (found,) = session.run(["y"], {"x": activations, "w": weights})

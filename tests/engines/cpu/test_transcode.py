@@ -95,12 +95,12 @@ def quantised(form: Precision, matrix: torch.Tensor, group: int | None) -> dict[
 def exact_steps(codes: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Where every value lies on its row's scale, float64, laid out as int8 is stored."""
     values = codes.double()
-    if len(shape) == 4:
-        panels, _, width, _ = shape
+    if len(shape) == 5:
+        panels, parts, _, width, _ = shape
         matrix = torch.from_numpy(balanced_rotation(codes.shape[1])).double()
         values = (values.reshape(-1, len(matrix)) @ matrix).reshape(len(codes), panels, width)
         scale = values.abs().amax(dim=2, keepdim=True) / WEIGHT_LEVELS
-        return (values / scale).permute(1, 2, 0).unsqueeze(1)
+        return (values / scale).unflatten(0, (parts, -1)).permute(2, 0, 3, 1).unsqueeze(2)
     matrix = torch.from_numpy(rotation(codes.shape[1])).double()
     values = (values.reshape(-1, len(matrix)) @ matrix).reshape(codes.shape)
     pair = values.reshape(len(values), -1, 2).sum(dim=2).abs().amax(dim=1, keepdim=True) / LARGEST_PAIR
@@ -130,8 +130,8 @@ def test_packs_are_what_the_quantiser_makes_of_the_same_values(fp8: Path) -> Non
                 difference = (found.int() - values["weight"].int()).abs()
                 if family == "adapter":  # what balances a block takes up the differences of the others
                     size, after = balanced_rotation(stored.shape[1]).shape
-                    assert (found.unflatten(2, (-1, after)).int().sum(dim=3) == 0).all()
-                    difference.unflatten(2, (-1, after))[:, :, :, size + 1] = 0
+                    assert (found.unflatten(3, (-1, after)).int().sum(dim=4) == 0).all()
+                    difference.unflatten(3, (-1, after))[:, :, :, :, size + 1] = 0
                 assert difference.max() <= 1
                 # Values in the middle between two steps tip either way: only float32's rounding of the scale decides,
                 # which comes earlier there than here.
