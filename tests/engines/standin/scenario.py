@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import played_tensorrt
 
 from conftest import picture
-from i2l.engines.device import staging, which_card
+from i2l.engines.device import which_card
 from i2l.engines.device.calls import CudaEvent
 from i2l.engines.device.card import CudaDevice
+from i2l.engines.device.pinned import staging
 from i2l.engines.device.tensor import DeviceTensor
 from i2l.engines.directory.dtypes import FLOAT32
 from i2l.errors import BudgetTooSmall, I2LError
