@@ -16,14 +16,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ...machine.memory import available_bytes
 from ...machine.wording import format_bytes
 from ...specs import Family
 from ..base import Value
 from ..directory.manifest import Chunk, Model, Step, inputs_of
 from ..errors import OutOfDeviceMemory
 from .device import Device, Event, Lane, Workspace, aligned
-from .pinned.host_cache import plan_host_cache
 from .residency import Residency
 
 log = logging.getLogger(__name__)
@@ -137,10 +135,6 @@ class DeviceWeights:
                 places[model.chunks[index]] = address
                 address += aligned(model.chunks[index].nbytes)
             self.stores[family] = DeviceStore(self.device, model, self._packs[family], slots, places)
-        chunks = {family: model.chunks for family, model in self._models.items()}
-        host = plan_host_cache(chunks, plan.resident, available_bytes())
-        kept = [(family, chunks[family][index]) for family, index in host.kept]
-        self.device.keep_on_host([bytes_of(self._packs[family], chunk) for family, chunk in kept], host.floor_bytes)
 
 
 class DeviceStore:
@@ -194,13 +188,8 @@ class DeviceStore:
 
     def _copy(self, chunk: Chunk, address: int) -> None:
         with self.span("copy", f"copy {chunk.steps[0].name}", nbytes=chunk.nbytes):
-            self._device.copy_async(bytes_of(self._pack, chunk), address)
+            self._device.copy_async(self._pack[chunk.offset : chunk.offset + chunk.nbytes], address)
         self._ready[chunk] = self._device.record("copy")
-
-
-def bytes_of(pack: memoryview, chunk: Chunk) -> memoryview:
-    """A chunk's part of its pack."""
-    return pack[chunk.offset : chunk.offset + chunk.nbytes]
 
 
 def untimed(lane: Lane, name: str, *, nbytes: int) -> AbstractContextManager[None]:  # noqa: ARG001
