@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,9 @@ import numpy as np
 
 from i2l.engines.device.pinned.host_cache import BUFFERS, PIECE_BYTES
 from i2l.machine.platforms.mapping import MappedFile, give_back, open_mapped
+
+if sys.platform != "linux":
+    raise SystemExit("only Linux forgets a file's pages when it is asked to")
 
 THREADS = (1, 2, 4)
 Fill = Callable[[memoryview, int], None]

@@ -27,6 +27,8 @@ BUFFERS = 4
 PIECE_BYTES = 32 << 20
 """Large enough that a copy runs at the link's speed, small enough that the first one begins at once."""
 RING_BYTES = BUFFERS * PIECE_BYTES
+FILL_GBPS = 11.0
+"""At which a ring is filled from a pack in the page cache: ``benchmarks/fill.py``, two Zen 4 cores of a server."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class HostCache:
     cache_bytes: int
     """Of kept chunks."""
     ring_bytes: int
-    """What the others pass through; none where no chunk passes."""
+    """What the others pass through, and those that stay on the card once."""
     streamed_bytes: int
     """Of all chunks that come in every pass."""
     floor_bytes: int
@@ -71,7 +73,7 @@ def plan_host_cache(
     return HostCache(
         kept=tuple(kept),
         cache_bytes=cache_bytes,
-        ring_bytes=ring_bytes if sizes else 0,
+        ring_bytes=ring_bytes,
         streamed_bytes=sum(chunks[family][i].nbytes for family, i in sizes),
         floor_bytes=available - available // SHARE,
     )

@@ -13,7 +13,7 @@ import ctypes
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +55,7 @@ class Staging:
         self.piece_bytes = piece_bytes
         self._ring: deque[PinnedBuffer] = deque()
         self._threads = min(default_threads(), MOST_FILL_THREADS)
-        self._pool = ThreadPoolExecutor(self._threads, "i2l-staging")
+        self._pool = ThreadPoolExecutor(max(1, self._threads - 1), "i2l-staging")  # and who asks
         self._refused = False
 
     def to_card(self, host: int, nbytes: int, copy: Callable[[int, int, int], None], mark: Callable[[], Any]) -> None:
@@ -128,9 +128,10 @@ class Staging:
 
     def _fill(self, target: int, source: int, nbytes: int) -> None:
         """Copy host memory, in several threads; ctypes lets go of the GIL."""
-        if nbytes <= FILL_ALONE_BYTES or self._threads == 1:
-            ctypes.memmove(target, source, nbytes)
-            return
-        part = -(-nbytes // self._threads)
-        starts = range(0, nbytes, part)
-        list(self._pool.map(lambda at: ctypes.memmove(target + at, source + at, min(part, nbytes - at)), starts))
+        part = nbytes if nbytes <= FILL_ALONE_BYTES else -(-nbytes // self._threads)
+        others = [
+            self._pool.submit(ctypes.memmove, target + at, source + at, min(part, nbytes - at))
+            for at in range(part, nbytes, part)
+        ]
+        ctypes.memmove(target, source, part)
+        wait(others)
