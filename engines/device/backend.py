@@ -61,7 +61,7 @@ class DeviceBackend:
         packs = {family: memoryview(pack) for family, pack in self._maps.items()}
         plan = partial(plan_residency, self._chunks, graphs)
         self._weights = DeviceWeights(device, manifest.models, packs, plan, budget_bytes, workspace)
-        self._keep_on_host()
+        self.keep_on_host()
 
     @property
     def residency(self) -> Residency:
@@ -94,7 +94,15 @@ class DeviceBackend:
 
     def shrink(self, cause: OutOfDeviceMemory) -> None:
         self._weights.shrink(cause)
-        self._keep_on_host()
+        self.keep_on_host()
+
+    def keep_on_host(self) -> None:
+        """Tell the device which chunks will come in every pass, as far as the host's memory is for them."""
+        self.device.keep_on_host((), 0)  # what is kept already is not available
+        plan = plan_host_cache(self._chunks, self.residency.resident, available_bytes())
+        kept = ((self._maps[family], self._chunks[family][index]) for family, index in plan.kept)
+        regions = [memoryview(pack)[chunk.offset : chunk.offset + chunk.nbytes] for pack, chunk in kept]
+        self.device.keep_on_host(regions, plan.floor_bytes)
 
     def close(self) -> None:
         self.device.finish()  # an engine must not go while it computes
@@ -104,10 +112,3 @@ class DeviceBackend:
         with contextlib.suppress(BufferError):  # an error's traceback still holds weights: the maps go when they go
             for pack in self._maps.values():
                 pack.close()
-
-    def _keep_on_host(self) -> None:
-        """Tell the device which chunks will come in every pass, as far as the host's memory is for them."""
-        plan = plan_host_cache(self._chunks, self.residency.resident, available_bytes())
-        kept = ((self._maps[family], self._chunks[family][index]) for family, index in plan.kept)
-        regions = [memoryview(pack)[chunk.offset : chunk.offset + chunk.nbytes] for pack, chunk in kept]
-        self.device.keep_on_host(regions, plan.floor_bytes)
