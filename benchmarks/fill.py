@@ -2,14 +2,14 @@
 
 The ring is the one that CUDA's chunks pass through, of as many and as large buffers, each filled by some threads at
 once, in plain memory instead of pinned. Ways: ``memmove`` out of the mapped file, and ``preadv``. Warm: the file is in
-the page cache; ``mapped``: in this process's memory too, as after a first pass. Cold: it is in neither. Beside them
-``memory``: ``memmove`` between plain buffers, what the machine can do at all. Rounds are interleaved; medians in GB/s.
+the page cache; mapped: in this process's memory too, as after a first pass. Cold: it is in neither. Beside them
+"memory": ``memmove`` between plain buffers, what the machine can do at all. Rounds are interleaved. GB/s by the clock,
+median and best, as other work only makes it slower; and median per second of CPU, of all threads.
 Usage: python benchmarks/fill.py [--mib 2048] [--rounds 5] [--folder DIR]; for Linux; the file must fit the page cache.
 """
 
 import argparse
 import ctypes
-import json
 import mmap
 import os
 import statistics
@@ -34,7 +34,7 @@ Fill = Callable[[memoryview, int], None]
 
 
 def main() -> None:
-    """Measure in rounds; one JSON object."""
+    """Measure in rounds; a line for each way."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mib", type=int, default=2048, help="of the file")
     parser.add_argument("--rounds", type=int, default=5)
@@ -45,14 +45,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="i2l-fill-", dir=options.folder) as folder:
         path = Path(folder, "pack")
         make_file(path, nbytes)
-        rates: dict[str, list[float]] = {}
+        found: dict[str, list[tuple[float, float]]] = {}
         for _ in range(options.rounds):
             for threads in THREADS:
                 with ThreadPoolExecutor(threads) as pool:
                     for name, seconds in measured(path, nbytes, ring, pool, threads):
-                        rates.setdefault(f"{name}, {threads} threads", []).append(nbytes / seconds / 1e9)
-    middle = {name: round(statistics.median(values), 2) for name, values in sorted(rates.items())}
-    print(json.dumps({"gbps": middle, "load": os.getloadavg()[0], "rounds": options.rounds, "mib": options.mib}))
+                        found.setdefault(f"{name}, {threads} threads", []).append(seconds)
+    for name, rows in sorted(found.items()):
+        clock, cpu = ([nbytes / seconds / 1e9 for seconds in column] for column in zip(*rows, strict=True))
+        middle, best, by_cpu = statistics.median(clock), max(clock), statistics.median(cpu)
+        print(f"{name:28} median {middle:6.2f}  best {best:6.2f}  CPU {by_cpu:6.2f}")
+    print(f"{options.rounds} rounds of {options.mib} MiB, load {os.getloadavg()[0]:.1f}")
 
 
 def make_file(path: Path, nbytes: int) -> None:
@@ -67,8 +70,8 @@ def make_file(path: Path, nbytes: int) -> None:
 
 def measured(
     path: Path, nbytes: int, ring: list[memoryview], pool: ThreadPoolExecutor, threads: int
-) -> Iterator[tuple[str, float]]:
-    """``(way, seconds)`` of each."""
+) -> Iterator[tuple[str, tuple[float, float]]]:
+    """``(way, seconds by the clock and of CPU)`` of each."""
     with path.open("rb", buffering=0) as file:
         descriptor = file.fileno()
 
@@ -108,14 +111,16 @@ def forget(descriptor: int) -> None:
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def passed(fill: Fill, nbytes: int, ring: list[memoryview], pool: ThreadPoolExecutor, threads: int) -> float:
-    """Seconds in which the whole file passes through the ring, each piece by all threads at once."""
+def passed(
+    fill: Fill, nbytes: int, ring: list[memoryview], pool: ThreadPoolExecutor, threads: int
+) -> tuple[float, float]:
+    """Seconds by the clock and of CPU in which the file passes through the ring, each piece by all threads at once."""
     part = -(-PIECE_BYTES // threads)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     for number in range(nbytes // PIECE_BYTES):
         buffer, offset = ring[number % len(ring)], number * PIECE_BYTES
         list(pool.map(lambda at, b=buffer, o=offset: fill(b[at : at + part], o + at), range(0, PIECE_BYTES, part)))
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - cpu
 
 
 if __name__ == "__main__":
