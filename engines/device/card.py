@@ -25,8 +25,6 @@ from .tensor import DeviceTensor
 
 log = logging.getLogger(__name__)
 NON_BLOCKING = 1
-DEFAULT_STREAM = 1
-"""``CU_STREAM_LEGACY``: streams that are not non-blocking wait for it, and it for them."""
 LANES: tuple[Lane, ...] = ("copy", "compute")
 VALUE_BYTES = 1 << 20
 """Of a buffer for what goes in and comes out; pixels of four pictures and the adapter's factors are a few MB."""
@@ -38,22 +36,19 @@ class CudaDevice:
     Args:
         index: among the cards that CUDA sees.
         backend: what it is opened for, for errors.
-        own_stream: the compute lane is a stream of its own; CUDA's default stream otherwise.
 
     Raises:
         BackendUnavailable: there is no driver or no such card.
         OutOfDeviceMemory, DeviceFailed: the card has no room for a context, or does not answer.
     """
 
-    def __init__(self, index: int = 0, *, backend: str = "cuda", own_stream: bool = True) -> None:
+    def __init__(self, index: int = 0, *, backend: str = "cuda") -> None:
         self._call = DriverCalls(index, backend)
         self.index = index
         self.name = self._call.name
         self.sm = self._call.sm
         """The compute capability, 89 for 8.9."""
-        made = LANES if own_stream else LANES[:1]
-        self._made = [self._call("cuStreamCreateWithPriority", NON_BLOCKING, 0) for _ in made]
-        self._streams: dict[Lane, Any] = dict(zip(LANES, [*self._made, DEFAULT_STREAM], strict=False))
+        self._streams = {lane: self._call("cuStreamCreateWithPriority", NON_BLOCKING, 0) for lane in LANES}
         self._chunks = Staging(self._call)
         self._values = Staging(self._call, piece_bytes=VALUE_BYTES)
         self._closed = False
@@ -110,7 +105,7 @@ class CudaDevice:
         self._closed = True
         self._chunks.close()
         self._values.close()
-        for stream in self._made:
+        for stream in self._streams.values():
             self._call.give_back("cuStreamDestroy", stream)
         self._call.close()
 

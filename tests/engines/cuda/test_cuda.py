@@ -212,7 +212,7 @@ def test_a_cpu_onnxruntime_says_what_to_install(head: bytes) -> None:
     if "CUDAExecutionProvider" in ort.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(ProviderMissing, match=r"without CUDAExecutionProvider.*i2l-engines\[cuda\]"):
-        OrtDeviceEngine("dinov3.head", head, CudaTarget(Arena(HostDevice(0), Workspace()), "card"), Workspace())
+        OrtDeviceEngine("dinov3.head", head, CudaTarget(Arena(HostDevice(0), Workspace()), "card", 0), Workspace())
 
 
 @pytest.mark.parametrize(
@@ -267,10 +267,11 @@ def test_the_arena_gives_out_each_byte_once(work: list[tuple[int, int]], scratch
 def test_what_sessions_keep_goes_at_once() -> None:
     device = HostDevice(16 << 20)
     arena = Arena(device, Workspace())
-    with CudaTarget(arena, "card").opening():
-        first = [arena.allocate(3000) for _ in range(3)]
-        arena.free(first[1])
-        large = arena.allocate(3 << 20)
+    arena.opening = True
+    first = [arena.allocate(3000) for _ in range(3)]
+    arena.free(first[1])
+    large = arena.allocate(3 << 20)
+    arena.opening = False
     assert arena.allocate(1) == 0
     assert len({*first, large}) == 4
     assert device.used_bytes == 6 << 20  # in whole pieces: 2 and 4 MiB
