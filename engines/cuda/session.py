@@ -139,7 +139,10 @@ class OrtDeviceEngine:
             missing_libraries()  # loads those that are there, so that the provider finds them
         providers = [(target.provider, target.options)]
         self._graph, self._target, self._workspace = graph, target, workspace
-        with self._our_errors(), target.opening(options):  # without fallback: it would go on with the CPU, and write to stdout
+        with (
+            self._our_errors(),
+            target.opening(options),
+        ):  # without fallback: it would go on with the CPU, and write to stdout
             self._session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
         if target.provider not in self._session.get_providers():
             raise ProviderMissing(target.provider, self._session.get_providers())

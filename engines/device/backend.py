@@ -14,6 +14,7 @@ from ..base import Array, Engine, Value
 from ..directory.integrity import fingerprint, require_unchanged
 from ..directory.manifest import Manifest
 from ..errors import OutOfDeviceMemory, ShapeMismatch
+from ..replay.model_graphs import ModelGraphs, Recording
 from .device import Device, Workspace
 from .residency import GraphMemory, Residency, plan_residency
 from .slots import DeviceStore, DeviceWeights
@@ -59,6 +60,8 @@ class DeviceBackend:
         packs = {family: memoryview(pack) for family, pack in self._maps.items()}
         plan = partial(plan_residency, chunks, graphs)
         self._weights = DeviceWeights(device, manifest.models, packs, plan, budget_bytes, workspace)
+        self.graphs = ModelGraphs(device) if isinstance(device, Recording) else None
+        """Of whole models, where the device can record them."""
 
     @property
     def residency(self) -> Residency:
@@ -89,14 +92,23 @@ class DeviceBackend:
     def array(self, value: Value) -> Array:
         return self.device.download(value)
 
+    def later(self, values: Mapping[str, Value]) -> Callable[[], dict[str, Array]]:
+        return self.device.fetch(values)
+
     def shrink(self, cause: OutOfDeviceMemory) -> None:
+        self._drop_graphs()
         self._weights.shrink(cause)
 
     def close(self) -> None:
         self.device.finish()  # an engine must not go while it computes
+        self._drop_graphs()
         self._engines.clear()
         self._weights.close()
         self.device.close()
         with contextlib.suppress(BufferError):  # an error's traceback still holds weights: the maps go when they go
             for pack in self._maps.values():
                 pack.close()
+
+    def _drop_graphs(self) -> None:
+        if self.graphs is not None:
+            self.graphs.drop()

@@ -9,8 +9,11 @@ go into a third stream that no event orders with ours, and may return before the
 
 import ctypes
 import logging
+import math
 import time
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,12 +21,14 @@ from ..base import Array
 from ..directory.dtypes import ELEMENT_TYPES, FLOAT32
 from ..directory.tensorfile import TENSOR_ALIGN, TensorInfo
 from ..errors import DeviceFailed, OutOfDeviceMemory
-from .calls import CudaEvent, DriverCalls
+from ..replay.outbox import Outbox
+from .calls import CudaEvent, CudaGraph, DriverCalls
 from .device import Event, Lane
 from .staging import Staging
 from .tensor import DeviceTensor
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 NON_BLOCKING = 1
 LANES: tuple[Lane, ...] = ("copy", "compute")
 VALUE_BYTES = 1 << 20
@@ -51,6 +56,9 @@ class CudaDevice:
         self._streams = {lane: self._call("cuStreamCreateWithPriority", NON_BLOCKING, 0) for lane in LANES}
         self._chunks = Staging(self._call)
         self._values = Staging(self._call, piece_bytes=VALUE_BYTES)
+        self._outbox = Outbox(self._pinned, partial(self._call.give_back, "cuMemFreeHost"))
+        self._fetched = True
+        """The host has waited since something was last asked for."""
         self._closed = False
         self._free_at_start = self.free_bytes()
         self._peak_bytes = 0
@@ -105,6 +113,7 @@ class CudaDevice:
         self._closed = True
         self._chunks.close()
         self._values.close()
+        self._outbox.close()
         for stream in self._streams.values():
             self._call.give_back("cuStreamDestroy", stream)
         self._call.close()
@@ -141,6 +150,13 @@ class CudaDevice:
     def wait(self, lane: Lane, event: Event) -> None:
         self._call("cuStreamWaitEvent", self._streams[lane], event.handle, 0)
 
+    def record_work(self, enqueue: Callable[[], T]) -> tuple[CudaGraph, T]:
+        """What is enqueued in the compute lane meanwhile, as a graph instead."""
+        graph = CudaGraph(self._call, self._streams["compute"])
+        given = graph.recorded(enqueue)
+        self._look()
+        return graph, given
+
     def finish(self) -> None:
         for stream in self._streams.values():
             self._call("cuStreamSynchronize", stream)
@@ -152,6 +168,8 @@ class CudaDevice:
 
     def upload(self, array: Array, address: int) -> DeviceTensor:
         """In the compute lane: behind what still reads the memory, before what will."""
+        self._outbox.begin()
+        self._fetched = False
         array = np.ascontiguousarray(array, np.float32)
         self._send("compute", self._values, array.ctypes.data, array.nbytes, address)
         return DeviceTensor(address, array.shape, FLOAT32)
@@ -166,7 +184,34 @@ class CudaDevice:
                 ctypes.memmove(array.ctypes.data, host, array.nbytes)
         return array
 
+    def fetch(self, values: Mapping[str, Any]) -> Callable[[], dict[str, Array]]:
+        """In one copy, as an engine's outputs lie side by side."""
+        start = min(value.data_ptr() for value in values.values())
+        end = max(value.data_ptr() + 4 * math.prod(value.shape()) for value in values.values())
+        try:
+            host = self._outbox.take(end - start)
+        except OutOfDeviceMemory:  # nothing can be pinned, which was said when the input was sent
+            arrays = {name: self.download(value) for name, value in values.items()}
+            return lambda: arrays
+        self._call("cuMemcpyDtoHAsync", host, start, end - start, self._streams["compute"])
+        self._fetched = False
+        places = {name: (host + value.data_ptr() - start, tuple(value.shape())) for name, value in values.items()}
+        return partial(self._taken, places)
+
     # --------------------------------------------------------------------------------------------------------------
+
+    def _taken(self, places: Mapping[str, tuple[int, tuple[int, ...]]]) -> dict[str, Array]:
+        """Copies of what was fetched."""
+        if not self._fetched:
+            self._call("cuStreamSynchronize", self._streams["compute"])
+            self._fetched = True
+        arrays = {name: np.empty(shape, np.float32) for name, (_, shape) in places.items()}
+        for name, (address, _) in places.items():
+            ctypes.memmove(arrays[name].ctypes.data, address, arrays[name].nbytes)
+        return arrays
+
+    def _pinned(self, nbytes: int) -> int:
+        return int(self._call("cuMemAllocHost", nbytes))
 
     def _send(self, lane: Lane, staging: Staging, host: int, nbytes: int, address: int) -> None:
         stream = self._streams[lane]

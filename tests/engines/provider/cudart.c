@@ -26,7 +26,7 @@ int cuDevicePrimaryCtxRetain(void **, int), cuCtxGetCurrent(void **), cuCtxSetCu
 int cuMemAlloc_v2(void **, size_t), cuMemFree_v2(void *), cuMemGetInfo_v2(size_t *, size_t *);
 int cuMemHostAlloc(void **, size_t, unsigned), cuMemFreeHost(void *), cuPointerGetAttribute(void *, int, u64);
 int cuMemcpy(void *, const void *, size_t), cuMemcpyAsync(void *, const void *, size_t, Stream), cuMemsetD8Async(void *, unsigned char, size_t, Stream);
-int cuStreamCreate(Stream *, unsigned), cuStreamDestroy_v2(Stream), cuStreamSynchronize(Stream), cuStreamWaitEvent(Stream, void *, unsigned);
+int cuStreamCreate(Stream *, unsigned), cuStreamDestroy_v2(Stream), cuStreamSynchronize(Stream), cuStreamWaitEvent(Stream, void *, unsigned), cuStreamIsCapturing(Stream, int *);
 int cuEventCreate(void **, unsigned), cuEventDestroy_v2(void *), cuEventRecord(void *, Stream), cuEventSynchronize(void *), cuEventElapsedTime_v2(float *, void *, void *);
 int cuLaunchHostFunc(Stream, void (*)(void *), void *), cuGetProcAddress_v2(const char *, void **, int, u64, int *);
 int standin_launch(Stream, void (*)(void *), int, const u64 (*)[3]);
@@ -34,7 +34,7 @@ void standin_problem(const char *);
 
 static __thread Error last;
 static Error from(int status) {
-    Error error = status == 2 ? cudaErrorMemoryAllocation : status == 600 ? cudaErrorNotReady : status == 700 ? cudaErrorIllegalAddress : status ? cudaErrorInvalidValue : cudaSuccess;
+    Error error = status == 2 ? cudaErrorMemoryAllocation : status == 600 ? cudaErrorNotReady : status == 700 ? cudaErrorIllegalAddress : status / 10 == 90 ? (Error)status : status ? cudaErrorInvalidValue : cudaSuccess;
     if (error) last = error;
     return error;
 }
@@ -121,7 +121,7 @@ Error cudaStreamCreate(Stream *stream) { return cudaStreamCreateWithFlags(stream
 Error cudaStreamDestroy(Stream stream) { return from(cuStreamDestroy_v2(stream)); }
 Error cudaStreamSynchronize(Stream stream) { HERE; return from(cuStreamSynchronize(stream)); }
 Error cudaStreamWaitEvent(Stream stream, void *event, unsigned flags) { HERE; return from(cuStreamWaitEvent(stream, event, flags)); }
-Error cudaStreamIsCapturing(Stream stream, int *status) { (void)stream; *status = 0; return cudaSuccess; }
+Error cudaStreamIsCapturing(Stream stream, int *status) { return from(cuStreamIsCapturing(stream, status)); }
 Error cudaEventCreateWithFlags(void **event, unsigned flags) { HERE; return from(cuEventCreate(event, flags)); }
 Error cudaEventCreate(void **event) { return cudaEventCreateWithFlags(event, 0); }
 Error cudaEventDestroy(void *event) { return from(cuEventDestroy_v2(event)); }

@@ -21,7 +21,7 @@ from i2l.engines.device.backend import DeviceBackend
 from i2l.errors import BudgetTooSmall, I2LError
 from i2l.runtime.pipeline import Pipeline
 
-EACH_PASS = ("copies", "copied_bytes", "pageable_copies", "launches", "calls")
+EACH_PASS = ("copies", "copied_bytes", "pageable_copies", "launches", "graph_launches", "calls")
 COUNTED = ("problems", "live_bytes", "peak_bytes", "pinned_bytes", *EACH_PASS)
 
 
