@@ -4,7 +4,7 @@ The images of a call share passes, a few at a time: a pass moves all weights onc
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -163,10 +163,13 @@ class Passes:
         factors: dict[str, tuple[Array, Array]] = {}
         with self.timings.stage("adapter"):
             graphs = self._graphs("adapter")
-            if graphs is not None or len(groups) == 1:
-                rows = [self._computed("adapter", group, self._adapter_steps, graphs) for group in groups]
+            rows: list[Iterable[dict[str, Array]]]
+            if len(groups) == 1:
+                rows = [self._computed("adapter", groups[0], self._adapter_steps, graphs)]
+            elif graphs is not None:  # each to its end, as the next one's results go where this one's are
+                rows = [list(self._computed("adapter", group, self._adapter_steps, graphs)) for group in groups]
             else:
-                rows = list(zip(*self._shared_rows(groups), strict=True))
+                rows = [list(row) for row in zip(*self._shared_rows(groups), strict=True)]
             for step, *parts in zip(self._steps("adapter"), *rows, strict=True):
                 outputs = {name: joined([part[name] for part in parts]) for name in parts[0]}
                 for name, values in outputs.items():
@@ -191,19 +194,19 @@ class Passes:
         array: Array,
         steps: Callable[[Value, Report], list[Fetched]],
         graphs: ModelGraphs | None,
-    ) -> list[dict[str, Array]]:
+    ) -> Iterator[dict[str, Array]]:
         """What the steps of a model fetch for this input: by a graph of the device where there is one."""
         upload = partial(self._backend.value, array)
         if graphs is None:
-            return taken(steps(upload(), self._report))
+            yield from taken(steps(upload(), self._report))
+            return
         key = (family, len(array))
         again, total = key in graphs, len(self._steps(family))
         if again:
             self._report(family, 0, total)
-        rows = graphs.computed(key, upload, steps, self._report)
+        yield from graphs.computed(key, upload, steps, self._report)
         if again:
             self._report(family, total, total)
-        return rows
 
     def _graphs(self, family: Family) -> ModelGraphs | None:
         """Where a pass over a model is recorded, if it copies no weights and nobody looks at its steps."""

@@ -21,7 +21,7 @@ from ..base import Array
 from ..directory.dtypes import ELEMENT_TYPES, FLOAT32
 from ..directory.tensorfile import TENSOR_ALIGN, TensorInfo
 from ..errors import DeviceFailed, OutOfDeviceMemory
-from ..replay.outbox import Outbox
+from ..replay.outbox import Outbox, Piece
 from .calls import CudaEvent, CudaGraph, DriverCalls
 from .device import Event, Lane
 from .staging import Staging
@@ -189,26 +189,24 @@ class CudaDevice:
         start = min(value.data_ptr() for value in values.values())
         end = max(value.data_ptr() + 4 * math.prod(value.shape()) for value in values.values())
         try:
-            host = self._outbox.take(end - start)
+            piece = self._outbox.take(end - start)
         except OutOfDeviceMemory:  # nothing can be pinned, which was said when the input was sent
             arrays = {name: self.download(value) for name, value in values.items()}
             return lambda: arrays
-        self._call("cuMemcpyDtoHAsync", host, start, end - start, self._streams["compute"])
+        self._call("cuMemcpyDtoHAsync", piece.address, start, piece.nbytes, self._streams["compute"])
         self._fetched = False
-        places = {name: (host + value.data_ptr() - start, tuple(value.shape())) for name, value in values.items()}
-        return partial(self._taken, places)
+        places = {name: (value.data_ptr() - start, value.shape()) for name, value in values.items()}
+        return partial(self._taken, piece, places)
 
     # --------------------------------------------------------------------------------------------------------------
 
-    def _taken(self, places: Mapping[str, tuple[int, tuple[int, ...]]]) -> dict[str, Array]:
-        """Copies of what was fetched."""
+    def _taken(self, piece: Piece, places: Mapping[str, tuple[int, list[int]]]) -> dict[str, Array]:
+        """Copies of what was fetched; ``places``: where each lies in the piece, and its shape."""
         if not self._fetched:
             self._call("cuStreamSynchronize", self._streams["compute"])
             self._fetched = True
-        arrays = {name: np.empty(shape, np.float32) for name, (_, shape) in places.items()}
-        for name, (address, _) in places.items():
-            ctypes.memmove(arrays[name].ctypes.data, address, arrays[name].nbytes)
-        return arrays
+        floats = self._outbox.copied(piece).view(np.float32)
+        return {name: floats[at // 4 :][: math.prod(shape)].reshape(shape) for name, (at, shape) in places.items()}
 
     def _pinned(self, nbytes: int) -> int:
         return int(self._call("cuMemAllocHost", nbytes))

@@ -9,7 +9,7 @@ same steps are recorded, and the graph's first run must give what the pass gave,
 """
 
 import logging
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeAlias, TypeVar, runtime_checkable
 
 import numpy as np
@@ -65,8 +65,8 @@ class ModelGraphs:
 
     def computed(
         self, key: Hashable, upload: Callable[[], Value], steps: Steps, report: Report
-    ) -> list[dict[str, Array]]:
-        """What the steps fetch of an upload, by the graph of ``key`` where there is one; it is made where there is none.
+    ) -> Iterable[dict[str, Array]]:
+        """What the steps fetch of an upload, in order: by the graph of ``key``, which is made where there is none.
 
         Args:
             key: equal for passes that enqueue the same work on the same addresses.
@@ -79,9 +79,10 @@ class ModelGraphs:
             upload()
             graph.launch()
             return taken(fetched)
-        found = taken(steps(upload(), report))
-        if not self._refused:
-            self._make(key, upload, steps, found)
+        if self._refused:
+            return taken(steps(upload(), report))
+        found = list(taken(steps(upload(), report)))
+        self._make(key, upload, steps, found)
         return found
 
     def drop(self) -> None:
@@ -98,7 +99,7 @@ class ModelGraphs:
         try:
             graph, fetched = self._device.record_work(lambda: steps(value, silent))
             graph.launch()
-            found = taken(fetched)
+            found = list(taken(fetched))
         except (DeviceFailed, OutOfDeviceMemory) as error:
             self._refuse(str(error))
             return
@@ -113,9 +114,9 @@ class ModelGraphs:
         log.warning("%s: passes are launched kernel by kernel, without CUDA graphs: %s", self._device.name, reason)
 
 
-def taken(fetched: Iterable[Fetched]) -> list[dict[str, Array]]:
-    """What was asked for."""
-    return [take() for take in fetched]
+def taken(fetched: Iterable[Fetched]) -> Iterator[dict[str, Array]]:
+    """What was asked for, one after another: whoever looks at each finds it in the cache."""
+    return (take() for take in fetched)
 
 
 def equal(first: Mapping[str, Array], second: Mapping[str, Array]) -> bool:

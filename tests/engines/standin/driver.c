@@ -57,7 +57,7 @@ static Access accesses[ACCESSES];
 static int access_count;
 static Clock host;
 static size_t live_bytes, peak_bytes, pinned_bytes, live_on[CARDS];
-static u64 problems, copies, copied_bytes, pageable_copies, allocations, calls, launches, graph_launches, ticks, inside_ns;
+static u64 problems, copies, copied_bytes, uploaded_bytes, pageable_copies, allocations, calls, launches, graph_launches, ticks, inside_ns;
 static int started;
 static __thread void *current;
 static int contexts[CARDS];
@@ -102,7 +102,7 @@ static int lost(void) { /* every call comes by here */
     calls++;
     return number && calls >= number;
 }
-static u64 now_ns(void) { struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return (u64)t.tv_sec * 1000000000 + t.tv_nsec; }
+static u64 now_ns(void) { struct timespec t; clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t); return (u64)t.tv_sec * 1000000000 + t.tv_nsec; }
 #define ENTER if (lost()) return ILLEGAL_ADDRESS; u64 entered = now_ns(); pthread_mutex_lock(&lock)
 #define ENTER_TO_GIVE_BACK u64 entered = now_ns(); pthread_mutex_lock(&lock) /* a card that is lost takes it too */
 #define NEEDS_CONTEXT do { if (!current) LEAVE(NO_CONTEXT); } while (0)
@@ -220,7 +220,7 @@ static int spoils(int stream, int status) { /* what cannot be recorded ends the 
 static void accounts_for(Work *work, int stream) {
     if (work->kind == COPY) {
         Block *target = block_at(work->to, work->bytes), *source = block_at(work->from, work->bytes);
-        if (!target || !target->on_card || !source || !source->on_card) copies++, copied_bytes += work->bytes, pageable_copies += !target || !source;
+        if (!target || !target->on_card || !source || !source->on_card) copies++, copied_bytes += work->bytes, pageable_copies += !target || !source, uploaded_bytes += work->to_card ? work->bytes : 0;
         if (target) touches(work->to, work->bytes, 1, stream, work->number);
         if (source) touches(work->from, work->bytes, 0, stream, work->number);
     }
@@ -275,11 +275,12 @@ u64 standin_peak_bytes(void) { return peak_bytes; }
 u64 standin_pinned_bytes(void) { return pinned_bytes; }
 u64 standin_copies(void) { return copies; }
 u64 standin_copied_bytes(void) { return copied_bytes; }
+u64 standin_uploaded_bytes(void) { return uploaded_bytes; }
 u64 standin_launches(void) { return launches; }
 u64 standin_graph_launches(void) { return graph_launches; }
 u64 standin_pageable_copies(void) { return pageable_copies; }
 u64 standin_calls(void) { return calls; }
-u64 standin_inside_ns(void) { return inside_ns; } /* what the host spent in here, which a real driver would not */
+u64 standin_inside_ns(void) { return inside_ns; } /* processor time spent in here, which is not the host side's */
 void standin_problem(const char *what) { problem(what, NULL, 0); }
 /* As after a start: what was left of a card that was lost goes, and the counting begins again. */
 void standin_reset(void) {
@@ -292,7 +293,7 @@ void standin_reset(void) {
     }
     access_count = 0;
     while (block_count) release(blocks[0].start);
-    problems = copies = copied_bytes = pageable_copies = allocations = calls = launches = graph_launches = peak_bytes = 0;
+    problems = copies = copied_bytes = uploaded_bytes = pageable_copies = allocations = calls = launches = graph_launches = peak_bytes = 0;
     pthread_mutex_unlock(&lock);
 }
 /* A kernel: a function that runs when the stream comes to it; ranges of {address, bytes, written}. */

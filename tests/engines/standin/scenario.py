@@ -10,11 +10,12 @@ import ctypes
 import hashlib
 import itertools
 import json
+import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,11 @@ from conftest import picture
 from i2l.engines.device import staging, which_card
 from i2l.engines.device.calls import CudaEvent
 from i2l.engines.device.card import CudaDevice
+from i2l.engines.device.slots import DeviceStore
 from i2l.engines.device.tensor import DeviceTensor
 from i2l.engines.directory.dtypes import FLOAT32
-from i2l.errors import BudgetTooSmall, I2LError
+from i2l.engines.replay.model_graphs import ModelGraphs
+from i2l.errors import BudgetTooSmall, I2LError, OutOfDeviceMemory
 from i2l.lora.lora import Lora
 from i2l.runtime.pipeline import Pipeline
 
@@ -84,14 +87,20 @@ def digest(lora: Lora) -> str:
 
 def run(
     engines: Path,
+    driver: Driver,
     passes: Sequence[int] = (1,),
     spare_bytes: int = 0,
     interrupt_at: int | None = None,
     device: str | None = None,
+    shrink_before: int | None = None,
+    move_before: int | None = None,
 ) -> dict[str, Any]:
     """LoRAs of passes of so many images on one pipeline, with so much more than the least budget.
 
-    ``interrupt_at``: Ctrl-C comes when progress was told so often.
+    Args:
+        interrupt_at: Ctrl-C comes when progress was told so often.
+        shrink_before: memory runs out before that pass.
+        move_before: the same, but as much is found at other addresses.
     """
     budget = least_budget(engines) + spare_bytes
     facts: dict[str, Any] = {"loras": [], "budget_bytes": budget}
@@ -106,11 +115,31 @@ def run(
         Pipeline(engines, backend="tensorrt", vram_budget_bytes=budget, report=report, device=device) as pipeline,
     ):
         facts["card"] = pipeline._open.backend.device.name  # type: ignore[attr-defined]
-        for images in passes:
+        for number, images in enumerate(passes):
+            if number in {shrink_before, move_before}:
+                facts["launched_before"] = driver.graph_launches
+                with moved(pipeline._open.backend) if number == move_before else nullcontext():
+                    pipeline._open.backend.shrink(OutOfDeviceMemory("the stand-in", 1, 0))
             lora = pipeline.lora_from_images([picture(90, 70, seed=seed) for seed in range(images)])
             facts["loras"].append(digest(lora))
         facts["vram"] = pipeline.vram
     return facts
+
+
+@contextmanager
+def moved(backend: Any) -> Iterator[None]:
+    """What is given back meanwhile is somebody else's when as much is asked for again."""
+    weights, device = backend._weights, backend.device
+    taken: list[int] = []
+
+    def same_plan(_: object) -> None:
+        plan = weights.residency
+        taken.extend(device.allocate(n) for n in (plan.activation_bytes + plan.value_bytes, plan.weight_bytes))
+
+    weights._replan = same_plan
+    yield
+    for address in taken:
+        device.free(address)
 
 
 @cache
@@ -134,22 +163,32 @@ def run_case(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, A
     os.environ |= environment
     which_card.most_free.cache_clear()
     try:
-        facts = run(engines, **case)
+        facts = run(engines, driver, **case)
     except I2LError as error:
         facts = {"error": type(error).__name__, "message": str(error)}
+    facts["without_graphs"] = sum("without CUDA graphs" in line for line in SAID)
+    SAID.clear()
     for name in environment:
         del os.environ[name]
     return facts | {name: getattr(driver, name) for name in SEEN}
 
 
-SEEN = ("problems", "live_bytes", "peak_bytes", "pinned_bytes", "copies", "pageable_copies", "calls")
+SEEN = ("problems", "live_bytes", "peak_bytes", "pinned_bytes", "copies", "pageable_copies", "calls", "graph_launches")
+SAID: list[str] = []
+"""Warnings."""
+
+
+class Listener(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        SAID.append(record.getMessage())
 
 
 def main() -> None:
     engines, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     if len(sys.argv) > 3:
-        MUTATIONS[sys.argv[3]]()
+        (MUTATIONS | GRAPH_MUTATIONS)[sys.argv[3]]()
     driver = Driver()
+    logging.getLogger("i2l").addHandler(Listener(logging.WARNING))
     sys.modules["tensorrt_rtx"] = played_tensorrt.Played(None, launch=driver.launch).module
     for case in cases:
         sys.stdout.write(f"{json.dumps(run_case(engines, driver, case))}\n")
@@ -201,6 +240,31 @@ MUTATIONS: dict[str, Callable[[], None]] = {
     "no wait for a slot": _no_wait("copy"),
     "freed in use": _free_in_use,
     "no wait for a buffer": _no_wait_for_a_buffer,
+}
+
+
+def _graphs_outlive_a_plan() -> None:
+    _put(ModelGraphs, "drop", lambda _: None)
+
+
+def _no_wait_for_results() -> None:
+    original = CudaDevice._taken
+
+    def taken(self: Any, *places: Any) -> Any:
+        self._fetched = True
+        return original(self, *places)
+
+    _put(CudaDevice, "_taken", taken)
+
+
+def _graphs_before_weights_are_there() -> None:
+    _put(DeviceStore, "settled", True)
+
+
+GRAPH_MUTATIONS: dict[str, Callable[[], None]] = {
+    "graphs outlive a plan": _graphs_outlive_a_plan,
+    "no wait for results": _no_wait_for_results,
+    "graphs before weights are there": _graphs_before_weights_are_there,
 }
 
 if __name__ == "__main__":
