@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 BLOCK_BYTES = 16 << 20
 """The adapter's factors are 40 MB an image."""
 ALIGN = 256
-HELD_HERE = 3
-"""References to a home that only its list, a name and ``getrefcount`` hold; an array in it adds one."""
+HELD_HERE = 2
+"""References to a home that only its list and ``getrefcount`` hold; an array in it adds one."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class Outbox:
     def begin(self) -> None:
         """From the first piece again."""
         self._block = self._offset = 0
-        for index, home in enumerate(self._homes):
-            if sys.getrefcount(home) > HELD_HERE:
+        for index in range(len(self._homes)):
+            if sys.getrefcount(self._homes[index]) > HELD_HERE:
                 self._homes[index] = None
 
     def close(self) -> None:
