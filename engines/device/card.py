@@ -11,7 +11,7 @@ import ctypes
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,7 +24,8 @@ from ..errors import DeviceFailed, OutOfDeviceMemory
 from ..replay.outbox import Outbox, Piece
 from .calls import CudaEvent, CudaGraph, DriverCalls
 from .device import Event, Lane
-from .staging import Staging
+from .pinned.copy_lane import CopyLane
+from .pinned.staging import Staging
 from .tensor import DeviceTensor
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class CudaDevice:
         self.sm = self._call.sm
         """The compute capability, 89 for 8.9."""
         self._streams = {lane: self._call("cuStreamCreateWithPriority", NON_BLOCKING, 0) for lane in LANES}
-        self._chunks = Staging(self._call)
+        self._copies = CopyLane(self._call, self._streams["copy"])
         self._values = Staging(self._call, piece_bytes=VALUE_BYTES)
         self._outbox = Outbox(self._pinned, partial(self._call.give_back, "cuMemFreeHost"))
         self._fetched = True
@@ -111,7 +112,7 @@ class CudaDevice:
         except (DeviceFailed, OutOfDeviceMemory) as error:
             log.debug("closing a card that does not answer: %s", error)
         self._closed = True
-        self._chunks.close()
+        self._copies.close()
         self._values.close()
         self._outbox.close()
         for stream in self._streams.values():
@@ -139,16 +140,25 @@ class CudaDevice:
     # --- lanes ----------------------------------------------------------------------------------------------------
 
     def copy_async(self, source: memoryview, address: int) -> None:
-        self._send("copy", self._chunks, address_of(source), source.nbytes, address)
+        self._copies.copy(source, address)
+
+    def keep_on_host(self, sources: Sequence[memoryview], floor_bytes: int) -> None:
+        self.finish()
+        self._copies.keep(sources, floor_bytes)
 
     def record(self, lane: Lane, *, timed: bool = False) -> Event:
+        if lane == "copy":
+            return self._copies.record(timed=timed)
         return CudaEvent(self._call, self._streams[lane], timed=timed)
 
     def elapsed_us(self, first: Event, last: Event) -> float:
         return 1000 * float(self._call("cuEventElapsedTime", first.handle, last.handle))
 
     def wait(self, lane: Lane, event: Event) -> None:
-        self._call("cuStreamWaitEvent", self._streams[lane], event.handle, 0)
+        if lane == "copy":
+            self._copies.wait(event)
+        else:
+            self._call("cuStreamWaitEvent", self._streams[lane], event.handle, 0)
 
     def record_work(self, enqueue: Callable[[], T]) -> tuple[CudaGraph, T]:
         """What is enqueued in the compute lane meanwhile, as a graph instead."""
@@ -158,6 +168,7 @@ class CudaDevice:
         return graph, given
 
     def finish(self) -> None:
+        self._copies.drain()
         for stream in self._streams.values():
             self._call("cuStreamSynchronize", stream)
 
@@ -171,7 +182,12 @@ class CudaDevice:
         self._outbox.begin()
         self._fetched = False
         array = np.ascontiguousarray(array, np.float32)
-        self._send("compute", self._values, array.ctypes.data, array.nbytes, address)
+        stream = self._streams["compute"]
+
+        def copy(offset: int, source: int, size: int) -> None:
+            self._call("cuMemcpyHtoDAsync", address + offset, source, size, stream)
+
+        self._values.to_card(array.ctypes.data, array.nbytes, copy, lambda: self.record("compute"))
         return DeviceTensor(address, array.shape, FLOAT32)
 
     def download(self, value: Any) -> Array:
@@ -211,18 +227,5 @@ class CudaDevice:
     def _pinned(self, nbytes: int) -> int:
         return int(self._call("cuMemAllocHost", nbytes))
 
-    def _send(self, lane: Lane, staging: Staging, host: int, nbytes: int, address: int) -> None:
-        stream = self._streams[lane]
-
-        def copy(offset: int, source: int, size: int) -> None:
-            self._call("cuMemcpyHtoDAsync", address + offset, source, size, stream)
-
-        staging.to_card(host, nbytes, copy, lambda: self.record(lane))
-
     def _look(self) -> None:
         self._peak_bytes = max(self._peak_bytes, self.used_bytes)
-
-
-def address_of(memory: memoryview) -> int:
-    """Where the bytes lie in this process; read-only ones too, which ctypes does not tell."""
-    return int(np.frombuffer(memory, np.uint8).ctypes.data)

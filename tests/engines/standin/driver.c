@@ -13,7 +13,8 @@
  *   I2L_STANDIN_HOLLOW=1        no bytes lie behind the cards' memory, which may then be larger than the machine's
  *   I2L_STANDIN_FAIL_ALLOC=n    the n-th allocation on the card, counted from 1, finds no memory
  *   I2L_STANDIN_FAIL_CALL=n     the n-th call, counted from 1, and all after it fail as a card does that is lost
- *   I2L_STANDIN_NO_PINS=1       no host memory can be pinned
+ *   I2L_STANDIN_FAIL_COPY=n     the n-th copy, counted from 1, finds no memory
+ *   I2L_STANDIN_PINNABLE=n      so much of the host's memory can be pinned
  *   I2L_STANDIN_NO_GRAPHS=1     a stream cannot be recorded; =2: it can, and then there is no memory for the graph
  *
  * A stream that is recorded keeps its work; each launch of the graph does it again, with whatever lies there then.
@@ -56,7 +57,7 @@ static int block_count;
 static Access accesses[ACCESSES];
 static int access_count;
 static Clock host;
-static size_t live_bytes, peak_bytes, pinned_bytes, live_on[CARDS];
+static size_t live_bytes, peak_bytes, pinned_bytes, pinned_peak_bytes, live_on[CARDS];
 static u64 problems, copies, copied_bytes, uploaded_bytes, pageable_copies, allocations, calls, launches, graph_launches, ticks, inside_ns;
 static int started;
 static __thread void *current;
@@ -99,8 +100,7 @@ static void problem(const char *what, const void *where, size_t bytes) {
 static int here(void) { return (int)((int *)current - contexts); }
 static int lost(void) { /* every call comes by here */
     u64 number = setting("I2L_STANDIN_FAIL_CALL", 0);
-    calls++;
-    return number && calls >= number;
+    return __atomic_add_fetch(&calls, 1, __ATOMIC_RELAXED) >= number && number; /* of any thread */
 }
 static u64 now_ns(void) { struct timespec t; clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t); return (u64)t.tv_sec * 1000000000 + t.tv_nsec; }
 #define ENTER if (lost()) return ILLEGAL_ADDRESS; u64 entered = now_ns(); pthread_mutex_lock(&lock)
@@ -122,7 +122,7 @@ static int allocate(void **out, size_t bytes, int on_card) {
         allocations++;
         int fails = allocations == setting("I2L_STANDIN_FAIL_ALLOC", 0);
         if (fails || bytes > free_on(here())) return OUT_OF_MEMORY;
-    } else if (setting("I2L_STANDIN_NO_PINS", 0)) return OUT_OF_MEMORY;
+    } else if (pinned_bytes + bytes > setting("I2L_STANDIN_PINNABLE", 1ull << 40)) return OUT_OF_MEMORY;
     int hollow = on_card && setting("I2L_STANDIN_HOLLOW", 0);
     void *start = mmap(NULL, bytes, hollow ? PROT_NONE : PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (start == MAP_FAILED) return OUT_OF_MEMORY;
@@ -130,6 +130,7 @@ static int allocate(void **out, size_t bytes, int on_card) {
     blocks[block_count++] = (Block){start, bytes, on_card, here()};
     if (on_card) live_bytes += bytes, live_on[here()] += bytes; else pinned_bytes += bytes;
     if (live_bytes > peak_bytes) peak_bytes = live_bytes;
+    if (pinned_bytes > pinned_peak_bytes) pinned_peak_bytes = pinned_bytes;
     *out = start;
     return OK;
 }
@@ -253,6 +254,7 @@ static int copy(char *to, const char *from, size_t bytes, void *handle, int sync
     if ((to_card && target->card != streams[stream].card && stream) || (from_card && source->card != streams[stream].card && stream))
         problem("a copy of another card's memory", to, bytes);
     int pageable = !target || !source;
+    if (copies + 1 == setting("I2L_STANDIN_FAIL_COPY", 0)) { copies++; return OUT_OF_MEMORY; }
     Work *work = enqueue(stream, COPY);
     work->to = to, work->from = from, work->bytes = bytes, work->to_card = to_card;
     if (streams[stream].recording) return pageable ? spoils(stream, NOT_RECORDABLE) : OK;
@@ -273,6 +275,7 @@ u64 standin_problems(void) { return problems; }
 u64 standin_live_bytes(void) { return live_bytes; }
 u64 standin_peak_bytes(void) { return peak_bytes; }
 u64 standin_pinned_bytes(void) { return pinned_bytes; }
+u64 standin_pinned_peak_bytes(void) { return pinned_peak_bytes; }
 u64 standin_copies(void) { return copies; }
 u64 standin_copied_bytes(void) { return copied_bytes; }
 u64 standin_uploaded_bytes(void) { return uploaded_bytes; }
@@ -293,7 +296,7 @@ void standin_reset(void) {
     }
     access_count = 0;
     while (block_count) release(blocks[0].start);
-    problems = copies = copied_bytes = uploaded_bytes = pageable_copies = allocations = calls = launches = graph_launches = peak_bytes = 0;
+    problems = copies = copied_bytes = uploaded_bytes = pageable_copies = allocations = calls = launches = graph_launches = peak_bytes = pinned_peak_bytes = 0;
     pthread_mutex_unlock(&lock);
 }
 /* A kernel: a function that runs when the stream comes to it; ranges of {address, bytes, written}. */
