@@ -21,7 +21,9 @@ from i2l.engines.device.backend import DeviceBackend
 from i2l.errors import BudgetTooSmall, I2LError
 from i2l.runtime.pipeline import Pipeline
 
-EACH_PASS = ("copies", "copied_bytes", "pageable_copies", "launches", "calls")
+EACH_PASS = (
+    "copies", "copied_bytes", "uploaded_bytes", "pageable_copies", "launches", "graph_launches", "calls", "inside_ns",
+)  # fmt: skip
 COUNTED = ("problems", "live_bytes", "peak_bytes", "pinned_bytes", *EACH_PASS)
 
 
@@ -53,11 +55,15 @@ def run(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, Any]:
         backend = pipeline._open.backend
         facts["open"] = driver.seen() | {"seconds": time.perf_counter() - begin}
         for images in case["passes"]:
-            before, begin = driver.seen(), time.perf_counter()
-            pipeline.lora_from_images(pictures[:images])
-            spent, after = time.perf_counter() - begin, driver.seen()
+            pixels = pipeline.pixels(pictures[:images])
+            before, begin = driver.seen(), time.thread_time()
+            pipeline.factors(pipeline.embed_pixels(pixels))
+            spent, after = time.thread_time() - begin, driver.seen()
             steps = {name: after[name] - before[name] for name in EACH_PASS}
-            facts["passes"].append({"images": images, "seconds": spent, "live_bytes": after["live_bytes"], **steps})
+            host_ms = 1e3 * spent - 1e-6 * steps["inside_ns"]
+            facts["passes"].append({"images": images, "host_ms": host_ms, "live_bytes": after["live_bytes"], **steps})
+        if case.get("stranger"):
+            facts["stranger_bytes"] = stranger_bytes(engines, driver)
         if isinstance(backend, DeviceBackend):
             plan = backend.residency
             facts |= {
@@ -70,6 +76,18 @@ def run(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, Any]:
                 facts["elsewhere"] = elsewhere(backend._engines)
         facts["vram"] = pipeline.vram
     return facts | {"after": driver.seen()}
+
+
+def stranger_bytes(engines: Path, driver: Driver) -> int:
+    """What a session of somebody else, who shares allocators too, takes of the card beside an open pipeline."""
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    before = driver.seen()["live_bytes"]
+    graph = next(engines.glob("cuda/*/dinov3.block.onnx"))
+    session = ort.InferenceSession(graph, options, providers=["CUDAExecutionProvider"])
+    taken = driver.seen()["live_bytes"] - before
+    del session
+    return taken
 
 
 def elsewhere(engines: Mapping[str, Any]) -> list[str]:
