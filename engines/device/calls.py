@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from ..errors import BackendUnavailable, DeviceFailed, OutOfDeviceMemory
+from ..errors import BackendUnavailable, DeviceFailed, OutOfDeviceMemory, WorkNotRepeatable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -146,11 +146,11 @@ class CudaGraph:
         for node in nodes:
             kind = call("cuGraphNodeGetType", node)
             if kind == driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_HOST:
-                raise DeviceFailed(call.name, "a library's work calls the host, which must not be repeated")
+                raise WorkNotRepeatable("a library's work calls the host")
             if kind == driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMCPY:
                 copy = call("cuGraphMemcpyNodeGetParams", node)
                 if copy.srcMemoryType == driver.CUmemorytype.CU_MEMORYTYPE_HOST:
-                    raise DeviceFailed(call.name, "a library copies from the host's memory, which must not be repeated")
+                    raise WorkNotRepeatable("a library's work copies from the host's memory")
 
     def launch(self) -> None:
         """Enqueue it all."""
