@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..base import Arithmetic, BackendStatus, CardFacts, Limits, Offer, Opened
 from ..device import driver
 from ..device.backend import DeviceBackend
-from ..device.device import Workspace
+from ..device.device import Workspace, finish_at_last
 from ..device.residency import RESERVED_BYTES, GraphMemory
 from ..device.which_card import card_facts, chosen_card
 from ..directory.architectures import BFLOAT16_FROM
@@ -68,13 +68,10 @@ def open_cuda(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
     """
     from ..device.card import CudaDevice  # noqa: PLC0415 - the leaf that needs CUDA
     from .session import CudaTarget, OrtDeviceEngine  # noqa: PLC0415
-    from .warming import measured_memory, too_small  # noqa: PLC0415
+    from .warming import measured_memory, session_bytes, too_small  # noqa: PLC0415
 
     # read now, so that an open pipeline outlives a rebuild
     models = {graph: path.read_bytes() for graph, path in checked_graphs(engines, manifest).items()}
-    budget_bytes = limits.vram.budget_bytes
-    if budget_bytes is not None and budget_bytes < RESERVED_BYTES:
-        raise too_small(manifest.models, limits.images, budget_bytes)
     with ExitStack() as undo:
         device = CudaDevice(index=chosen_card("cuda", limits.device), own_stream=False)
         undo.callback(device.close)
@@ -82,6 +79,8 @@ def open_cuda(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
             reason = f"its graphs multiply in bfloat16, which {device.name} (sm{device.sm}) cannot"
             raise BackendUnavailable("cuda", reason, "use --backend cpu")
         budget = limits.vram.on(device)
+        if budget < RESERVED_BYTES:
+            raise too_small(manifest.models, limits.images, budget, session_bytes(device.sm) * len(models))
         used = device.used_bytes
         arena = Arena(device, Workspace())
         undo.callback(arena.close)
@@ -114,7 +113,7 @@ class CudaBackend(DeviceBackend):
         super().__init__("cuda", device, opened.__getitem__, engines, manifest, memory, budget_bytes, arena.workspace)
 
     def close(self) -> None:
-        self.device.finish()
+        finish_at_last(self.device)
         self._engines.clear()
         self._opened.clear()
         self._arena.close()

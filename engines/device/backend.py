@@ -14,7 +14,7 @@ from ..base import Array, Engine, Value
 from ..directory.integrity import fingerprint, require_unchanged
 from ..directory.manifest import Manifest
 from ..errors import OutOfDeviceMemory, ShapeMismatch
-from .device import Device, Workspace
+from .device import Device, Workspace, finish_at_last
 from .residency import GraphMemory, Residency, plan_residency
 from .slots import DeviceStore, DeviceWeights
 
@@ -93,7 +93,7 @@ class DeviceBackend:
         self._weights.shrink(cause)
 
     def close(self) -> None:
-        self.device.finish()  # an engine must not go while it computes
+        finish_at_last(self.device)  # an engine must not go while it computes
         self._engines.clear()
         self._weights.close()
         self.device.close()

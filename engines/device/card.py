@@ -49,16 +49,22 @@ class CudaDevice:
         self._call = DriverCalls(index, backend)
         self.index = index
         self.name = self._call.name
-        self.sm = self._call.sm
-        """The compute capability, 89 for 8.9."""
-        made = LANES if own_stream else LANES[:1]
-        self._made = [self._call("cuStreamCreateWithPriority", NON_BLOCKING, 0) for _ in made]
-        self._streams: dict[Lane, Any] = dict(zip(LANES, [*self._made, DEFAULT_STREAM], strict=False))
+        self._made: list[Any] = []
+        self._streams: dict[Lane, Any] = {}
         self._chunks = Staging(self._call)
         self._values = Staging(self._call, piece_bytes=VALUE_BYTES)
         self._closed = False
-        self._free_at_start = self.free_bytes()
-        self._peak_bytes = 0
+        self._free_at_start = self._peak_bytes = 0
+        try:
+            self.sm = self._call.sm
+            """The compute capability, 89 for 8.9."""
+            for _ in LANES if own_stream else LANES[:1]:
+                self._made.append(self._call("cuStreamCreateWithPriority", NON_BLOCKING, 0))
+            self._streams.update(zip(LANES, [*self._made, DEFAULT_STREAM], strict=False))
+            self._free_at_start = self.free_bytes()
+        except (DeviceFailed, OutOfDeviceMemory):
+            self.close()  # a context takes half a gigabyte of the card
+            raise
 
     @property
     def compute_stream(self) -> int:
