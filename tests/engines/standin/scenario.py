@@ -31,7 +31,9 @@ from i2l.engines.device.tensor import DeviceTensor
 from i2l.engines.directory.dtypes import FLOAT32
 from i2l.errors import BudgetTooSmall, I2LError
 from i2l.lora.lora import Lora
+from i2l.runtime import opening
 from i2l.runtime.pipeline import Pipeline
+from i2l.runtime.proof.choice import Chosen
 
 FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -64,7 +66,7 @@ class Driver:
         launch = self._library.standin_launch
         launch.argtypes = (ctypes.c_void_p, FUNCTION, ctypes.c_int, ctypes.c_void_p)
         if launch(stream, function, len(ranges), ctypes.cast(rows, ctypes.c_void_p)):
-            raise RuntimeError("a kernel could not be launched")
+            raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS while launching a kernel")
 
     def reset(self) -> None:
         """As after a start."""
@@ -88,12 +90,15 @@ def run(
     spare_bytes: int = 0,
     interrupt_at: int | None = None,
     device: str | None = None,
+    margin_bytes: int | None = None,
+    auto: bool = False,
 ) -> dict[str, Any]:
     """LoRAs of passes of so many images on one pipeline, with so much more than the least budget.
 
-    ``interrupt_at``: Ctrl-C comes when progress was told so often.
+    ``interrupt_at``: Ctrl-C comes when progress was told so often. ``margin_bytes``: what is free but for that is the
+    budget. ``auto``: the backend is left to us, and the card was proven.
     """
-    budget = least_budget(engines) + spare_bytes
+    budget = None if margin_bytes is not None else least_budget(engines) + spare_bytes
     facts: dict[str, Any] = {"loras": [], "budget_bytes": budget}
     told = itertools.count()
 
@@ -103,14 +108,28 @@ def run(
 
     with (
         suppress(KeyboardInterrupt),
-        Pipeline(engines, backend="tensorrt", vram_budget_bytes=budget, report=report, device=device) as pipeline,
+        Pipeline(
+            engines,
+            backend="auto" if auto else "tensorrt",
+            threads=1,
+            vram_budget_bytes=budget,
+            vram_margin_bytes=margin_bytes or 0,
+            report=report,
+            device=device,
+        ) as pipeline,
     ):
-        facts["card"] = pipeline._open.backend.device.name  # type: ignore[attr-defined]
+        facts["card"] = getattr(getattr(pipeline._open.backend, "device", None), "name", "the CPU")
         for images in passes:
             lora = pipeline.lora_from_images([picture(90, 70, seed=seed) for seed in range(images)])
             facts["loras"].append(digest(lora))
         facts["vram"] = pipeline.vram
+        facts["backend"] = pipeline.backend_name
     return facts
+
+
+def choose(engines: Path, manifest: Any, backend: str, *_: Any, **__: Any) -> Chosen:  # noqa: ARG001
+    """``auto`` as after a proof."""
+    return Chosen("tensorrt", "auto: proven") if backend == "auto" else Chosen(backend, "asked for")
 
 
 @cache
@@ -142,7 +161,10 @@ def run_case(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, A
     return facts | {name: getattr(driver, name) for name in SEEN}
 
 
-SEEN = ("problems", "live_bytes", "peak_bytes", "pinned_bytes", "copies", "pageable_copies", "calls")
+SEEN = (
+    "problems", "live_bytes", "peak_bytes", "pinned_bytes", "copies", "pageable_copies", "calls", "allocations",
+    "spilled_bytes", "contexts", "streams",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -150,6 +172,7 @@ def main() -> None:
     if len(sys.argv) > 3:
         MUTATIONS[sys.argv[3]]()
     driver = Driver()
+    opening.choose_backend = choose
     sys.modules["tensorrt_rtx"] = played_tensorrt.Played(None, launch=driver.launch).module
     for case in cases:
         sys.stdout.write(f"{json.dumps(run_case(engines, driver, case))}\n")
