@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from .session import OrtDeviceEngine
 
 
+LIBRARIES = 'pip install "onnxruntime-gpu[cuda]" nvidia-cublas'
+"""Its own extra leaves out cuBLAS."""
+
+
 def find_cuda() -> BackendStatus:
     """It wants a driver, onnxruntime's build for CUDA, and cuda-python."""
     import onnxruntime  # noqa: PLC0415 - as below
@@ -38,7 +42,7 @@ def find_cuda() -> BackendStatus:
         return BackendStatus("cuda", works=False, reason="onnxruntime is the build for the CPU", remedy=remedy)
     if lacking := missing_libraries():
         reason = f"CUDA's libraries are missing for onnxruntime-gpu {onnxruntime.__version__} ({', '.join(lacking)})"
-        return BackendStatus("cuda", works=False, reason=reason, remedy='pip install "onnxruntime-gpu[cuda]"')
+        return BackendStatus("cuda", works=False, reason=reason, remedy=LIBRARIES)
     if status := driver.without_cuda_python("cuda"):
         return status
     version = onnxruntime.__version__
@@ -86,7 +90,7 @@ def open_cuda(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
         undo.callback(arena.close)
         opened: dict[str, OrtDeviceEngine] = {}
         undo.callback(opened.clear)  # no session outlives the card and its streams
-        target = CudaTarget(arena, device.name, device.index)
+        target = CudaTarget(arena, device.index)
         for graph, model in models.items():
             opened[graph] = OrtDeviceEngine(graph, model, target, arena.workspace)
         memory = measured_memory(device, arena, opened, manifest.models, limits.images, budget, used)
