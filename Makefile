@@ -45,7 +45,7 @@ lint: setup  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: export MYPYPATH := .typecheck:tests:tests/export:tests/engines/standin:tests/engines/provider:tests/faults:tests/serve:benchmarks
+types: export MYPYPATH := .typecheck:tests:tests/export:tests/engines/standin:tests/engines/provider:tests/shipping:tests/faults:tests/serve:benchmarks
 types: setup  ## mypy, strict; our own code also as Windows and macOS see it
 	$(BIN)/mypy -p i2l
 	$(BIN)/mypy -p i2l --platform win32 --config-file .ci/mypy-elsewhere.ini --cache-dir .mypy_cache/win32

@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from i2l.engines.base import Limits
 from i2l.engines.device.backend import DeviceBackend
+from i2l.engines.directory.manifest import Manifest
 from i2l.errors import BudgetTooSmall, I2LError
 from i2l.lora.lora import Lora
 from i2l.runtime import opening
@@ -121,7 +123,7 @@ def least_budget(engines: Path, backend: str) -> int:
     raise AssertionError("one byte was enough")
 
 
-def choose(engines: Path, manifest: Any, backend: str, *_: Any, **__: Any) -> Chosen:  # noqa: ARG001
+def choose(path: Path, manifest: Manifest, backend: str, limits: Limits, *, prove: bool) -> Chosen:  # noqa: ARG001
     """``auto`` as after a proof."""
     return Chosen("cuda", "auto: proven") if backend == "auto" else Chosen(backend, "asked for")
 

@@ -24,11 +24,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import played_tensorrt
 
 from conftest import picture
+from i2l.engines.base import Limits
 from i2l.engines.device import staging, which_card
 from i2l.engines.device.calls import CudaEvent
 from i2l.engines.device.card import CudaDevice
 from i2l.engines.device.tensor import DeviceTensor
 from i2l.engines.directory.dtypes import FLOAT32
+from i2l.engines.directory.manifest import Manifest
 from i2l.errors import BudgetTooSmall, I2LError
 from i2l.lora.lora import Lora
 from i2l.runtime import opening
@@ -127,7 +129,7 @@ def run(
     return facts
 
 
-def choose(engines: Path, manifest: Any, backend: str, *_: Any, **__: Any) -> Chosen:  # noqa: ARG001
+def choose(path: Path, manifest: Manifest, backend: str, limits: Limits, *, prove: bool) -> Chosen:  # noqa: ARG001
     """``auto`` as after a proof."""
     return Chosen("tensorrt", "auto: proven") if backend == "auto" else Chosen(backend, "asked for")
 
