@@ -174,10 +174,14 @@ class OrtDeviceEngine:
         try:
             yield
         except (Fail, RuntimeException, RuntimeError) as error:  # run_with_iobinding raises a plain RuntimeError
-            where = f"{self._target.provider} ({self._graph})"
-            if refusal := self._target.refusal():
-                raise refusal from error
-            if NO_MEMORY.search(str(error)):
-                raise OutOfDeviceMemory(where, 0, None) from error
-            cause = CAUSE.search(str(error))
-            raise DeviceFailed(where, (cause[0] if cause else str(error).splitlines()[0]).strip()) from error
+            raise self._as_ours(error) from error
+
+    def _as_ours(self, error: Exception) -> DeviceFailed | OutOfDeviceMemory:
+        """The error to raise; made here, as a frame that holds what it raises keeps the session alive."""
+        where = f"{self._target.provider} ({self._graph})"
+        if refusal := self._target.refusal():
+            return refusal
+        if NO_MEMORY.search(str(error)):
+            return OutOfDeviceMemory(where, 0, None)
+        cause = CAUSE.search(str(error))
+        return DeviceFailed(where, (cause[0] if cause else str(error).splitlines()[0]).strip())

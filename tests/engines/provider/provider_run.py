@@ -2,7 +2,7 @@
 
 The provider launches nothing (cudart.c), so the LoRAs are noise. For each case one line of JSON: what was planned, what
 lay on the card, what was copied and launched, where the nodes went. Each case has a process of its own, forked before
-CUDA is touched: a failure leaves nothing for the next one.
+onnxruntime is imported: a failure leaves nothing for the next one.
 
     LD_LIBRARY_PATH=folder PYTHONPATH=.typecheck python provider_run.py ENGINES '[{"passes": [1, 4]}]'
 """
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from i2l.engines.base import Limits
 from i2l.engines.device.backend import DeviceBackend
@@ -130,6 +129,8 @@ def choose(path: Path, manifest: Manifest, backend: str, limits: Limits, *, prov
 
 def run_case(engines: Path, case: dict[str, Any]) -> dict[str, Any]:
     """One case's facts, or its error."""
+    import onnxruntime as ort  # here: it has threads, which no fork takes along
+
     os.environ |= {f"I2L_STANDIN_{name}": str(value) for name, value in case.get("environment", {}).items()}
     opening.choose_backend = choose
     driver = Driver()
