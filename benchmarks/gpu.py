@@ -21,6 +21,7 @@ import numpy as np
 from i2l.engines.backends import BACKENDS, detect_backends
 from i2l.engines.base import Array
 from i2l.engines.device.backend import DeviceBackend
+from i2l.engines.device.card import CudaDevice
 from i2l.engines.device.predict import Card, predict
 from i2l.engines.device.residency import Planned
 from i2l.engines.plugin.backend import PluginBackend
@@ -106,6 +107,7 @@ def measured(name: str, preset: str, precision: str, work: Path) -> Iterator[tup
         else:
             bandwidth = backend.device.pinned_bandwidth()
             yield "pinned_gbps", bandwidth / 1e9
+            yield "pinning_gbps", pinning_speed(backend.device) / 1e9
         first = pipeline.lora_from_images([IMAGE])
         if isinstance(backend, TensorRTBackend):
             yield "products", kernels(backend, work)
@@ -114,14 +116,22 @@ def measured(name: str, preset: str, precision: str, work: Path) -> Iterator[tup
         with Pipeline(engines, backend=name, vram_budget_bytes=budget_bytes) as pipeline:
             open_seconds = time.perf_counter() - start
             lora = pipeline.lora_from_images([IMAGE])
+            backend = planned_backend(pipeline)
+            if isinstance(backend, DeviceBackend):
+                backend.device.keep_on_host((), 0)
+            ring = streaming_bandwidth(pipeline)
+            if isinstance(backend, DeviceBackend):
+                backend.keep_on_host()
+            images = {count: timed(pipeline, count, bandwidth) for count in IMAGES}
             yield (
                 budget,
                 {
                     "open_seconds": round(open_seconds, 2),
                     "lora_error": lora_error(lora, wanted),
                     "same_as_unlimited": lora_error(lora, first) == 0,
+                    "streaming_fraction_ring": ring / bandwidth,
                     "streaming_fraction": streaming_bandwidth(pipeline) / bandwidth,
-                    "images": {count: timed(pipeline, count, bandwidth) for count in IMAGES},
+                    "images": images,
                     **(pipeline.vram or {}),
                 },
             )
@@ -185,6 +195,15 @@ def upload_bandwidth(backend: PluginBackend, nbytes: int = 64 << 20, copies: int
         backend.device.write(value, array)
         backend.device.settle()
     return copies * nbytes / (time.perf_counter() - start)
+
+
+def pinning_speed(device: CudaDevice, nbytes: int = 1 << 30) -> float:
+    """Bytes per second that become pinned: what a cache of chunks costs once."""
+    start = time.perf_counter()
+    address = device._call("cuMemAllocHost", nbytes)  # noqa: SLF001
+    seconds = time.perf_counter() - start
+    device._call("cuMemFreeHost", address)  # noqa: SLF001
+    return nbytes / seconds
 
 
 def streaming_bandwidth(pipeline: Pipeline) -> float:

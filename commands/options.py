@@ -148,7 +148,7 @@ vram_margin_option = click.option(
 )  # fmt: skip
 
 device_option = click.option(
-    "--device", metavar="CARD", show_default="the backend's first",
+    "--device", metavar="CARD", show_default="the one with the most free memory, for webgpu the first",
     help="Which card of several: its number, a part of its name, or for webgpu high-performance or low-power.",
 )  # fmt: skip
 

@@ -27,7 +27,7 @@ from .packs.planning import PackPlan, plan_pack
 from .precisions.choosing import precision_for
 from .precisions.parallel import quantising_threads
 
-BUILD_VERSION = 8
+BUILD_VERSION = 9
 """Raised whenever the same inputs give other engines, so that an old directory is rebuilt."""
 
 

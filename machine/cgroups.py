@@ -22,14 +22,30 @@ def cpu_quota(membership: Path = MEMBERSHIP, root: Path = ROOT) -> float | None:
     return min(quotas, default=None)
 
 
-def memory_limit(membership: Path = MEMBERSHIP, root: Path = ROOT) -> int | None:
-    """Bytes of memory, cached files included; None if nothing limits it."""
-    words = [
-        word
-        for folder in _folders("memory", membership, root)
-        for word in _words(folder / "memory.max") or _words(folder / "memory.limit_in_bytes")
-    ]
-    return min((int(word) for word in words if word != "max" and 0 < int(word) < 1 << 62), default=None)
+def memory_room(membership: Path = MEMBERSHIP, root: Path = ROOT) -> int | None:
+    """Bytes of memory that may still be taken; None if nothing limits it.
+
+    What the group has of cached files counts as free, as the system gives it back when it is asked for more.
+    """
+    return min((limit - _held(folder) for folder, limit in _memory_limits(membership, root)), default=None)
+
+
+def _memory_limits(membership: Path, root: Path) -> Iterator[tuple[Path, int]]:
+    """``(folder, bytes)`` of each group that is limited."""
+    for folder in _folders("memory", membership, root):
+        for word in _words(folder / "memory.max") or _words(folder / "memory.limit_in_bytes"):
+            if word != "max" and 0 < int(word) < 1 << 62:
+                yield folder, int(word)
+
+
+def _held(folder: Path) -> int:
+    """Bytes that a group has and would not give back: without cached files; 0 where the system does not tell."""
+    used = _words(folder / "memory.current") or _words(folder / "memory.usage_in_bytes") or ["0"]
+    words = _words(folder / "memory.stat")
+    counts = dict(zip(words[::2], map(int, words[1::2]), strict=False))
+    below = "" if (folder / "memory.max").exists() else "total_"  # version 1 counts the groups below apart
+    files = sum(counts.get(f"{below}{name}", 0) for name in ("inactive_file", "active_file"))
+    return max(0, int(used[0]) - files)
 
 
 def _words(path: Path) -> list[str]:

@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-from .cgroups import memory_limit
+from .cgroups import memory_room
 from .platforms import windows
 
 STATUS, MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")
@@ -31,11 +31,11 @@ def anonymous_bytes() -> int | None:
 
 
 def available_bytes() -> int | None:
-    """What could be used without swapping, cached files included, within the container's limit; None where unknown."""
+    """What could be used without swapping, cached files included, within a container's limit; None where unknown."""
     if sys.platform == "win32":
         memory = windows.memory_bytes()
         return memory[1] if memory else None
-    limits = (memory_limit(), _kib(MEMINFO, "MemAvailable"))
+    limits = (memory_room(), _kib(MEMINFO, "MemAvailable"))
     return min((limit for limit in limits if limit is not None), default=None)
 
 

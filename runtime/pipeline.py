@@ -42,7 +42,8 @@ class Pipeline:
         vram_budget_bytes: for everything on a GPU; by default what is free there, less ``vram_margin_bytes``. On the
             cpu backend it has no effect, which is logged as a warning.
         vram_margin_bytes: left to other programs on the GPU.
-        device: which card of several, as ``i2l doctor`` names them; by default the backend's first.
+        device: which card of several, as ``i2l doctor`` names them; by default the one with the most free memory, for
+            webgpu the first.
         prove: with ``auto``, let a card that was not proven with these engines prove itself now, in a process of its
             own (:mod:`.proof`); without it such a card is passed over.
         report: told the steps done of the running stage; while the first opening of fp8 engines on the cpu backend

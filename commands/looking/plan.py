@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,12 @@ from ..options import ENGINES_VARIABLE, PATH, SIZE, debug_option, json_option
 from ..telling import tell
 
 if TYPE_CHECKING:
+    from ...engines.device.residency import Residency
     from ...engines.directory.manifest import Model
     from ...specs import Family
+
+PCIE_GBPS = (12.0, 25.0, 50.0)
+"""From pinned memory over 16 lanes of PCIe 3, 4 and 5, about."""
 
 
 @click.command()
@@ -45,7 +50,8 @@ def plan(
 ) -> None:
     """Predict, without a GPU, VRAM and time per image.
 
-    For each budget: what stays in VRAM, what is copied, and how long an image takes.
+    For each budget: what stays in VRAM, what is copied, and how long an image takes; what would be pinned of this
+    machine's memory, and how much of the link to the card that fills.
     """
     if engines is None and preset is None and (value := os.environ.get(ENGINES_VARIABLE)):
         engines = Path(value)
@@ -93,7 +99,7 @@ def predicted(
 
     graphs = graph_memory(models, min(images, LARGEST_BATCH))
     residency = plan_residency({family: model.chunks for family, model in models.items()}, graphs, budget)
-    rows = []
+    rows, host = [], pinned(models, residency)
     for link in links:
         prediction = predict(models, residency, Card(link, tflops), images)
         rows.append(
@@ -107,9 +113,30 @@ def predicted(
                 "parts": residency.parts,
                 "resident_chunks": {family: len(indices) for family, indices in residency.resident.items()},
                 "chunks": {family: len(model.chunks) for family, model in models.items()},
+                "host": host,
             }
         )
     return rows
+
+
+def pinned(models: "dict[Family, Model]", residency: "Residency") -> dict[str, Any]:
+    """What CUDA's backends would pin of this machine's memory, and the share of links that is expected with it."""
+    from ...engines.device.pinned.host_cache import FILL_GBPS, link_share, plan_host_cache  # noqa: PLC0415
+    from ...machine.memory import available_bytes  # noqa: PLC0415
+
+    chunks, resident = {family: model.chunks for family, model in models.items()}, residency.resident
+    available = available_bytes()
+    plan = plan_host_cache(chunks, resident, available)
+    share = partial(link_share, chunks, resident, fill_gbps=FILL_GBPS)
+    return {
+        "available_bytes": available,
+        "cache_bytes": plan.cache_bytes,
+        "ring_bytes": plan.ring_bytes,
+        "cached_chunks": {family: sum(place[0] == family for place in plan.kept) for family in chunks},
+        "fill_gbps": FILL_GBPS,
+        "link_share": {f"{link:g}": share(plan.kept, link_gbps=link) for link in PCIE_GBPS},
+        "link_share_first_pass": {f"{link:g}": share((), link_gbps=link) for link in PCIE_GBPS},
+    }
 
 
 def details(row: dict[str, Any]) -> Iterator[str]:
@@ -122,11 +149,27 @@ def details(row: dict[str, Any]) -> Iterator[str]:
     )
     yield f"chunks that stay: {', '.join(stays)}"
     yield f"copied per pass: {format_bytes(row['streamed_bytes'])}; once before: {row['load_seconds']:.2f} s of loading"
+    if row["streamed_bytes"]:
+        yield from pinned_lines(row["host"])
     yield (
         f"images {row['images']}, passes {row['passes']}: {row['seconds']:.3f} s, "
         f"{1000 * row['seconds_per_image']:.0f} ms per image "
         f"(copies {row['copy_seconds']:.3f} s, computing {row['compute_seconds']:.3f} s, overlapped)"
     )
+
+
+def pinned_lines(host: dict[str, Any]) -> Iterator[str]:
+    """What is pinned and what it is for, for people."""
+    known = host["available_bytes"]
+    of = f"{format_bytes(known)} are available here" if known is not None else "what is available here is unknown"
+    yield (
+        f"RAM pinned by cuda and tensorrt: ring {format_bytes(host['ring_bytes'])}, cache from the second pass on "
+        f"{format_bytes(host['cache_bytes'])} ({of}; half of it at most)"
+    )
+    for when, key in (("with the cache filled", "link_share"), ("before", "link_share_first_pass")):
+        shares = (f"{100 * share:.0f} % of {link}" for link, share in host[key].items())
+        yield f"link used {when}, GB/s: {', '.join(shares)}"
+    yield f"(for packs in the page cache and a ring filled at {host['fill_gbps']:g} GB/s, as by two cores of a server)"
 
 
 def table(rows: Sequence[dict[str, Any]], links: Sequence[float]) -> list[str]:

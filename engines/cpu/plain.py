@@ -42,9 +42,10 @@ class HeldWeights:
     def product(self, x: Array, name: str) -> Array:
         """``[R, in] -> [R, out]``: times the matrix ``name``, plus its bias if there is one."""
         info, held = self.infos[f"{name}.weight"], self.arrays[f"{name}.weight"]
-        if info.dtype == "I8" and len(info.shape) == 4:  # [in / p, 1, p', out], rotated and balanced
-            parts = rotate(x, balanced_rotation(x.shape[1])).reshape(len(x), len(held), -1).swapaxes(0, 1)
-            y: Array = ((parts @ held[:, 0].astype(np.float32)) * self.vector(f"{name}.scale")[:, 0]).sum(axis=0)
+        if info.dtype == "I8" and len(info.shape) == 5:  # [in / p, out / q, 1, p', q], rotated and balanced
+            parts = rotate(x, balanced_rotation(x.shape[1])).reshape(len(x), len(held), 1, -1).transpose(1, 2, 0, 3)
+            rows = ((parts @ held[:, :, 0].astype(np.float32)) * self.vector(f"{name}.scale")[:, :, 0]).sum(axis=0)
+            y: Array = rows.swapaxes(0, 1).reshape(len(x), -1)
         elif info.dtype == "I8":  # [out / p, in, p], rotated
             rotated, scale = rotate(x, rotation(x.shape[1])), self.vector(f"{name}.scale")
             panels = [(rotated @ panel.astype(np.float32)) * scale[index] for index, panel in enumerate(held)]

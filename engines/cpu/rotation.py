@@ -40,7 +40,7 @@ def balanced_rotation(width: int) -> Array:
     A reflection takes the ``b`` rotated channels and a zero to ``b + 1`` whose sum is zero, whatever the input: so the
     columns of a matrix add up to zero once they are rotated. Signs of the rotated channels are tried here, as an input
     channel whose signs are all alike would come out as one channel. One channel is left free for what rounding adds up
-    to, and another where ``b'`` would be odd, as weights are limited by pairs (:mod:`.sums`).
+    to: no activation reaches it.
     """
     matrix = rotation(width).astype(np.float64)
     size = len(matrix)
@@ -56,8 +56,8 @@ def balanced_rotation(width: int) -> Array:
 
 
 def balanced_size(size: int) -> int:
-    """How many channels :func:`balanced_rotation` makes of a block of ``size``: an even number."""
-    return size + 2 + size % 2
+    """How many channels :func:`balanced_rotation` makes of a block of ``size``."""
+    return size + 2
 
 
 def rotate(x: Array, matrix: Array) -> Array:

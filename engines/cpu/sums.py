@@ -15,6 +15,9 @@ before, 1.43 %.
 Of all pairs of limits this one loses least for Gaussian rows: with ``a`` levels an activation's step is ``peak / a``,
 the peak of 4096 values being some 3.8 deviations; a weight's is ``pair / w``, the largest pair being some 5.2; and
 ``2 a w`` is given. Limits of 100 and 163 or 124 and 132 are as good within 3 % (small preset).
+
+The adapter's products read each weight once from memory, so that a second row of activations costs less than it brings
+(docs/adr/0010): 64 levels on each side, and 64 more for what they leave. Its weights need no limit for pairs then.
 """
 
 ACTIVATION_LEVELS = 108
@@ -25,6 +28,6 @@ PAIR_LEVELS = 151
 """The sum of two neighbouring weights of a row, input channels 2 i and 2 i + 1, on each side of zero."""
 LARGEST_PAIR = PAIR_LEVELS - 1
 """Before rounding, which may add half a step to each."""
-BALANCED_LEVELS = 118
-"""Of a weight beside the one that balances a block (:func:`.rotation.balanced_rotation`): the half steps by which 65
-weights are rounded add up to 32, and 118 + 32 fit a pair."""
+LEVELS_OF_EACH = 64
+"""On each side of zero, also the zero point, of each of the adapter's two rows of activations; the second one counts in
+128ths of the first one's step. 128 * (127 + 127) = 32512 <= 32767."""

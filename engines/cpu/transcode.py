@@ -23,7 +23,7 @@ from ..directory.hashing import FileFacts
 from ..directory.manifest import Model
 from ..directory.tensorfile import PAD_PREFIX, TENSOR_ALIGN, Layout, LayoutWriter, TensorInfo, plan_layout
 from .rotation import balanced_rotation, rotate, rotation
-from .sums import BALANCED_LEVELS, LARGEST_PAIR, WEIGHT_LEVELS
+from .sums import LARGEST_PAIR, WEIGHT_LEVELS
 
 Codes: TypeAlias = NDArray[np.uint8]
 Job: TypeAlias = Callable[[], NDArray[Any]]
@@ -85,14 +85,15 @@ def rotated_panel(codes: Codes, matrix: Array) -> tuple[NDArray[np.int8], Array]
     return np.ascontiguousarray(values.astype(np.int8).T), scale
 
 
-def balanced_panel(codes: Codes, matrix: Array, scale: Array, out: Array) -> NDArray[np.int8]:
-    """One panel of the adapter's int8 form, int8 ``[p', rows]``.
+def balanced_panels(codes: Codes, matrix: Array, scale: Array, out: Array, row: int) -> NDArray[np.int8]:
+    """The panels of the adapter's int8 form that share input channels, int8 ``[out / q, p', q]``.
 
     Args:
-        codes: e4m3 ``[rows, p]``.
+        codes: e4m3 ``[out, p]``.
         matrix: the balanced rotation ``[b, b']``.
-        scale: of the FP8 matrix ``[rows]``.
-        out: the panel's scales ``[rows]`` are written there.
+        scale: of the FP8 matrix ``[out]``.
+        out: the panels' scales ``[out]`` are written there.
+        row: output channels of a panel, ``q``.
     """
     size, after = matrix.shape
     width = codes.shape[1] // size * after
@@ -102,22 +103,25 @@ def balanced_panel(codes: Codes, matrix: Array, scale: Array, out: Array) -> NDA
         rows = slice(start, start + step)
         values = rotate(VALUES.look_up(np.ascontiguousarray(codes[rows])), matrix)
         blocks = values.reshape(len(values), -1, after)
-        peak = np.abs(blocks[:, :, size]).max(axis=1) / np.float32(BALANCED_LEVELS)
-        relative = np.maximum(exact_scales(values), peak)
+        relative = np.maximum(largest_of(values) / np.float32(WEIGHT_LEVELS), np.float32(SMALLEST))
         values /= relative[:, None]
         np.rint(values, out=values)
         blocks[:, :, size + 1] = -blocks.sum(axis=2)
         panel[:, rows] = values.astype(np.int8).T
         np.maximum(relative * scale[rows], np.float32(SMALLEST), out=out[rows])
-    return panel
+    return np.ascontiguousarray(panel.reshape(width, -1, row).swapaxes(0, 1))
+
+
+def largest_of(values: Array) -> Array:
+    """The largest size in each row, without the copy that ``abs`` makes."""
+    return np.asarray(np.maximum(values.max(axis=1), -values.min(axis=1)))
 
 
 def exact_scales(values: Array) -> Array:
     """The scale ``[rows]`` of int8 weights whose products every CPU adds exactly (sums.py)."""
-    peak = np.maximum(values.max(axis=1), -values.min(axis=1))
     even = values[:, : values.shape[1] // 2 * 2]
     pair = np.abs(even.reshape(len(values), -1, 2).sum(axis=2)).max(axis=1, initial=0)
-    scale = np.maximum(peak / np.float32(WEIGHT_LEVELS), pair / np.float32(LARGEST_PAIR))
+    scale = np.maximum(largest_of(values) / np.float32(WEIGHT_LEVELS), pair / np.float32(LARGEST_PAIR))
     return np.asarray(np.maximum(scale, np.float32(SMALLEST)))
 
 
@@ -180,11 +184,11 @@ def _jobs(
         codes = values.reshape(old.shape)
         scale_info = stored[scale_name := f"{name.removesuffix('weight')}scale"]
         scale = np.frombuffer(mapped, np.float32, scale_info.shape[0], scale_info.offset)
-        if len(new.shape) == 4:  # the adapter's
+        if len(new.shape) == 5:  # the adapter's
             matrix = balanced_rotation(old.shape[1])
             scales[scale_name] = collected = np.empty((new.shape[0], old.shape[0]), np.float32)
             for index, columns in enumerate(np.split(codes, new.shape[0], axis=1)):
-                yield name, partial(balanced_panel, columns, matrix, scale, collected[index])
+                yield name, partial(balanced_panels, columns, matrix, scale, collected[index], new.shape[4])
         else:
             panels, in_features, width = new.shape
             matrix = rotation(in_features)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
+from ...machine.memory import available_bytes
 from ...machine.platforms.mapping import open_mapped
 from ...specs import Family
 from ..base import Array, Engine, Value
@@ -15,6 +16,7 @@ from ..directory.integrity import fingerprint, require_unchanged
 from ..directory.manifest import Manifest
 from ..errors import OutOfDeviceMemory, ShapeMismatch
 from .device import Device, Workspace, finish_at_last
+from .pinned.host_cache import plan_host_cache
 from .residency import GraphMemory, Residency, plan_residency
 from .slots import DeviceStore, DeviceWeights
 
@@ -55,10 +57,11 @@ class DeviceBackend:
         folder = directory / manifest.build
         self._maps = {family: open_mapped(folder / model.pack) for family, model in manifest.models.items()}
         self.fingerprint = fingerprint(directory, [pack.opened for pack in self._maps.values()])
-        chunks = {family: model.chunks for family, model in manifest.models.items()}
+        self._chunks = {family: model.chunks for family, model in manifest.models.items()}
         packs = {family: memoryview(pack) for family, pack in self._maps.items()}
-        plan = partial(plan_residency, chunks, graphs)
+        plan = partial(plan_residency, self._chunks, graphs)
         self._weights = DeviceWeights(device, manifest.models, packs, plan, budget_bytes, workspace)
+        self.keep_on_host()
 
     @property
     def residency(self) -> Residency:
@@ -91,6 +94,15 @@ class DeviceBackend:
 
     def shrink(self, cause: OutOfDeviceMemory) -> None:
         self._weights.shrink(cause)
+        self.keep_on_host()
+
+    def keep_on_host(self) -> None:
+        """Tell the device which chunks will come in every pass, as far as the host's memory is for them."""
+        self.device.keep_on_host((), 0)  # what is kept already is not available
+        plan = plan_host_cache(self._chunks, self.residency.resident, available_bytes())
+        kept = ((self._maps[family], self._chunks[family][index]) for family, index in plan.kept)
+        regions = [memoryview(pack)[chunk.offset : chunk.offset + chunk.nbytes] for pack, chunk in kept]
+        self.device.keep_on_host(regions, plan.floor_bytes)
 
     def close(self) -> None:
         finish_at_last(self.device)  # an engine must not go while it computes

@@ -10,6 +10,7 @@ go into a third stream that no event orders with ours, and may return before the
 import ctypes
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -21,7 +22,8 @@ from ..directory.tensorfile import TENSOR_ALIGN, TensorInfo
 from ..errors import DeviceFailed, OutOfDeviceMemory
 from .calls import CudaEvent, DriverCalls
 from .device import Event, Lane
-from .staging import Staging
+from .pinned.copy_lane import CopyLane
+from .pinned.staging import Staging
 from .tensor import DeviceTensor
 
 log = logging.getLogger(__name__)
@@ -51,21 +53,20 @@ class CudaDevice:
         self.index = index
         self.name = self._call.name
         self._made: list[Any] = []
-        self._streams: dict[Lane, Any] = {}
-        self._chunks = Staging(self._call)
-        self._values = Staging(self._call, piece_bytes=VALUE_BYTES)
-        self._closed = False
-        self._free_at_start = self._peak_bytes = 0
         try:
             self.sm = self._call.sm
             """The compute capability, 89 for 8.9."""
             for _ in LANES if own_stream else LANES[:1]:
                 self._made.append(self._call("cuStreamCreateWithPriority", NON_BLOCKING, 0))
-            self._streams.update(zip(LANES, [*self._made, DEFAULT_STREAM], strict=False))
             self._free_at_start = self.free_bytes()
         except (DeviceFailed, OutOfDeviceMemory):
-            self.close()  # a context takes half a gigabyte of the card
+            self._give_back()
             raise
+        self._streams: dict[Lane, Any] = dict(zip(LANES, [*self._made, DEFAULT_STREAM], strict=False))
+        self._copies = CopyLane(self._call, self._streams["copy"])
+        self._values = Staging(self._call, piece_bytes=VALUE_BYTES)
+        self._closed = False
+        self._peak_bytes = 0
 
     @property
     def compute_stream(self) -> int:
@@ -116,11 +117,9 @@ class CudaDevice:
         except (DeviceFailed, OutOfDeviceMemory) as error:
             log.debug("closing a card that does not answer: %s", error)
         self._closed = True
-        self._chunks.close()
+        self._copies.close()
         self._values.close()
-        for stream in self._made:
-            self._call.give_back("cuStreamDestroy", stream)
-        self._call.close()
+        self._give_back()
 
     def pinned_bandwidth(self, nbytes: int = 256 << 20, copies: int = 8) -> float:
         """Bytes per second of plain copies from pinned memory: what the streamer is measured against."""
@@ -143,18 +142,28 @@ class CudaDevice:
     # --- lanes ----------------------------------------------------------------------------------------------------
 
     def copy_async(self, source: memoryview, address: int) -> None:
-        self._send("copy", self._chunks, address_of(source), source.nbytes, address)
+        self._copies.copy(source, address)
+
+    def keep_on_host(self, sources: Sequence[memoryview], floor_bytes: int) -> None:
+        self.finish()
+        self._copies.keep(sources, floor_bytes)
 
     def record(self, lane: Lane, *, timed: bool = False) -> Event:
+        if lane == "copy":
+            return self._copies.record(timed=timed)
         return CudaEvent(self._call, self._streams[lane], timed=timed)
 
     def elapsed_us(self, first: Event, last: Event) -> float:
         return 1000 * float(self._call("cuEventElapsedTime", first.handle, last.handle))
 
     def wait(self, lane: Lane, event: Event) -> None:
-        self._call("cuStreamWaitEvent", self._streams[lane], event.handle, 0)
+        if lane == "copy":
+            self._copies.wait(event)
+        else:
+            self._call("cuStreamWaitEvent", self._streams[lane], event.handle, 0)
 
     def finish(self) -> None:
+        self._copies.drain()
         for stream in self._streams.values():
             self._call("cuStreamSynchronize", stream)
 
@@ -166,7 +175,12 @@ class CudaDevice:
     def upload(self, array: Array, address: int) -> DeviceTensor:
         """In the compute lane: behind what still reads the memory, before what will."""
         array = np.ascontiguousarray(array, np.float32)
-        self._send("compute", self._values, array.ctypes.data, array.nbytes, address)
+        stream = self._streams["compute"]
+
+        def copy(offset: int, source: int, size: int) -> None:
+            self._call("cuMemcpyHtoDAsync", address + offset, source, size, stream)
+
+        self._values.to_card(array.ctypes.data, array.nbytes, copy, lambda: self.record("compute"))
         return DeviceTensor(address, array.shape, FLOAT32)
 
     def download(self, value: Any) -> Array:
@@ -179,20 +193,13 @@ class CudaDevice:
                 ctypes.memmove(array.ctypes.data, host, array.nbytes)
         return array
 
-    # --------------------------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------------------------------------------------------
 
-    def _send(self, lane: Lane, staging: Staging, host: int, nbytes: int, address: int) -> None:
-        stream = self._streams[lane]
-
-        def copy(offset: int, source: int, size: int) -> None:
-            self._call("cuMemcpyHtoDAsync", address + offset, source, size, stream)
-
-        staging.to_card(host, nbytes, copy, lambda: self.record(lane))
+    def _give_back(self) -> None:
+        """Streams, and the context, which takes half a gigabyte of the card."""
+        for stream in self._made:
+            self._call.give_back("cuStreamDestroy", stream)
+        self._call.close()
 
     def _look(self) -> None:
         self._peak_bytes = max(self._peak_bytes, self.used_bytes)
-
-
-def address_of(memory: memoryview) -> int:
-    """Where the bytes lie in this process; read-only ones too, which ctypes does not tell."""
-    return int(np.frombuffer(memory, np.uint8).ctypes.data)

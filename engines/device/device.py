@@ -6,7 +6,7 @@ events: ``record`` marks a point in a lane, ``wait`` keeps the later work of a l
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -53,6 +53,13 @@ class Device(Protocol):
 
     def copy_async(self, source: memoryview, address: int) -> None:
         """Enqueue one copy from host to device in the copy lane; ``source`` must not change until it is done."""
+        ...
+
+    def keep_on_host(self, sources: Sequence[memoryview], floor_bytes: int) -> None:
+        """These will be copied again and again, the ones most worth keeping first, instead of others.
+
+        What makes their copies faster is kept, unless less than ``floor_bytes`` of the host's memory would be left.
+        """
         ...
 
     @property

@@ -34,7 +34,7 @@ from .dtypes import ELEMENT_TYPES
 from .hashing import FileFacts
 from .tensorfile import PAD_PREFIX, TensorInfo
 
-FORMAT = 3
+FORMAT = 4
 """Raised whenever an older i2l could misread a newer manifest, or the other way round."""
 MANIFEST = "manifest.json"
 PROOFS = "proofs.json"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...engines.cpu.sums import ACTIVATION_LEVELS, BALANCED_LEVELS
-from .base import SMALLEST, Kept, Linear, Linears, Rows, Weights, row_scales, row_scales_for_exact_sums, row_starts
+from ...engines.cpu.sums import LEVELS_OF_EACH, WEIGHT_LEVELS
+from .base import SMALLEST, Kept, Linear, Linears, Rows, Weights, row_scales, row_starts
 from .linears import Compute, GpuLinear, dequantised
 from .parallel import in_threads
 from .rotated_int8 import quantised
@@ -17,12 +17,13 @@ from .torch_rotation import balanced_rotation, rotate
 
 @dataclass(frozen=True)
 class BalancedInt8(StoredBalancedInt8, Kept):
-    """int8 in panels of input channels ``[in / p, 1, p', out]``, one scale per panel and output channel: for few rows.
+    """int8 in panels of both kinds of channels ``[in / p, out / q, 1, p', q]``, one scale for each ``q``: for few rows.
 
     Such a product only waits for the weights. onnxruntime reads them as they lie, without packing them first, where one
     row of unsigned bytes without a zero point is multiplied by signed bytes. So each column of a panel adds up to zero,
     and the zero point of the activations drops out of the sum: ``p`` channels are brought to ``p'``, a little more
-    (engines/cpu/rotation.py), whose last of each block makes the rounded weights balance.
+    (engines/cpu/rotation.py), whose last of each block makes the rounded weights balance. Activations are two rows of
+    levels, the second of what the first one leaves: only for the first do the weights come from memory.
     """
 
     equalised: bool = False
@@ -36,25 +37,23 @@ class BalancedInt8(StoredBalancedInt8, Kept):
         group: int | None = None,  # noqa: ARG002
     ) -> Iterator[tuple[str, Tensor]]:
         matrix = balanced_rotation(in_features)
-        (_, _, weight_shape), (_, _, scale_shape) = self.stored(out_features, in_features)
-        weight, scale = torch.empty(weight_shape, dtype=torch.int8), torch.empty(scale_shape)
+        (_, _, (count, _, _, width, row)), _ = self.stored(out_features, in_features)
+        weight, scale = torch.empty((count, width, out_features), dtype=torch.int8), torch.empty((count, out_features))
 
         def convert(start: int) -> None:
             piece = slice(start, min(start + starts.step, out_features))
             rotated = rotate(rows(start, piece.stop - start), matrix)
-            blocks = rotated.view(-1, len(matrix.t()))
-            panels = rotated.view(-1, weight_shape[2])
-            peaks = row_scales(blocks[:, len(matrix) : len(matrix) + 1], BALANCED_LEVELS).view(len(panels), -1)
-            steps = torch.maximum(row_scales_for_exact_sums(panels), peaks.amax(dim=1))
+            panels, blocks = rotated.view(-1, width), rotated.view(-1, matrix.shape[1])
+            steps = row_scales(panels, WEIGHT_LEVELS)
             panels.div_(steps[:, None]).round_()
             blocks[:, len(matrix) + 1] = -blocks.sum(dim=1)
-            weight[:, 0, :, piece] = panels.to(torch.int8).view(-1, *weight_shape[::2]).permute(1, 2, 0)
-            scale[:, 0, 0, piece] = steps.view(-1, len(scale)).t()
+            weight[:, :, piece] = panels.to(torch.int8).view(-1, count, width).permute(1, 2, 0)
+            scale[:, piece] = steps.view(-1, count).t()
 
         starts = row_starts(out_features, in_features)
         for _ in in_threads(convert, starts):
             pass
-        yield "weight", weight
+        yield "weight", weight.view(count, width, -1, row).transpose(1, 2).contiguous()
         yield "scale", scale
 
     def linear(self, name: str, in_features: int) -> Linear:
@@ -65,7 +64,7 @@ class BalancedInt8(StoredBalancedInt8, Kept):
 
 
 class BalancedLinear(Linear):
-    """What all forms share. B rows, P panels of p' channels."""
+    """What all forms share. B rows, P panels of p' input channels, Q of q output channels."""
 
     rotation: Tensor
 
@@ -74,26 +73,32 @@ class BalancedLinear(Linear):
         self.register_buffer("rotation", balanced_rotation(in_features))
 
     def joined(self, y: Tensor, weights: Weights) -> Tensor:
-        """``[B, out]`` of the panels' products ``[P, B, 1, out]``, their scales still to come."""
-        y = y * self.scale(weights)
-        y = y.view(-1, y.shape[3]) if y.shape[0] == 1 else y.sum(dim=0).squeeze(1)
-        bias = self.bias(weights)
+        """``[B, out]`` of the panels' products ``[P, Q, B, 1, q]``, scales and bias still to come."""
+        y, bias = scaled_sum(y, self.scale(weights)), self.bias(weights)
         return y if bias is None else y + bias
+
+
+def scaled_sum(y: Tensor, scale: Tensor) -> Tensor:
+    """``[B, Q q]`` of the panels' products ``[P, Q, B, 1, q]``, their scales ``[P, Q, 1, 1, q]`` still to come."""
+    y = y * scale
+    panels, parts, _, _, row = y.shape
+    y = y.view(parts, -1, row) if panels == 1 else y.sum(dim=0).squeeze(2)
+    return y.view(-1, row) if parts == 1 else y.transpose(0, 1).reshape(-1, parts * row)
 
 
 class BalancedInt8Linear(BalancedLinear):
     """Integer weights times integer activations, one panel and row at a time: the form that packs no weights."""
 
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
-        panels, _, width, _ = self.weight(weights).shape
+        panels, _, _, width, _ = self.weight(weights).shape
         return self.multiply(*panel_levels(x, self.rotation, panels, width), weights)
 
     def multiply(self, levels: Tensor, steps: Tensor, weights: Weights) -> Tensor:
         """``[B, out]`` of what :func:`panel_levels` gave for ``[B, in]``."""
         matrix = self.weight(weights)
-        shape = (*levels.shape[:3], matrix.shape[3])
+        shape = (*matrix.shape[:2], levels.shape[2], 1, matrix.shape[4])
         sums = torch.onnx.ops.symbolic("MatMulInteger", [levels, matrix], dtype=torch.int32, shape=shape)
-        return self.joined(sums.to(torch.float32) * steps, weights)
+        return self.joined(steps @ sums.to(torch.float32).view(*shape[:2], -1, 2, shape[4]), weights)
 
 
 class BalancedInt8Linears(Linears):
@@ -106,18 +111,26 @@ class BalancedInt8Linears(Linears):
         self.register_buffer("rotation", balanced_rotation(in_features))
 
     def forward(self, x: Tensor, weights: Weights) -> list[Tensor]:
-        panels, _, width, _ = weights[f"{self.linears[0].name}.weight"].shape
+        panels, _, _, width, _ = weights[f"{self.linears[0].name}.weight"].shape
         together = panel_levels(x.flatten(1), self.rotation, len(self.linears) * panels, width)
         parts = zip(self.linears, *(torch.split(part, panels) for part in together), strict=True)
         return [linear.multiply(*part, weights) for linear, *part in parts]
 
 
 def panel_levels(x: Tensor, rotation: Tensor, panels: int, width: int) -> tuple[Tensor, Tensor]:
-    """``x [B, in]`` as uint8 ``[P, B, 1, p']``, and the step of each panel of a row ``[P, B, 1, 1]``."""
+    """``x [B, in]`` as two rows of uint8 for each panel ``[P, 1, 2 B, 1, p']``, and their steps ``[P, 1, B, 1, 2]``.
+
+    Of the second row's levels, half a step of the first is 64: so no value needs more of them than there are.
+    """
     rotated = rotate(x, rotation).view(-1, panels, 1, width).transpose(0, 1)
-    steps = rotated.abs().amax(dim=3, keepdim=True).clamp_min(SMALLEST) / ACTIVATION_LEVELS
-    zero_point = torch.tensor(ACTIVATION_LEVELS, dtype=torch.uint8)
-    return quantised(rotated / steps, torch.ones(()), zero_point, {}), steps
+    steps = rotated.abs().amax(dim=3, keepdim=True).clamp_min(SMALLEST) / LEVELS_OF_EACH
+    exact = rotated / steps
+    coarse = exact.round()
+    fine = (exact - coarse) * (2 * LEVELS_OF_EACH)
+    zero_point = torch.tensor(LEVELS_OF_EACH, dtype=torch.uint8)
+    levels = quantised(torch.cat([coarse, fine], dim=2), torch.ones(()), zero_point, {})
+    steps = steps * torch.tensor([1, 1 / (2 * LEVELS_OF_EACH)])
+    return levels.view(panels, 1, -1, 1, width), steps.unsqueeze(1)
 
 
 @dataclass(frozen=True)
@@ -143,14 +156,11 @@ class GpuBalancedInt8Linear(GpuLinear):
         self.register_buffer("rotation", balanced_rotation(in_features))
 
     def product(self, x: Tensor, weights: Weights) -> Tensor:
-        panels, _, width, out_features = self.weight(weights).shape
-        rotated = rotate(x.to(self.compute), self.rotation.to(self.compute))
-        matrix = self.matrix(weights)
-        if panels == 1:
-            return (rotated @ matrix.view(width, out_features)).to(torch.float32) * self.scale(weights).view(1, -1)
-        parts = rotated.view(-1, panels, width).transpose(0, 1)
-        y = (parts @ matrix.view(panels, width, out_features)).to(torch.float32) * self.scale(weights).squeeze(1)
-        return y.sum(dim=0)
+        panels, _, _, width, row = self.weight(weights).shape
+        parts = rotate(x.to(self.compute), self.rotation.to(self.compute)).view(-1, panels, width)
+        parts = parts.transpose(0, 1).unsqueeze(1) if panels > 1 else parts.view(-1, width)
+        y = (parts @ self.matrix(weights).view(panels, -1, width, row)).to(torch.float32)
+        return scaled_sum(y.unsqueeze(3), self.scale(weights))
 
     def matrix(self, weights: Weights) -> Tensor:
         return dequantised(self.weight(weights), torch.ones((), dtype=self.compute), self.compute)

@@ -133,21 +133,24 @@ class DequantisedBalancedInt8(BalancedInt8):
 
 
 class DequantisedBalanced(BalancedLinear):
-    """A float32 product with each dequantised panel; a single panel may come in pieces of its input channels."""
+    """A float32 product with each dequantised panel; a single one may come in pieces of its input channels."""
 
     def forward(self, x: Tensor, weights: Weights) -> Tensor:
         pieces = pieces_of(self.name, weights)
         panels = self.scale(weights).shape[0]
         rotated = rotate(x, self.rotation)
-        if panels == 1:
-            widths = [piece.shape[2] for piece in pieces]
+        if self.scale(weights).shape[:2] == (1, 1):
+            widths = [piece.shape[3] for piece in pieces]
             parts = [rotated] if len(pieces) == 1 else list(torch.split(rotated, widths, dim=1))
-            products = [part @ self.dequantised(piece)[0, 0] for part, piece in zip(parts, pieces, strict=True)]
-            return self.joined(reduce(torch.add, products)[None, :, None], weights)
-        parts = parted(rotated.view(-1, panels, rotated.shape[1] // panels).transpose(0, 1), pieces)
-        products = [part @ self.dequantised(piece).squeeze(1) for part, piece in zip(parts, pieces, strict=True)]
-        y = products[0] if len(products) == 1 else torch.cat(products)
-        return self.joined(y.unsqueeze(2), weights)
+            products = [part @ self.dequantised(piece)[0, 0, 0] for part, piece in zip(parts, pieces, strict=True)]
+            return self.joined(reduce(torch.add, products)[None, None, :, None], weights)
+        if panels == 1:
+            products = [rotated @ self.dequantised(piece).squeeze(2) for piece in pieces]
+        else:
+            parts = parted(rotated.view(-1, panels, 1, rotated.shape[1] // panels).permute(1, 2, 0, 3), pieces)
+            products = [part @ self.dequantised(piece).squeeze(2) for part, piece in zip(parts, pieces, strict=True)]
+        y = products[0] if len(products) == 1 else torch.cat(products, dim=int(panels == 1))
+        return self.joined(y.unsqueeze(3), weights)
 
     def dequantised(self, piece: Tensor) -> Tensor:
         """int8 as float32, without the scale."""

@@ -18,6 +18,9 @@ PANEL = 128
 """Output channels side by side in memory; the adapter's input channels of one scale, at most. onnxruntime packs the
 encoders' weights at every call, as they are inputs; narrow panels take half the time of whole rows with AMX, four
 fifths without (docs/adr/0001)."""
+WIDEST_ROW = 4096
+"""Output channels of the adapter side by side in memory, at most: a page, the sums of a row stay in a core's nearest
+cache, and the weights in the next one until their second use (docs/adr/0010)."""
 
 
 class Storing(Protocol):
@@ -30,7 +33,12 @@ class Storing(Protocol):
 
 def panel_width(group: int) -> int:
     """The largest divisor of ``group``, the rows that stay together, up to :data:`PANEL`."""
-    return max(width for width in range(1, min(PANEL, group) + 1) if group % width == 0)
+    return largest_divisor(group, PANEL)
+
+
+def largest_divisor(count: int, most: int) -> int:
+    """The largest divisor of ``count`` up to ``most``."""
+    return next(divisor for divisor in range(min(count, most), 0, -1) if count % divisor == 0)
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class StoredFloat8:
 
 
 class StoredBalancedInt8:
-    """int8 in panels of input channels, each block brought to some more; one scale per panel and output channel.
+    """int8 in panels of input and output channels, each block of inputs brought to some more.
 
     The dimension of one is there for the graph: an input that is reshaped might be copied.
     """
@@ -59,9 +67,10 @@ class StoredBalancedInt8:
     def stored(self, out_features: int, in_features: int, group: int | None = None) -> list[Stored]:  # noqa: ARG002
         size = block_size(in_features)
         blocks = in_features // size
-        each = next(count for count in range(max(1, PANEL // size), 0, -1) if blocks % count == 0)
-        shape = (blocks // each, 1, each * balanced_size(size), out_features)
-        return [("weight", "I8", shape), ("scale", "F32", (shape[0], 1, 1, out_features))]
+        each = largest_divisor(blocks, max(1, PANEL // size))
+        row = largest_divisor(out_features, WIDEST_ROW)
+        panels = (blocks // each, out_features // row)
+        return [("weight", "I8", (*panels, 1, each * balanced_size(size), row)), ("scale", "F32", (*panels, 1, 1, row))]
 
 
 class StoredRotatedInt8:

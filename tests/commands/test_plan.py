@@ -16,6 +16,7 @@ from i2l.engines.device.predict import Card, overlapped, predict
 from i2l.engines.device.residency import Residency, estimated_memory, plan_residency
 from i2l.engines.directory.manifest import Model
 from i2l.export.packs.planning import planned_model
+from i2l.machine import memory
 from i2l.machine.sizes import LARGEST, parse_budget, parse_size
 from i2l.machine.wording import GIB
 from i2l.specs import PRESETS, Family
@@ -151,6 +152,25 @@ def test_one_plan(engines: MakeEngines) -> None:
     assert facts["resident_chunks"] == facts["chunks"] == {"siglip2": 4, "dinov3": 5, "adapter": 4}
     text = run("--engines", str(engines("tiny", "fp8")), "--vram-budget", "4GiB")
     assert "predicted for 25 GB/s and 100 TFLOP/s, not measured" in text
+
+
+def test_what_is_pinned_of_this_machine_and_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("--preset", "full", "--vram-budget", "2GiB")
+    monkeypatch.setattr(memory, "available_bytes", lambda: 8 * GIB)
+    host = json.loads(run(*arguments, "--json"))["host"]
+    assert 3.5 * GIB < host["cache_bytes"] <= 4 * GIB - host["ring_bytes"]
+    for link, share in host["link_share"].items():
+        assert host["link_share_first_pass"][link] <= share <= 1
+    assert host["link_share_first_pass"]["50"] == pytest.approx(host["fill_gbps"] / 50, rel=0.01)
+    text = run(*arguments)
+    assert "ring 128.0 MiB, cache from the second pass on 3.8" in text
+    assert "(8.00 GiB are available here; half of it at most)" in text
+    assert f"before, GB/s: {100 * host['link_share_first_pass']['12']:.0f} % of 12, " in text
+    monkeypatch.setattr(memory, "available_bytes", lambda: None)
+    assert "cache from the second pass on 0 B (what is available here is unknown; half of it at most)" in run(
+        *arguments
+    )
+    assert "pinned" not in run("--preset", "full", "--vram-budget", "24GiB")
 
 
 def test_a_table(tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from i2l.engines.cpu.sums import PAIR_LEVELS
+from i2l.engines.cpu.sums import WEIGHT_LEVELS
 from i2l.engines.directory.dtypes import ELEMENT_TYPES
 from i2l.export.checkpoints.torch_dtypes import TORCH_DTYPES
 from i2l.export.graphs.graphs import export_graph
 from i2l.export.precisions import base as precision_module
-from i2l.export.precisions.balanced_int8 import BalancedInt8
+from i2l.export.precisions.balanced_int8 import BalancedInt8, CudaBalancedInt8, GpuBalancedInt8
 from i2l.export.precisions.base import Precision, Rows, Weights
+from i2l.export.precisions.dequantised import DequantisedBalancedInt8
 from i2l.export.precisions.float8 import Float8
 from i2l.export.precisions.floats import Float
 from i2l.export.precisions.rotated_int8 import RotatedInt8
@@ -35,6 +36,14 @@ FORMS: dict[str, Precision] = {
     "int8": RotatedInt8(),
     "int8-adapter": BalancedInt8(),
 }
+ADAPTERS: dict[str, Precision] = {
+    "cpu": FORMS["int8-adapter"],
+    "plugin": DequantisedBalancedInt8(),
+    "plugin-in-pieces": DequantisedBalancedInt8(largest_bytes=1 << 20),
+    "tensorrt": GpuBalancedInt8(compute=torch.float32),
+    "cuda": CudaBalancedInt8(compute=torch.float32),
+}
+"""The adapter's int8 as every backend multiplies it."""
 SIZES = [(64, 96), (384, 512), (192, 1536)]
 """``(out_features, in_features)``"""
 PRODUCTS = {"biased": True, "plain": False}
@@ -72,12 +81,17 @@ def rows_of(values: Array) -> Rows:
     return lambda start, count: torch.from_numpy(values[start : start + count].copy())
 
 
-def prepared(form: Precision, values: Array) -> dict[str, torch.Tensor]:
-    """The stored tensors of a matrix, put together from their pieces."""
+def prepared(form: Precision, values: Array, taken_by: Precision | None = None) -> dict[str, torch.Tensor]:
+    """The stored tensors of a matrix, put together from their pieces; ``taken_by`` another form, as it takes them."""
     pieces: dict[str, list[torch.Tensor]] = {}
     for suffix, piece in form.prepare(rows_of(values), *values.shape):
         pieces.setdefault(suffix, []).append(piece)
-    return {suffix: torch.cat(pieces[suffix]).reshape(shape) for suffix, _, shape in form.stored(*values.shape)}
+    left = {suffix: torch.cat([part.reshape(-1) for part in parts]) for suffix, parts in pieces.items()}
+    tensors = {}
+    for suffix, _, shape in (taken_by or form).stored(*values.shape):  # "weight", or "weight.0", "weight.1", ...
+        whole, count = suffix.partition(".")[0], math.prod(shape)
+        tensors[suffix], left[whole] = left[whole][:count].reshape(shape), left[whole][count:]
+    return tensors
 
 
 class Products(torch.nn.Module):
@@ -96,7 +110,7 @@ class Products(torch.nn.Module):
 @cache
 def exported(form_name: str, out_features: int, in_features: int) -> Callable[[Array], dict[str, Array]]:
     """``x -> name of product -> y`` by onnxruntime; the weights go in as inputs."""
-    form = FORMS[form_name]
+    form = (FORMS | ADAPTERS)[form_name]
     stored: list[Stored] = []
     for name, biased in PRODUCTS.items():
         parts = form.stored(out_features, in_features)
@@ -111,11 +125,12 @@ def exported(form_name: str, out_features: int, in_features: int) -> Callable[[A
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precision_module, "PIECE_VALUES", SMALL_PIECES)
-        tensors = prepared(form, matrix(out_features, in_features))
+        packed = FORMS.get(form_name, BalancedInt8())
+        tensors = prepared(packed, matrix(out_features, in_features), taken_by=form)
     feed = {}
     for name, dtype, shape in stored:
         kind, element_type = ELEMENT_TYPES[dtype]
-        tensor = torch.from_numpy(bias(out_features)) if name.endswith(".bias") else tensors[name.rsplit(".", 1)[1]]
+        tensor = torch.from_numpy(bias(out_features)) if name.endswith(".bias") else tensors[name.partition(".")[2]]
         array = tensor.view(torch.uint8).numpy().view(kind).reshape(shape)
         feed[name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, element_type)
 
@@ -161,6 +176,18 @@ def test_a_product_is_near_the_exact_one(
     assert (rms(error, axis=1) < worst_row * rms(exact, axis=1)).all()
     # Every output channel on its own scale; of one row that is a single number, which may be 4 deviations off.
     assert (rms(error / typical, axis=0) < 4 * overall).all()
+
+
+@pytest.mark.parametrize(
+    ("backend", "in_features"), [*((name, 64) for name in ADAPTERS), ("cpu", 192), ("plugin", 192)]
+)
+def test_the_adapters_wide_outputs_come_in_order(backend: str, in_features: int) -> None:
+    """Two panels of outputs, of one panel of inputs and of three; weights alone are rounded, or nearly so."""
+    x = np.random.default_rng(0).standard_normal((3, in_features))
+    exact = x @ matrix(6144, in_features).astype(np.float64).T
+    found = exported(backend, 6144, in_features)(x)
+    assert rms(found["plain"] - exact) < TOLERANCES["int8-adapter"][0] * rms(exact)
+    np.testing.assert_allclose(found["biased"] - bias(6144), found["plain"], atol=1e-5)
 
 
 @pytest.mark.parametrize("zeros", [slice(2, 3), slice(None)], ids=["one", "all"])
@@ -241,11 +268,12 @@ def test_the_adapters_weights_are_the_nearest_steps_and_each_block_adds_up_to_ze
     values = torch.from_numpy(matrix(out_features, in_features))
     tensors = prepared(BalancedInt8(), values.numpy())
     turn = balanced_rotation(in_features)
-    panels, _, width, _ = tensors["weight"].shape
-    steps = tensors["weight"].float().permute(3, 0, 2, 1).reshape(out_features, panels, -1, turn.shape[1])
-    wanted = rotate(values, turn).view(out_features, panels, width) / tensors["scale"].permute(3, 0, 1, 2).squeeze(3)
+    panels, _, _, width, _ = tensors["weight"].shape
+    steps = tensors["weight"].float().permute(1, 4, 0, 2, 3).reshape(out_features, panels, -1, turn.shape[1])
+    scale = tensors["scale"].permute(1, 4, 0, 2, 3).reshape(out_features, panels, 1)
+    wanted = rotate(values, turn).view(out_features, panels, width) / scale
     assert (steps.sum(dim=3) == 0).all()
     off = (steps - wanted.view(steps.shape)).abs()
     assert (off[..., : len(turn) + 1] <= 0.5 + 1e-4).all()
     assert (off[..., len(turn) + 1] <= (len(turn) + 1) / 2).all()  # what balances
-    assert (steps.reshape(-1, 2).sum(dim=1).abs() <= PAIR_LEVELS).all()
+    assert steps.abs().max() == WEIGHT_LEVELS

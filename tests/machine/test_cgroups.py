@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from i2l.machine import memory
-from i2l.machine.cgroups import cpu_quota, memory_limit
+from i2l.machine.cgroups import cpu_quota, memory_room
 
 
 def write(path: Path, text: str) -> None:
@@ -44,7 +44,7 @@ def test_the_quota_of_a_control_group(tmp_path: Path, case: str) -> None:
 
 def test_no_proc_no_limit(tmp_path: Path) -> None:
     assert cpu_quota(tmp_path / "absent", tmp_path) is None
-    assert memory_limit(tmp_path / "absent", tmp_path) is None
+    assert memory_room(tmp_path / "absent", tmp_path) is None
 
 
 LIMITS = {
@@ -56,6 +56,30 @@ LIMITS = {
         "4:memory:/a\n3:cpu:/b\n",
         4096,
     ),
+    "version 2, the fuller, cached files left out": (
+        {
+            "a/memory.max": "9000\n",
+            "a/memory.current": "6000\n",
+            "a/b/memory.max": "4000\n",
+            "a/memory.stat": "anon 4500\nfile 1500\ninactive_file 900\nactive_file 100\n",
+        },
+        "0::/a/b\n",
+        4000,
+    ),
+    "version 2, of the group above, taken by others": (
+        {"a/memory.max": "9000\n", "a/memory.current": "8800\n", "a/b/memory.max": "4000\n"},
+        "0::/a/b\n",
+        200,
+    ),
+    "version 1, groups below counted in": (
+        {
+            "memory/a/memory.limit_in_bytes": "9000\n",
+            "memory/a/memory.usage_in_bytes": "6000\n",
+            "memory/a/memory.stat": "inactive_file 1\ntotal_inactive_file 2000\ntotal_active_file 500\n",
+        },
+        "4:memory:/a\n",
+        5500,
+    ),
     "no control groups": ({}, "", None),
 }
 
@@ -66,14 +90,14 @@ def test_the_memory_of_a_control_group(tmp_path: Path, case: str) -> None:
     for name, text in files.items():
         write(tmp_path / "groups" / name, text)
     write(tmp_path / "membership", membership)
-    assert memory_limit(tmp_path / "membership", tmp_path / "groups") == wanted
+    assert memory_room(tmp_path / "membership", tmp_path / "groups") == wanted
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="of /proc and /sys")
 def test_available_memory_is_within_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "memory_limit", lambda: None)
+    monkeypatch.setattr(memory, "memory_room", lambda: None)
     unlimited = memory.available_bytes()
-    monkeypatch.setattr(memory, "memory_limit", lambda: 12345)
+    monkeypatch.setattr(memory, "memory_room", lambda: 12345)
     assert memory.available_bytes() == 12345
     assert unlimited is None or unlimited > 12345
 

@@ -18,7 +18,7 @@ from conftest import MakeEngines, picture
 from i2l.engines.cpu import converted, transcode
 from i2l.engines.cpu.converted import CPU_FOLDER, LOCK, cpu_engines, remove_cpu_engines
 from i2l.engines.cpu.rotation import balanced_rotation, rotate, rotation
-from i2l.engines.cpu.sums import BALANCED_LEVELS, LARGEST_PAIR, WEIGHT_LEVELS
+from i2l.engines.cpu.sums import LARGEST_PAIR, WEIGHT_LEVELS
 from i2l.engines.cpu.transcode import PairTable, e4m3_values, rotated_panel
 from i2l.engines.directory.hashing import FileFacts
 from i2l.engines.directory.manifest import MANIFEST, Manifest, manifest_to_json, read_manifest
@@ -95,16 +95,12 @@ def quantised(form: Precision, matrix: torch.Tensor, group: int | None) -> dict[
 def exact_steps(codes: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Where every value lies on its row's scale, float64, laid out as int8 is stored."""
     values = codes.double()
-    if len(shape) == 4:
-        panels, _, width, _ = shape
+    if len(shape) == 5:
+        panels, parts, _, width, _ = shape
         matrix = torch.from_numpy(balanced_rotation(codes.shape[1])).double()
         values = (values.reshape(-1, len(matrix)) @ matrix).reshape(len(codes), panels, width)
-        pair = values.unflatten(2, (-1, 2)).sum(dim=3).abs().amax(dim=2, keepdim=True) / LARGEST_PAIR
-        last = values.unflatten(2, (-1, matrix.shape[1]))[..., len(matrix)].abs().amax(dim=2, keepdim=True)
-        scale = torch.maximum(
-            torch.maximum(values.abs().amax(dim=2, keepdim=True) / WEIGHT_LEVELS, pair), last / BALANCED_LEVELS
-        )
-        return (values / scale).permute(1, 2, 0).unsqueeze(1)
+        scale = values.abs().amax(dim=2, keepdim=True) / WEIGHT_LEVELS
+        return (values / scale).unflatten(0, (parts, -1)).permute(2, 0, 3, 1).unsqueeze(2)
     matrix = torch.from_numpy(rotation(codes.shape[1])).double()
     values = (values.reshape(-1, len(matrix)) @ matrix).reshape(codes.shape)
     pair = values.reshape(len(values), -1, 2).sum(dim=2).abs().amax(dim=1, keepdim=True) / LARGEST_PAIR
@@ -134,8 +130,8 @@ def test_packs_are_what_the_quantiser_makes_of_the_same_values(fp8: Path) -> Non
                 difference = (found.int() - values["weight"].int()).abs()
                 if family == "adapter":  # what balances a block takes up the differences of the others
                     size, after = balanced_rotation(stored.shape[1]).shape
-                    assert (found.unflatten(2, (-1, after)).int().sum(dim=3) == 0).all()
-                    difference.unflatten(2, (-1, after))[:, :, :, size + 1] = 0
+                    assert (found.unflatten(3, (-1, after)).int().sum(dim=4) == 0).all()
+                    difference.unflatten(3, (-1, after))[:, :, :, :, size + 1] = 0
                 assert difference.max() <= 1
                 # Values in the middle between two steps tip either way: only float32's rounding of the scale decides,
                 # which comes earlier there than here.

@@ -28,7 +28,8 @@ GIB = 1 << 30
 TENTH = 10
 """The plan may leave so small a part of a budget unused."""
 ORDERS = ([1, 4], [4, 2, 3, 1], [2, 1, 4, 3])
-NOISE = {"I2L_STANDIN_HOLLOW": "1", "I2L_STANDIN_BYTES": str(24 * GIB)}
+NOISE = {"I2L_STANDIN_HOLLOW": "1", "I2L_STANDIN_BYTES": str(24 * GIB), "I2L_STANDIN_PINNABLE": str(GIB)}
+"""A large card without bytes; of the host, whose bytes are real, only the ring and a few chunks are pinned."""
 ABORTED = -6
 """onnxruntime ends the process where the card is lost just as it frees pinned memory, in a destructor."""
 Facts = dict[str, Any]

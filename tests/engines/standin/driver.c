@@ -16,8 +16,8 @@
  *   I2L_STANDIN_HOLLOW=1        no bytes lie behind the cards' memory, which may then be larger than the machine's
  *   I2L_STANDIN_FAIL_ALLOC=n    the n-th allocation on the card, counted from 1, contexts and streams too, finds no memory
  *   I2L_STANDIN_FAIL_CALL=n     the n-th call, counted from 1, and all after it fail as a card does that is lost
- *   I2L_STANDIN_NO_PINS=1       no host memory can be pinned
- *   I2L_STANDIN_FAIL_PIN=n      the n-th pinning, counted from 1, and all after it are refused: a cap, as under WSL
+ *   I2L_STANDIN_FAIL_COPY=n     the n-th copy, counted from 1, finds no memory
+ *   I2L_STANDIN_PINNABLE=n      so much of the host's memory can be pinned
  *
  * cc -shared -fPIC -O1 -o libcuda.so.1 driver.c -lpthread; no headers of CUDA are wanted.
  */
@@ -53,8 +53,8 @@ static int block_count;
 static Access accesses[ACCESSES];
 static int access_count;
 static Clock host;
-static size_t live_bytes, peak_bytes, pinned_bytes, live_on[CARDS];
-static u64 problems, copies, copied_bytes, pageable_copies, allocations, pins, calls, launches, ticks, spilled_bytes;
+static size_t live_bytes, peak_bytes, pinned_bytes, pinned_peak_bytes, live_on[CARDS];
+static u64 problems, copies, copied_bytes, pageable_copies, allocations, calls, launches, ticks, spilled_bytes;
 static int retained; /* contexts that somebody holds */
 static int started;
 static __thread void *current;
@@ -106,8 +106,7 @@ static void problem(const char *what, const void *where, size_t bytes) {
 static int here(void) { return (int)((int *)current - contexts); }
 static int lost(void) { /* every call comes by here */
     u64 number = setting("I2L_STANDIN_FAIL_CALL", 0);
-    calls++;
-    return number && calls >= number;
+    return __atomic_add_fetch(&calls, 1, __ATOMIC_RELAXED) >= number && number; /* of any thread */
 }
 #define ENTER do { if (lost()) return ILLEGAL_ADDRESS; pthread_mutex_lock(&lock); } while (0)
 #define NEEDS_CONTEXT do { if (!current) { pthread_mutex_unlock(&lock); return NO_CONTEXT; } } while (0)
@@ -128,7 +127,7 @@ static int allocate(void **out, size_t bytes, int on_card) {
         int fails = allocations == setting("I2L_STANDIN_FAIL_ALLOC", 0), room = bytes <= free_on(here());
         if (fails || (!room && !setting("I2L_STANDIN_SPILLS", 0))) return OUT_OF_MEMORY;
         if (!room) spilled_bytes += bytes;
-    } else if (setting("I2L_STANDIN_NO_PINS", 0) || ++pins >= setting("I2L_STANDIN_FAIL_PIN", ~0ull)) return OUT_OF_MEMORY;
+    } else if (pinned_bytes + bytes > setting("I2L_STANDIN_PINNABLE", 1ull << 40)) return OUT_OF_MEMORY;
     int hollow = on_card && setting("I2L_STANDIN_HOLLOW", 0);
     void *start = mmap(NULL, bytes, hollow ? PROT_NONE : PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (start == MAP_FAILED) return OUT_OF_MEMORY;
@@ -136,6 +135,7 @@ static int allocate(void **out, size_t bytes, int on_card) {
     blocks[block_count++] = (Block){start, bytes, on_card, here()};
     if (on_card) live_bytes += bytes, live_on[here()] += bytes; else pinned_bytes += bytes;
     if (live_bytes > peak_bytes) peak_bytes = live_bytes;
+    if (pinned_bytes > pinned_peak_bytes) pinned_peak_bytes = pinned_bytes;
     *out = start;
     return OK;
 }
@@ -235,6 +235,7 @@ static int copy(char *to, const char *from, size_t bytes, void *handle, int sync
     if ((to_card && target->card != streams[stream].card && stream) || (from_card && source->card != streams[stream].card && stream))
         problem("a copy of another card's memory", to, bytes);
     int pageable = !target || !source;
+    if (copies + 1 == setting("I2L_STANDIN_FAIL_COPY", 0)) { copies++; return OUT_OF_MEMORY; }
     Work *work = enqueue(stream, COPY);
     *work = (Work){.kind = COPY, .number = work->number, .to = to, .from = from, .bytes = bytes, .to_card = to_card};
     if (!to_card || !from_card) {
@@ -260,6 +261,7 @@ u64 standin_problems(void) { return problems; }
 u64 standin_live_bytes(void) { return live_bytes; }
 u64 standin_peak_bytes(void) { return peak_bytes; }
 u64 standin_pinned_bytes(void) { return pinned_bytes; }
+u64 standin_pinned_peak_bytes(void) { return pinned_peak_bytes; }
 u64 standin_copies(void) { return copies; }
 u64 standin_copied_bytes(void) { return copied_bytes; }
 u64 standin_launches(void) { return launches; }
@@ -280,7 +282,7 @@ void standin_reset(void) {
     stream_count = 1;
     access_count = 0;
     while (block_count) release(blocks[0].start);
-    problems = copies = copied_bytes = pageable_copies = allocations = pins = calls = launches = peak_bytes = spilled_bytes = retained = 0;
+    problems = copies = copied_bytes = pageable_copies = allocations = calls = launches = peak_bytes = pinned_peak_bytes = spilled_bytes = retained = 0;
     pthread_mutex_unlock(&lock);
 }
 /* A kernel: a function that runs when the stream comes to it; ranges of {address, bytes, written}. */

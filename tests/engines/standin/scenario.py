@@ -12,10 +12,12 @@ import itertools
 import json
 import os
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext, suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,18 @@ import played_tensorrt
 
 from conftest import picture
 from i2l.engines.base import Limits
-from i2l.engines.device import staging, which_card
+from i2l.engines.device import backend as device_backend
+from i2l.engines.device import which_card
 from i2l.engines.device.calls import CudaEvent
 from i2l.engines.device.card import CudaDevice
+from i2l.engines.device.pinned import copy_lane, kept
+from i2l.engines.device.pinned.copy_lane import CopyLane
+from i2l.engines.device.pinned.staging import Staging
+from i2l.engines.device.slots import DeviceStore
 from i2l.engines.device.tensor import DeviceTensor
 from i2l.engines.directory.dtypes import FLOAT32
 from i2l.engines.directory.manifest import Manifest
-from i2l.errors import BudgetTooSmall, I2LError
+from i2l.errors import BudgetTooSmall, I2LError, OutOfDeviceMemory
 from i2l.lora.lora import Lora
 from i2l.runtime import opening
 from i2l.runtime.pipeline import Pipeline
@@ -94,14 +101,16 @@ def run(
     device: str | None = None,
     margin_bytes: int | None = None,
     auto: bool = False,
+    shrink_after: int | None = None,
 ) -> dict[str, Any]:
     """LoRAs of passes of so many images on one pipeline, with so much more than the least budget.
 
     ``interrupt_at``: Ctrl-C comes when progress was told so often. ``margin_bytes``: what is free but for that is the
-    budget. ``auto``: the backend is left to us, and the card was proven.
+    budget. ``auto``: the backend is left to us, and the card was proven. ``shrink_after``: memory runs out behind so
+    many passes.
     """
     budget = None if margin_bytes is not None else least_budget(engines) + spare_bytes
-    facts: dict[str, Any] = {"loras": [], "budget_bytes": budget}
+    facts: dict[str, Any] = {"loras": [], "budget_bytes": budget, "filled_bytes": [], "kept": []}
     told = itertools.count()
 
     def report(stage: str, done: int, total: int) -> None:  # noqa: ARG001
@@ -120,10 +129,19 @@ def run(
             device=device,
         ) as pipeline,
     ):
-        facts["card"] = getattr(getattr(pipeline._open.backend, "device", None), "name", "the CPU")
-        for images in passes:
+        backend: Any = pipeline._open.backend
+        facts["card"] = backend.device.name if pipeline.backend_name != "cpu" else "the CPU"
+        facts["streamed_bytes"] = backend.residency.streamed_bytes if pipeline.backend_name != "cpu" else 0
+        for number, images in enumerate(passes):
+            if number == shrink_after:
+                backend.shrink(OutOfDeviceMemory(backend.device.name, 1, 0))
+            FILLED.clear()
             lora = pipeline.lora_from_images([picture(90, 70, seed=seed) for seed in range(images)])
             facts["loras"].append(digest(lora))
+            facts["filled_bytes"].append(sum(FILLED))
+            if pipeline.backend_name != "cpu":
+                chunks = backend.device._copies._kept._kept.values()
+                facts["kept"].append(sum(chunk.filled for chunk in chunks))
         facts["vram"] = pipeline.vram
         facts["backend"] = pipeline.backend_name
     return facts
@@ -132,6 +150,59 @@ def run(
 def choose(path: Path, manifest: Manifest, backend: str, limits: Limits, *, prove: bool) -> Chosen:  # noqa: ARG001
     """``auto`` as after a proof."""
     return Chosen("tensorrt", "auto: proven") if backend == "auto" else Chosen(backend, "asked for")
+
+
+FILLED: list[int] = []
+"""Bytes of every filling of pinned memory with chunks."""
+PIECE_BYTES = 16 << 10
+"""Of the ring: so small that chunks pass in several pieces."""
+
+
+def count_fillings() -> None:
+    """In :data:`FILLED`."""
+    fill = Staging._fill
+
+    def counted(self: Any, target: int, source: int, nbytes: int) -> None:
+        if self.piece_bytes == PIECE_BYTES:
+            FILLED.append(nbytes)
+        fill(self, target, source, nbytes)
+
+    _put(Staging, "_fill", counted)
+
+
+@contextmanager
+def copies_wait_for_launches(facts: dict[str, Any]) -> Iterator[None]:
+    """No copy is made before what uses the chunks before was launched: so the one may not hold up the other.
+
+    ``held_up``: whether that was waited for in vain.
+    """
+    copy, release = CopyLane.copy, DeviceStore.release
+    numbers, released, changed = itertools.count(), [0], threading.Condition()
+    facts["held_up"] = False
+
+    def late(self: Any, source: memoryview, address: int) -> None:
+        number = next(numbers)
+
+        def wait() -> None:
+            with changed:
+                facts["held_up"] |= not changed.wait_for(lambda: facts["held_up"] or released[0] >= number, timeout=2)
+
+        self._do(wait)
+        copy(self, source, address)
+
+    def counted(self: Any, chunk: Any) -> None:
+        release(self, chunk)
+        with changed:
+            released[0] += 1
+            changed.notify_all()
+
+    _put(CopyLane, "copy", late)
+    _put(DeviceStore, "release", counted)
+    try:
+        yield
+    finally:
+        _put(CopyLane, "copy", copy)
+        _put(DeviceStore, "release", release)
 
 
 @cache
@@ -145,27 +216,36 @@ def least_budget(engines: Path) -> int:
 
 
 def run_case(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, Any]:
-    """One case, its environment set for as long; errors that are not ours end the process."""
+    """One case, its environment set for as long; errors that are not ours end the process.
+
+    ``host_bytes``: of the machine's memory, of which only what is pinned is taken. ``late_copies``: see
+    :func:`copies_wait_for_launches`.
+    """
     environment = {
         name if name.startswith("CUDA_") else f"I2L_STANDIN_{name}": str(value)
         for name, value in case.pop("environment", {}).items()
     }
+    host_bytes, late_copies = case.pop("host_bytes", 0), case.pop("late_copies", False)
+    for module in (device_backend, kept):
+        _put(module, "available_bytes", lambda: host_bytes - driver.pinned_bytes)
     least_budget(engines)  # before anything fails
     driver.reset()
     os.environ |= environment
     which_card.most_free.cache_clear()
+    facts: dict[str, Any] = {}
     try:
-        facts = run(engines, **case)
+        with copies_wait_for_launches(facts) if late_copies else nullcontext():
+            facts |= run(engines, **case)
     except I2LError as error:
-        facts = {"error": type(error).__name__, "message": str(error)}
+        facts |= {"error": type(error).__name__, "message": str(error)}
     for name in environment:
         del os.environ[name]
     return facts | {name: getattr(driver, name) for name in SEEN}
 
 
 SEEN = (
-    "problems", "live_bytes", "peak_bytes", "pinned_bytes", "copies", "pageable_copies", "calls", "allocations",
-    "spilled_bytes", "contexts", "streams",
+    "problems", "live_bytes", "peak_bytes", "pinned_bytes", "pinned_peak_bytes", "copies", "pageable_copies", "calls",
+    "allocations", "spilled_bytes", "contexts", "streams",
 )  # fmt: skip
 
 
@@ -175,6 +255,8 @@ def main() -> None:
         MUTATIONS[sys.argv[3]]()
     driver = Driver()
     opening.choose_backend = choose
+    _put(copy_lane, "Staging", partial(Staging, piece_bytes=PIECE_BYTES))
+    count_fillings()
     sys.modules["tensorrt_rtx"] = played_tensorrt.Played(None, launch=driver.launch).module
     for case in cases:
         sys.stdout.write(f"{json.dumps(run_case(engines, driver, case))}\n")
@@ -217,7 +299,25 @@ def _free_in_use() -> None:
 
 def _no_wait_for_a_buffer() -> None:
     _put(CudaEvent, "sync", lambda _: None)
-    staging.BUFFERS = 1
+
+
+def _kept_before_it_came() -> None:
+    _put(kept, "KeptChunk", partial(kept.KeptChunk, filled=True))
+
+
+def _copies_where_kernels_are_launched() -> None:
+    """As it was: one thread."""
+
+    def do(self: Any, work: Callable[[], Any]) -> Future[Any]:  # noqa: ARG001
+        made: Future[Any] = Future()
+        made.set_result(work())
+        return made
+
+    _put(CopyLane, "_do", do)
+
+
+def _marks_behind_what_failed() -> None:
+    _put(CopyLane, "_do", lambda self, work: self._thread.submit(work))
 
 
 MUTATIONS: dict[str, Callable[[], None]] = {
@@ -226,6 +326,9 @@ MUTATIONS: dict[str, Callable[[], None]] = {
     "no wait for a slot": _no_wait("copy"),
     "freed in use": _free_in_use,
     "no wait for a buffer": _no_wait_for_a_buffer,
+    "kept before it came": _kept_before_it_came,
+    "copies where kernels are launched": _copies_where_kernels_are_launched,
+    "marks behind what failed": _marks_behind_what_failed,
 }
 
 if __name__ == "__main__":

@@ -24,6 +24,9 @@ HERE = Path(__file__).parent
 ROOMY = 10_000_000
 """Bytes above the least budget with which all weights stay."""
 PASSES = [1, 4, 2, 1]
+RING_BYTES = 128 << 20
+ROOM_FOR_ALL = 2 * (RING_BYTES + (16 << 20))
+"""Of the host's memory: half of it is the ring and all weights."""
 MODES: list[dict[str, object]] = [
     {"MODE": "eager"},
     {"MODE": "lazy"},
@@ -81,7 +84,15 @@ def test_the_lora_is_the_cpus_however_late_the_card_works(library: Path, planned
         assert facts["peak_bytes"] <= facts["vram"]["measured_peak_bytes"] <= facts["budget_bytes"], case
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS)
+OF_COPIES: dict[str, Facts] = {
+    "kept before it came": {"passes": [1, 1, 1], "host_bytes": ROOM_FOR_ALL},
+    "copies where kernels are launched": {"late_copies": True},
+    "marks behind what failed": {"environment": {"MODE": "lazy", "FAIL_COPY": 9}},
+}
+"""``mutation -> the case that shows it``."""
+
+
+@pytest.mark.parametrize("mutation", sorted(MUTATIONS.keys() - OF_COPIES.keys()))
 def test_each_fault_is_found(library: Path, planned: Path, wanted: dict[int, str], mutation: str) -> None:
     cases: list[Facts] = [{"passes": [1, 2], "environment": mode} for mode in MODES[1:3]]
     cases.append({"interrupt_at": 5, "environment": MODES[1]})
@@ -90,19 +101,87 @@ def test_each_fault_is_found(library: Path, planned: Path, wanted: dict[int, str
     assert len(found) < len(cases) or any(wrong) or any(facts["problems"] for facts in found)
 
 
+@pytest.mark.parametrize("mutation", OF_COPIES)
+def test_each_fault_of_copies_is_found(library: Path, planned: Path, wanted: dict[int, str], mutation: str) -> None:
+    case = OF_COPIES[mutation]
+    (facts,) = ran(library, planned, [case], mutation)
+    assert facts.get("held_up") or not {*facts.get("loras", [])} <= {wanted[1]}, facts
+
+
 def test_an_interrupt_frees_nothing_that_is_in_use(library: Path, planned: Path) -> None:
-    """At any step of the encoders and the adapter, and all is given back."""
+    """At any step of the encoders and the adapter, when chunks begin to be kept too, and all is given back."""
     cases: list[Facts] = [{"interrupt_at": step, "environment": MODES[1 + step % 4]} for step in range(0, 40, 3)]
+    cases += [case | {"passes": [1, 1, 1], "host_bytes": ROOM_FOR_ALL} for case in cases[1::2]]
     for facts in ran(library, planned, cases):
         assert facts["problems"] == facts["live_bytes"] == facts["pinned_bytes"] == 0
 
 
 def test_without_pinned_memory_it_is_right_and_slower(library: Path, planned: Path, wanted: dict[int, str]) -> None:
-    cases: list[Facts] = [{"environment": mode | {"NO_PINS": 1}} for mode in MODES]
+    cases: list[Facts] = [{"environment": mode | {"PINNABLE": 0}} for mode in MODES]
     for facts in ran(library, planned, cases):
         assert facts["loras"] == [wanted[1]]
         assert facts["problems"] == 0
         assert facts["pageable_copies"] == facts["copies"] > 0
+
+
+def test_kept_chunks_are_not_filled_again(library: Path, planned: Path, wanted: dict[int, str]) -> None:
+    """From the second pass on chunks get memory of their own, whatever came and whenever the card works."""
+    passes = [1, 2, 1, 1, 4]
+    cases: list[Facts] = [{"passes": passes, "host_bytes": ROOM_FOR_ALL, "environment": mode} for mode in MODES]
+    for case, facts in zip(cases, ran(library, planned, cases), strict=True):
+        assert facts["loras"] == [wanted[images] for images in passes], case
+        assert facts["problems"] == facts["live_bytes"] == facts["pinned_bytes"] == facts["pageable_copies"] == 0, case
+        first, second, *_, last = facts["filled_bytes"]
+        assert facts["kept"][0] == 0 < facts["kept"][1], case
+        assert first >= second == facts["streamed_bytes"] > last == 0, case
+        assert facts["pinned_peak_bytes"] < ROOM_FOR_ALL // 2, case
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_less_can_be_kept_than_was_planned(
+    library: Path, planned: Path, wanted: dict[int, str], *, refused: bool
+) -> None:
+    """As the system refuses, or as somebody else has taken the rest: some chunks are filled in every pass."""
+    passes, room = [1, 1, 1, 1], 2 * (RING_BYTES + 300_000)
+    part: Facts = {"environment": {"MODE": "random", "PINNABLE": 4_600_000}, "host_bytes": ROOM_FOR_ALL}
+    case = part if refused else {"environment": MODES[2], "host_bytes": room}
+    (facts,) = ran(library, planned, [case | {"passes": passes}])
+    assert facts["loras"] == [wanted[1]] * 4
+    assert facts["problems"] == facts["pinned_bytes"] == facts["pageable_copies"] == 0
+    assert 0 < facts["filled_bytes"][-1] < facts["streamed_bytes"]
+    assert facts["kept"][-1] > 0
+
+
+def test_a_smaller_plan_keeps_other_chunks(library: Path, planned: Path, wanted: dict[int, str]) -> None:
+    """What was kept is given back, and what stayed on the card is kept now."""
+    host_bytes = 2 * (RING_BYTES + 8_500_000)  # 5.5 MB of weights, 4 MiB for values
+    case = {"passes": [1] * 8, "shrink_after": 4, "spare_bytes": 60_000, "host_bytes": host_bytes}
+    for facts in ran(library, planned, [case | {"environment": mode} for mode in MODES[1:3]]):
+        assert facts["loras"] == [wanted[1]] * 8
+        assert facts["problems"] == facts["live_bytes"] == facts["pinned_bytes"] == 0
+        assert facts["kept"][4] == 0 < facts["kept"][3] < facts["kept"][7]
+        assert facts["filled_bytes"][3] == facts["filled_bytes"][7] == 0
+
+
+def test_copies_do_not_hold_up_launches(library: Path, planned: Path, wanted: dict[int, str]) -> None:
+    for facts in ran(library, planned, [{"late_copies": True, "environment": mode} for mode in MODES[:2]]):
+        assert facts["loras"] == [wanted[1]]
+        assert facts["held_up"] is False
+
+
+def test_memory_that_runs_out_at_any_copy(library: Path, planned: Path, wanted: dict[int, str]) -> None:
+    """A smaller plan, or one clear error where the plan was the smallest; never what the slot held before."""
+    cases: list[Facts] = [
+        {"passes": [1, 1], "spare_bytes": spare, "environment": {"MODE": "random", "FAIL_COPY": number}}
+        for spare in (0, ROOMY)
+        for number in (1, 2, 9, 30)
+    ]
+    for case, facts in zip(cases, ran(library, planned, cases), strict=True):
+        if "error" in facts:
+            assert (facts["error"], case["spare_bytes"]) == ("OutOfDeviceMemory", 0), case
+        else:
+            assert facts["loras"] == [wanted[1]] * 2, case
+        assert facts["problems"] == facts["live_bytes"] == facts["pinned_bytes"] == 0, case
 
 
 def lora_or_error(facts: Facts, case: Facts, lora: str, errors: set[str]) -> None:
@@ -235,7 +314,8 @@ def test_another_program_takes_memory_at_any_call(library: Path, planned: Path, 
 
 def test_few_buffers_may_be_pinned(library: Path, planned: Path, wanted: dict[int, str]) -> None:
     """WSL caps what may be pinned: fewer buffers, or none, and the same LoRA."""
-    cases: list[Facts] = [{"environment": {"MODE": "lazy", "FAIL_PIN": allowed + 1}} for allowed in range(4)]
+    piece = 16 << 10
+    cases: list[Facts] = [{"environment": {"MODE": "lazy", "PINNABLE": allowed * piece}} for allowed in (0, 1, 70, 300)]
     for allowed, facts in enumerate(ran(library, planned, cases)):
         assert facts["loras"] == [wanted[1]]
         assert facts["problems"] == facts["live_bytes"] == facts["pinned_bytes"] == 0

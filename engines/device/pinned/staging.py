@@ -4,26 +4,28 @@ A copy is asynchronous only from pinned memory, and a mapped file cannot be pinn
 read-only registration is not offered by the cards and drivers that were reported, Windows refuses it, WSL caps it). So
 the host fills a ring of pinned buffers, piece by piece, while the pieces before are being copied. Where not even that
 much can be pinned, copies are made from the mapped file itself: the driver then stages them, and the host waits for it.
+
+Filled by copying in memory and not by reading the file: at twice its speed (benchmarks/fill.py). In several threads,
+as one does not keep up with the link, but no more than there are cores: those only wait for each other.
 """
 
 import ctypes
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import OutOfDeviceMemory
-from .calls import CudaEvent, DriverCalls
+from ....machine.threads import default_threads
+from ...errors import OutOfDeviceMemory
+from ..calls import CudaEvent, DriverCalls
+from .host_cache import BUFFERS, PIECE_BYTES
+from .kept import KeptChunk
 
 log = logging.getLogger(__name__)
-BUFFERS = 4
-PIECE_BYTES = 32 << 20
-"""Large enough that a copy runs at the link's speed, small enough that the first one begins at once."""
-FILL_THREADS = 4
-"""One thread copies 5 GB/s or so out of a mapped file (AMD Zen 4, busy), PCIe 4 takes 25."""
+MOST_FILL_THREADS = 4
 FILL_ALONE_BYTES = 1 << 20
 """What one thread copies faster than several can be told to."""
 
@@ -52,7 +54,8 @@ class Staging:
         self._most = buffers
         self.piece_bytes = piece_bytes
         self._ring: deque[PinnedBuffer] = deque()
-        self._pool = ThreadPoolExecutor(FILL_THREADS, "i2l-staging")
+        self._threads = min(default_threads(), MOST_FILL_THREADS)
+        self._pool = ThreadPoolExecutor(max(1, self._threads - 1), "i2l-staging")  # and who asks
         self._refused = False
 
     def to_card(self, host: int, nbytes: int, copy: Callable[[int, int, int], None], mark: Callable[[], Any]) -> None:
@@ -73,6 +76,15 @@ class Staging:
                 self._fill(buffer.address, host + offset, size)
                 copy(offset, buffer.address, size)
                 buffer.free = mark()
+
+    def through(self, kept: KeptChunk, host: int, nbytes: int, copy: Callable[[int, int, int], None]) -> None:
+        """The same through a chunk's own pinned memory, which is filled at the first time; see :meth:`to_card`."""
+        for offset in range(0, nbytes, self.piece_bytes):
+            size = min(self.piece_bytes, nbytes - offset)
+            if not kept.filled:
+                self._fill(kept.address + offset, host + offset, size)
+            copy(offset, kept.address + offset, size)
+        kept.filled = True
 
     @contextmanager
     def buffer(self, nbytes: int) -> Iterator[PinnedBuffer | None]:
@@ -115,10 +127,11 @@ class Staging:
             return self._take(nbytes) if self._ring else None
 
     def _fill(self, target: int, source: int, nbytes: int) -> None:
-        """Copy host memory, in several threads: one does not keep up with the link, and ctypes lets go of the GIL."""
-        if nbytes <= FILL_ALONE_BYTES:
-            ctypes.memmove(target, source, nbytes)
-            return
-        part = -(-nbytes // FILL_THREADS)
-        starts = range(0, nbytes, part)
-        list(self._pool.map(lambda at: ctypes.memmove(target + at, source + at, min(part, nbytes - at)), starts))
+        """Copy host memory, in several threads; ctypes lets go of the GIL."""
+        part = nbytes if nbytes <= FILL_ALONE_BYTES else -(-nbytes // self._threads)
+        others = [
+            self._pool.submit(ctypes.memmove, target + at, source + at, min(part, nbytes - at))
+            for at in range(part, nbytes, part)
+        ]
+        ctypes.memmove(target, source, part)
+        wait(others)

@@ -1,0 +1,129 @@
+"""Which chunks of those that come again in every pass are kept in pinned host memory. Pure; nothing here pins anything.
+
+A kept chunk is copied to the card at the link's speed. Any other passes through a ring of pinned buffers, and filling
+that runs at the speed of the host's memory, shared by all its readers (benchmarks/fill.py). The copies of kept chunks
+give the ring time to fill, so they are spread evenly; the first of every model is among them, as there the ring is
+empty. The set is fixed: what is used in a circle is always thrown out just before it comes round again.
+
+Pinned memory is taken from everybody else until it is given back, so cache and ring together are at most half of what
+is available when the weights are laid out, and none is taken once less than half of that is left, whoever took it:
+several pipelines that open at once share the half.
+
+This is about CUDA. Plugin providers such as webgpu take pageable memory and stage it themselves.
+"""
+
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ....specs import Family
+from ...directory.manifest import Chunk
+from ..residency import Place, spread
+
+SHARE = 2
+"""One part in so many of what is available may be pinned."""
+PAGE_BYTES = 4096
+BUFFERS = 4
+PIECE_BYTES = 32 << 20
+"""Large enough that a copy runs at the link's speed, small enough that the first one begins at once."""
+RING_BYTES = BUFFERS * PIECE_BYTES
+FILL_GBPS = 11.0
+"""At which a ring is filled from a pack in the page cache: ``benchmarks/fill.py``, two Zen 4 cores of a server."""
+
+
+@dataclass(frozen=True)
+class HostCache:
+    """What is pinned of the host's memory."""
+
+    kept: tuple[Place, ...]
+    """Chunks, the most worth keeping first."""
+    cache_bytes: int
+    """Of kept chunks."""
+    ring_bytes: int
+    """What the others pass through, and those that stay on the card once."""
+    streamed_bytes: int
+    """Of all chunks that come in every pass."""
+    floor_bytes: int
+    """Nothing is pinned where less than this would be left available."""
+
+
+def plan_host_cache(
+    chunks: Mapping[Family, Sequence[Chunk]],
+    resident: Mapping[Family, Collection[int]],
+    available_bytes: int | None,
+    ring_bytes: int = RING_BYTES,
+) -> HostCache:
+    """Fill half of the available memory with chunks, beside the ring.
+
+    Args:
+        chunks: of each model, in the order of running.
+        resident: indices of those that stay on the card.
+        available_bytes: of the host's memory; None, where the system does not tell, keeps nothing.
+        ring_bytes: of the buffers that the others pass through.
+    """
+    rows = [[(family, i) for i in range(len(row)) if i not in resident[family]] for family, row in chunks.items()]
+    sizes = {(family, i): pages(chunks[family][i].nbytes) for row in rows for family, i in row}
+    available = available_bytes or 0
+    room = available // SHARE - ring_bytes
+    kept, cache_bytes = [], 0
+    for place in preference(rows):
+        if cache_bytes + sizes[place] <= room:
+            kept.append(place)
+            cache_bytes += sizes[place]
+    return HostCache(
+        kept=tuple(kept),
+        cache_bytes=cache_bytes,
+        ring_bytes=ring_bytes,
+        streamed_bytes=sum(chunks[family][i].nbytes for family, i in sizes),
+        floor_bytes=available - available // SHARE,
+    )
+
+
+def preference(rows: Sequence[Sequence[Place]]) -> Iterator[Place]:
+    """The chunks of these models that pass through, the most worth keeping first."""
+    yield from (row[0] for row in rows if row)
+    others = [place for row in rows for place in row[1:]]
+    yield from (others[index] for index in spread(len(others)))
+
+
+def pages(nbytes: int) -> int:
+    """Rounded up to whole pages."""
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
+
+
+def link_share(
+    chunks: Mapping[Family, Sequence[Chunk]],
+    resident: Mapping[Family, Collection[int]],
+    kept: Collection[Place],
+    *,
+    link_gbps: float,
+    fill_gbps: float,
+) -> float:
+    """The part of the link's speed that a pass over the streamed chunks reaches, 0 to 1; 1 if there are none.
+
+    A model: pieces are copied one after another at the link's rate; a piece of a chunk that is not kept is filled
+    before, one after another, into the buffer of the ring that was copied longest ago. Not in it: computing, which
+    only lets the ring fill; reading from the disk; copies that slow the filling down, as both read the same memory.
+
+    Args:
+        chunks: of each model, in the order of running.
+        resident: indices of those that stay on the card.
+        kept: what is in the cache, and filled.
+        link_gbps: of copies from pinned memory, 10^9 bytes per second.
+        fill_gbps: at which a ring is filled.
+    """
+    filled = copied = 0.0
+    streamed = 0
+    freed = deque([0.0] * BUFFERS)
+    for family, row in chunks.items():
+        for index in sorted(set(range(len(row))) - set(resident[family])):
+            streamed += row[index].nbytes
+            for offset in range(0, row[index].nbytes, PIECE_BYTES):
+                piece = min(PIECE_BYTES, row[index].nbytes - offset) / 1e9
+                if (family, index) in kept:
+                    copied += piece / link_gbps
+                    continue
+                filled = max(filled, freed.popleft()) + piece / fill_gbps
+                copied = max(copied, filled) + piece / link_gbps
+                freed.append(copied)
+    return streamed / 1e9 / link_gbps / copied if streamed else 1.0
