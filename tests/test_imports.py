@@ -17,7 +17,7 @@ from i2l.engines.backends import BACKENDS
 ROOT = Path(i2l.__file__).parent
 DISK = {"specs", "machine", "engines.errors", "engines.directory"}
 """What knows the engines directory as files."""
-COMPUTING = DISK | {"engines.base", "engines.device"}
+COMPUTING = DISK | {"engines.base", "engines.replay", "engines.device"}
 """What a backend may use: the protocol, and what backends on a device share."""
 RUNNING = COMPUTING | {"engines.backends", "lora", "runtime.pictures"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines.errors": {"machine"},
     "engines.directory": {"specs", "machine", "engines.errors"},
     "engines.base": DISK,
-    "engines.device": DISK | {"engines.base"},
+    "engines.replay": DISK | {"engines.base"},
+    "engines.device": DISK | {"engines.base", "engines.replay"},
     "engines.cpu": COMPUTING,
     "engines.cuda": COMPUTING,
     "engines.plugin": COMPUTING,

@@ -48,7 +48,7 @@ class Arena:
 
     @property
     def options(self) -> dict[str, str]:
-        """How onnxruntime's CUDA provider is told."""
+        """How onnxruntime is told."""
         names = ("gpu_external_alloc", "gpu_external_free", "gpu_external_empty_cache")
         addresses = (ctypes.cast(function, ctypes.c_void_p).value for function in self._functions)
         return {name: str(address) for name, address in zip(names, addresses, strict=True)}

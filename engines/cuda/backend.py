@@ -77,7 +77,7 @@ def open_cuda(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
     # read now, so that an open pipeline outlives a rebuild
     models = {graph: path.read_bytes() for graph, path in checked_graphs(engines, manifest).items()}
     with ExitStack() as undo:
-        device = CudaDevice(index=chosen_card("cuda", limits.device), own_stream=False)
+        device = CudaDevice(index=chosen_card("cuda", limits.device))
         undo.callback(device.close)
         if device.sm < BFLOAT16_FROM:
             reason = f"its graphs multiply in bfloat16, which {device.name} (sm{device.sm}) cannot"
@@ -90,7 +90,7 @@ def open_cuda(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
         undo.callback(arena.close)
         opened: dict[str, OrtDeviceEngine] = {}
         undo.callback(opened.clear)  # no session outlives the card and its streams
-        target = CudaTarget(arena, device.index)
+        target = CudaTarget(arena, device.compute_stream, device.index)
         for graph, model in models.items():
             opened[graph] = OrtDeviceEngine(graph, model, target, arena.workspace)
         memory = measured_memory(device, arena, opened, manifest.models, limits.images, budget, used)

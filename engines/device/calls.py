@@ -7,11 +7,13 @@ at the first failure.
 
 import logging
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from ..errors import BackendUnavailable, DeviceFailed, OutOfDeviceMemory
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 REMEDY = "see what nvidia-smi says, or use --backend cpu"
 
 
@@ -107,3 +109,37 @@ class CudaEvent:
     def __del__(self) -> None:
         if hasattr(self, "handle"):
             self._call.give_back("cuEventDestroy", self.handle)
+
+
+class CudaGraph:
+    """Work of a stream, recorded, to be launched again; destroyed with this object, once the stream is done with it.
+
+    Recording is of the stream's kind that forbids nothing to anybody, other threads of this process included: what
+    cannot be recorded still fails.
+    """
+
+    def __init__(self, call: DriverCalls, stream: Any) -> None:
+        self._call, self._stream = call, stream
+        call("cuStreamBeginCapture", stream, call._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)  # noqa: SLF001
+
+    def recorded(self, enqueue: Callable[[], T]) -> T:
+        """Record what ``enqueue`` enqueues; what it gives."""
+        try:
+            given = enqueue()
+        except BaseException:
+            self._call.give_back("cuStreamEndCapture", self._stream)  # a part of it, or an error: nobody wants either
+            raise
+        graph = self._call("cuStreamEndCapture", self._stream)
+        try:
+            self.handle = self._call("cuGraphInstantiate", graph, 0)
+        finally:
+            self._call.give_back("cuGraphDestroy", graph)
+        return given
+
+    def launch(self) -> None:
+        """Enqueue it all."""
+        self._call("cuGraphLaunch", self.handle, self._stream)
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            self._call.give_back("cuGraphExecDestroy", self.handle)

@@ -6,7 +6,7 @@ events: ``record`` marks a point in a lane, ``wait`` keeps the later work of a l
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -89,6 +89,13 @@ class Device(Protocol):
 
     def download(self, value: Value) -> Array:
         """A value as an array, once it is computed."""
+        ...
+
+    def fetch(self, values: Mapping[str, Value]) -> Callable[[], dict[str, Array]]:
+        """Ask for an engine's outputs as arrays; the host waits when they are taken, once for all that was asked for.
+
+        They are to be taken before the next upload.
+        """
         ...
 
     def finish(self) -> None:

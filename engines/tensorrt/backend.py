@@ -6,7 +6,7 @@ largest.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -123,6 +123,16 @@ class TensorRTBackend(DeviceBackend):
         array = super().array(value)
         self._runtime.cache.save()
         return array
+
+    def later(self, values: Mapping[str, Value]) -> Callable[[], dict[str, Array]]:
+        take = super().later(values)
+
+        def taken() -> dict[str, Array]:
+            arrays = take()
+            self._runtime.cache.save()
+            return arrays
+
+        return taken
 
     def close(self) -> None:
         finish_at_last(self.device)

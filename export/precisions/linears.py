@@ -89,10 +89,15 @@ def gemm(x: Tensor, matrix: Tensor) -> Tensor:
 
 
 class CudaLinear(GpuLinear):
-    """``x W^T`` with W cast from what the pack holds."""
+    """``x W^T`` with W cast from what the pack holds.
+
+    Of two operands onnxruntime computes first the one whose node comes later in the graph. The matrix must not: all
+    matrices of a block would be cast before its first product, and lie there in 16 bits at once.
+    """
 
     def product(self, x: Tensor, weights: Weights) -> Tensor:
-        return gemm(x.to(self.compute), self.matrix(weights)).to(torch.float32)
+        matrix = self.matrix(weights)
+        return gemm(x.to(self.compute), matrix).to(torch.float32)
 
 
 class CudaScaledLinear(CudaLinear):

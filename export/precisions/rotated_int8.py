@@ -167,7 +167,26 @@ class CudaRotatedInt8(RotatedInt8):
 
 
 class CudaRotatedInt8Linear(GpuRotatedInt8Linear):
-    """The weights cast instead of dequantised."""
+    """One strided batch over the panels: ``[P, p, R]``, as each panel is multiplied from the left.
+
+    From the right, ``[1, R, in] @ [P, in, p]``, onnxruntime knows no stride for the operand that all panels share: it
+    copies three arrays of pointers to the card for each product, which no CUDA graph can repeat.
+    """
+
+    def product(self, x: Tensor, weights: Weights) -> Tensor:
+        matrix = self.matrix(weights)  # before x: see CudaLinear
+        rotated = rotate(x.to(self.compute), self.rotation.to(self.compute))
+        panels, _, width = matrix.shape
+        y: Tensor = torch.onnx.ops.symbolic(
+            "com.microsoft::FusedMatMul",
+            [matrix, rotated],
+            {"transA": 1, "transB": 1},
+            dtype=self.compute,
+            shape=(panels, width, rotated.shape[0]),
+            version=1,
+        )
+        scaled = y.to(torch.float32) * self.scale(weights).view(panels, width, 1)
+        return scaled.reshape(panels * width, -1).t()
 
     def matrix(self, weights: Weights) -> Tensor:
         return self.weight(weights).to(self.compute)

@@ -27,7 +27,7 @@ int cuDevicePrimaryCtxRetain(void **, int), cuCtxGetCurrent(void **), cuCtxSetCu
 int cuMemAlloc_v2(void **, size_t), cuMemFree_v2(void *), cuMemGetInfo_v2(size_t *, size_t *);
 int cuMemHostAlloc(void **, size_t, unsigned), cuMemFreeHost(void *), cuPointerGetAttribute(void *, int, u64);
 int cuMemcpy(void *, const void *, size_t), cuMemcpyAsync(void *, const void *, size_t, Stream), cuMemsetD8Async(void *, unsigned char, size_t, Stream);
-int cuStreamCreate(Stream *, unsigned), cuStreamDestroy_v2(Stream), cuStreamSynchronize(Stream), cuStreamWaitEvent(Stream, void *, unsigned);
+int cuStreamCreate(Stream *, unsigned), cuStreamDestroy_v2(Stream), cuStreamSynchronize(Stream), cuStreamWaitEvent(Stream, void *, unsigned), cuStreamIsCapturing(Stream, int *);
 int cuEventCreate(void **, unsigned), cuEventDestroy_v2(void *), cuEventRecord(void *, Stream), cuEventSynchronize(void *), cuEventElapsedTime_v2(float *, void *, void *);
 int cuLaunchHostFunc(Stream, void (*)(void *), void *), cuGetProcAddress_v2(const char *, void **, int, u64, int *);
 int standin_launch(Stream, void (*)(void *), int, const u64 (*)[3]);
@@ -35,7 +35,7 @@ void standin_problem(const char *);
 
 static __thread Error last;
 static Error from(int status) {
-    Error error = status == 2 ? cudaErrorMemoryAllocation : status == 600 ? cudaErrorNotReady : status == 700 ? cudaErrorIllegalAddress : status ? cudaErrorInvalidValue : cudaSuccess;
+    Error error = status == 2 ? cudaErrorMemoryAllocation : status == 600 ? cudaErrorNotReady : status == 700 ? cudaErrorIllegalAddress : status / 10 == 90 ? (Error)status : status ? cudaErrorInvalidValue : cudaSuccess;
     if (error) last = error;
     return error;
 }
@@ -123,7 +123,7 @@ Error cudaStreamCreate(Stream *stream) { return cudaStreamCreateWithFlags(stream
 Error cudaStreamDestroy(Stream stream) { return from(cuStreamDestroy_v2(stream)); }
 Error cudaStreamSynchronize(Stream stream) { HERE; return from(cuStreamSynchronize(stream)); }
 Error cudaStreamWaitEvent(Stream stream, void *event, unsigned flags) { HERE; return from(cuStreamWaitEvent(stream, event, flags)); }
-Error cudaStreamIsCapturing(Stream stream, int *status) { (void)stream; *status = 0; return cudaSuccess; }
+Error cudaStreamIsCapturing(Stream stream, int *status) { return from(cuStreamIsCapturing(stream, status)); }
 Error cudaEventCreateWithFlags(void **event, unsigned flags) { HERE; return from(cuEventCreate(event, flags)); }
 Error cudaEventCreate(void **event) { return cudaEventCreateWithFlags(event, 0); }
 Error cudaEventDestroy(void *event) { return from(cuEventDestroy_v2(event)); }
@@ -208,6 +208,11 @@ int cublasGemmStridedBatchedEx(Blas *blas, int ta, int tb, int m, int n, int k, 
 }
 int cublasSgemmStridedBatched(Blas *blas, int ta, int tb, int m, int n, int k, const void *alpha, const void *a, int lda, i64 as, const void *b, int ldb, i64 bs, const void *beta, void *c, int ldc, i64 cs, int batch) {
     return cublasGemmStridedBatchedEx(blas, ta, tb, m, n, k, alpha, a, CUDA_R_32F, lda, as, b, CUDA_R_32F, ldb, bs, beta, c, CUDA_R_32F, ldc, cs, batch);
+}
+int cublasSgeam(Blas *blas, int ta, int tb, int m, int n, const void *alpha, const void *a, int lda, const void *beta, const void *b, int ldb, void *c, int ldc) { /* a transpose */
+    (void)alpha, (void)tb, (void)beta, (void)b, (void)ldb;
+    u64 ranges[2][3] = {{(u64)a, extent(CUDA_R_32F, ta ? n : m, ta ? m : n, lda, 0, 1), 0}, {(u64)c, extent(CUDA_R_32F, m, n, ldc, 0, 1), 1}};
+    return standin_launch(blas->stream, NULL, 2, ranges) ? 14 : 0;
 }
 /* the operands' addresses lie on the card: only those arrays are known */
 static int batched(Blas *blas, const void *a, const void *b, void *c, int batch) {

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import itertools
 import json
+import logging
 import os
 import sys
 import threading
@@ -38,6 +39,8 @@ from i2l.engines.device.slots import DeviceStore
 from i2l.engines.device.tensor import DeviceTensor
 from i2l.engines.directory.dtypes import FLOAT32
 from i2l.engines.directory.manifest import Manifest
+from i2l.engines.replay import outbox
+from i2l.engines.replay.model_graphs import ModelGraphs
 from i2l.errors import BudgetTooSmall, I2LError, OutOfDeviceMemory
 from i2l.lora.lora import Lora
 from i2l.runtime import opening
@@ -95,6 +98,7 @@ def digest(lora: Lora) -> str:
 
 def run(
     engines: Path,
+    driver: Driver,
     passes: Sequence[int] = (1,),
     spare_bytes: int = 0,
     interrupt_at: int | None = None,
@@ -102,12 +106,13 @@ def run(
     margin_bytes: int | None = None,
     auto: bool = False,
     shrink_after: int | None = None,
+    move_after: int | None = None,
 ) -> dict[str, Any]:
     """LoRAs of passes of so many images on one pipeline, with so much more than the least budget.
 
     ``interrupt_at``: Ctrl-C comes when progress was told so often. ``margin_bytes``: what is free but for that is the
     budget. ``auto``: the backend is left to us, and the card was proven. ``shrink_after``: memory runs out behind so
-    many passes.
+    many passes; ``move_after``: as much is found again, elsewhere.
     """
     budget = None if margin_bytes is not None else least_budget(engines) + spare_bytes
     facts: dict[str, Any] = {"loras": [], "budget_bytes": budget, "filled_bytes": [], "kept": []}
@@ -133,8 +138,10 @@ def run(
         facts["card"] = backend.device.name if pipeline.backend_name != "cpu" else "the CPU"
         facts["streamed_bytes"] = backend.residency.streamed_bytes if pipeline.backend_name != "cpu" else 0
         for number, images in enumerate(passes):
-            if number == shrink_after:
-                backend.shrink(OutOfDeviceMemory(backend.device.name, 1, 0))
+            if number in {shrink_after, move_after}:
+                facts["launched_before"] = driver.graph_launches
+                with moved(backend) if number == move_after else nullcontext():
+                    backend.shrink(OutOfDeviceMemory(backend.device.name, 1, 0))
             FILLED.clear()
             lora = pipeline.lora_from_images([picture(90, 70, seed=seed) for seed in range(images)])
             facts["loras"].append(digest(lora))
@@ -145,6 +152,22 @@ def run(
         facts["vram"] = pipeline.vram
         facts["backend"] = pipeline.backend_name
     return facts
+
+
+@contextmanager
+def moved(backend: Any) -> Iterator[None]:
+    """What is given back meanwhile is somebody else's when as much is asked for again."""
+    weights, device = backend._weights, backend.device
+    taken: list[int] = []
+
+    def same_plan(_: object) -> None:
+        plan = weights.residency
+        taken.extend(device.allocate(n) for n in (plan.activation_bytes + plan.value_bytes, plan.weight_bytes))
+
+    weights._replan = same_plan
+    yield
+    for address in taken:
+        device.free(address)
 
 
 def choose(path: Path, manifest: Manifest, backend: str, limits: Limits, *, prove: bool) -> Chosen:  # noqa: ARG001
@@ -235,9 +258,11 @@ def run_case(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, A
     facts: dict[str, Any] = {}
     try:
         with copies_wait_for_launches(facts) if late_copies else nullcontext():
-            facts |= run(engines, **case)
+            facts |= run(engines, driver, **case)
     except I2LError as error:
         facts |= {"error": type(error).__name__, "message": str(error)}
+    facts["without_graphs"] = sum("without CUDA graphs" in line for line in SAID)
+    SAID.clear()
     for name in environment:
         del os.environ[name]
     return facts | {name: getattr(driver, name) for name in SEEN}
@@ -245,17 +270,26 @@ def run_case(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, A
 
 SEEN = (
     "problems", "live_bytes", "peak_bytes", "pinned_bytes", "pinned_peak_bytes", "copies", "pageable_copies", "calls",
-    "allocations", "spilled_bytes", "contexts", "streams",
+    "graph_launches", "allocations", "spilled_bytes", "contexts", "streams",
 )  # fmt: skip
+SAID: list[str] = []
+"""Warnings."""
+
+
+class Listener(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        SAID.append(record.getMessage())
 
 
 def main() -> None:
     engines, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     if len(sys.argv) > 3:
-        MUTATIONS[sys.argv[3]]()
+        (MUTATIONS | GRAPH_MUTATIONS)[sys.argv[3]]()
     driver = Driver()
     opening.choose_backend = choose
+    logging.getLogger("i2l").addHandler(Listener(logging.WARNING))
     _put(copy_lane, "Staging", partial(Staging, piece_bytes=PIECE_BYTES))
+    _put(outbox, "BLOCK_BYTES", 4 * PIECE_BYTES)  # so small that results lie in several
     count_fillings()
     sys.modules["tensorrt_rtx"] = played_tensorrt.Played(None, launch=driver.launch).module
     for case in cases:
@@ -329,6 +363,31 @@ MUTATIONS: dict[str, Callable[[], None]] = {
     "kept before it came": _kept_before_it_came,
     "copies where kernels are launched": _copies_where_kernels_are_launched,
     "marks behind what failed": _marks_behind_what_failed,
+}
+
+
+def _graphs_outlive_a_plan() -> None:
+    _put(ModelGraphs, "drop", lambda _: None)
+
+
+def _no_wait_for_results() -> None:
+    original = CudaDevice._taken
+
+    def taken(self: Any, *places: Any) -> Any:
+        self._fetched = True
+        return original(self, *places)
+
+    _put(CudaDevice, "_taken", taken)
+
+
+def _graphs_before_weights_are_there() -> None:
+    _put(DeviceStore, "settled", True)
+
+
+GRAPH_MUTATIONS: dict[str, Callable[[], None]] = {
+    "graphs outlive a plan": _graphs_outlive_a_plan,
+    "no wait for results": _no_wait_for_results,
+    "graphs before weights are there": _graphs_before_weights_are_there,
 }
 
 if __name__ == "__main__":
