@@ -116,7 +116,7 @@ def copy_in_each_run(backend: Any) -> None:
         device._call("cuMemFreeHost", pinned)
         undo()
 
-    OrtDeviceEngine.run, device.close = copying, close  # type: ignore[method-assign]
+    OrtDeviceEngine.run, device.close = copying, close  # type: ignore[assignment, method-assign]
 
 
 def stranger_bytes(engines: Path, driver: Driver) -> int:
