@@ -28,6 +28,7 @@ SHOWN = ("images", "host_ms", "launches", "graph_launches", "copies", "uploaded_
 
 
 def main() -> None:
+    """Run it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--precision", default="int8", choices=["int8", "fp8", "bf16"])
     parser.add_argument("--passes", default="1,1,1,1,1,1")
@@ -52,7 +53,7 @@ def main() -> None:
         program = [str(home / "bin" / "python"), str(TESTS / "engines" / "provider" / "provider_run.py")]
         command = [*program, str(engines), json.dumps(case)]
         said = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    sys.stdout.write(f"code: {Path(i2l.__file__).parent}, load {os.getloadavg()[0]:.1f}\n")
+    sys.stdout.write(f"code: {Path(i2l.__file__).parent}\n")
     for row in json.loads(said.splitlines()[-1])["passes"]:
         sys.stdout.write(f"{json.dumps({name: round(row[name], 1) for name in SHOWN})}\n")
 
