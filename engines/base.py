@@ -94,6 +94,10 @@ class Backend(Protocol):
         """A value as an array."""
         ...
 
+    def later(self, values: Mapping[str, Value]) -> Callable[[], dict[str, Array]]:
+        """An engine's outputs as arrays, asked for now and taken by calling this, before the next :meth:`value`."""
+        ...
+
     def shrink(self, cause: OutOfDeviceMemory) -> None:
         """Make do with less memory; raises ``cause`` if there is no smaller way."""
         ...

@@ -4,7 +4,7 @@ The images of a call share passes, a few at a time: a pass moves all weights onc
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ from ..engines.device.backend import DeviceBackend
 from ..engines.device.slots import DeviceStore
 from ..engines.directory.manifest import Step
 from ..engines.errors import ShapeMismatch
+from ..engines.replay.model_graphs import Fetched, ModelGraphs, taken
 from ..lora.lora import factors_by_module
 from ..machine.progress import Report
 from ..specs import AdapterSpec, EncoderSpec, Family
@@ -60,6 +61,11 @@ def require_finite(what: str, values: Array) -> None:
     """
     if not (finite := np.isfinite(values)).all():
         raise EmbeddingNotFinite(what, int(finite.size - np.count_nonzero(finite)))
+
+
+def joined(parts: Sequence[Array]) -> Array:
+    """Arrays of some images each, as one; without a copy where there is one."""
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 class Passes:
@@ -122,15 +128,19 @@ class Passes:
 
     def _encode(self, family: Family, pixels: Array, observe: Observer | None) -> Array:
         """``[images, 3, size, size] -> [images, hidden]`` through embed, blocks and head."""
-        with self.timings.stage(family):
-            hidden = self._backend.value(pixels)
-            for step, engine, weights in self._stream(family):
-                ((name, hidden),) = engine.run(hidden, weights).items()
+
+        def steps(hidden: Value, report: Report) -> list[Fetched]:
+            for step, engine, weights in self._stream(family, report):
+                outputs = engine.run(hidden, weights)
+                (hidden,) = outputs.values()
                 if observe:
-                    observe(step.name, {name: self._backend.array(hidden)})
-            embedding = self._backend.array(hidden)
-            require_finite(family, embedding)
-            return embedding
+                    observe(step.name, {name: self._backend.array(value) for name, value in outputs.items()})
+            return [self._backend.later({"embedding": hidden})]
+
+        with self.timings.stage(family):
+            (row,) = self._computed(family, pixels, steps, self._graphs(family) if observe is None else None)
+            require_finite(family, row["embedding"])
+            return row["embedding"]
 
     def _fitting_pixels(self, family: Family, pixels: Mapping[Family, Array]) -> Array:
         """The pixels for an encoder, as float32."""
@@ -143,37 +153,83 @@ class Passes:
         return np.ascontiguousarray(values, np.float32)
 
     def _factors(self, embeddings: Array) -> dict[str, tuple[Array, Array]]:
-        """The adapter's factors of all images, by module.
+        """The adapter's factors of all images, by module; a few at a time, as a device's memory is planned for those.
 
-        All share one pass over the weights, a few at a time: a device's memory is planned for those.
+        Where weights move, all images share one pass over them.
         """
-        factors: dict[str, tuple[Array, Array]] = {}
         most = 1 if self._open.alone else IMAGES_PER_PASS
         starts = range(0, len(embeddings), most)
         groups = [np.ascontiguousarray(embeddings[i : i + most], np.float32) for i in starts]
+        factors: dict[str, tuple[Array, Array]] = {}
         with self.timings.stage("adapter"):
-            for step, engine, weights in self._stream("adapter"):
-                parts = [
-                    {name: self._backend.array(y) for name, y in engine.run(value, weights).items()}
-                    for value in map(self._backend.value, groups)
-                ]
-                outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            graphs = self._graphs("adapter")
+            rows: list[Iterable[dict[str, Array]]]
+            if len(groups) == 1:
+                rows = [self._computed("adapter", groups[0], self._adapter_steps, graphs)]
+            elif graphs is not None:  # each to its end, as the next one's results go where this one's are
+                rows = [list(self._computed("adapter", group, self._adapter_steps, graphs)) for group in groups]
+            else:
+                rows = [list(row) for row in zip(*self._shared_rows(groups), strict=True)]
+            for step, *parts in zip(self._steps("adapter"), *rows, strict=True):
+                outputs = {name: joined([part[name] for part in parts]) for name in parts[0]}
                 for name, values in outputs.items():
                     require_finite(f"{step.name}.{name}", values)
                 factors |= factors_by_module(step.name, outputs)
         return factors
 
-    def _stream(self, family: Family) -> Iterator[tuple[Step, Engine, Mapping[str, Value]]]:
+    def _adapter_steps(self, embedding: Value, report: Report) -> list[Fetched]:
+        """The factors of every step, of images that share a pass."""
+        steps = self._stream("adapter", report)
+        return [self._backend.later(engine.run(embedding, weights)) for _, engine, weights in steps]
+
+    def _shared_rows(self, groups: Sequence[Array]) -> Iterator[list[dict[str, Array]]]:
+        """For every step the factors of each group, in one pass over the weights."""
+        for _, engine, weights in self._stream("adapter", self._report):
+            values = map(self._backend.value, groups)
+            yield [self._backend.later(engine.run(value, weights))() for value in values]
+
+    def _computed(
+        self,
+        family: Family,
+        array: Array,
+        steps: Callable[[Value, Report], list[Fetched]],
+        graphs: ModelGraphs | None,
+    ) -> Iterator[dict[str, Array]]:
+        """What the steps of a model fetch for this input: by a graph of the device where there is one."""
+        upload = partial(self._backend.value, array)
+        if graphs is None:
+            yield from taken(steps(upload(), self._report))
+            return
+        key = (family, len(array))
+        again, total = key in graphs, len(self._steps(family))
+        if again:
+            self._report(family, 0, total)
+        yield from graphs.computed(key, upload, steps, self._report)
+        if again:
+            self._report(family, total, total)
+
+    def _graphs(self, family: Family) -> ModelGraphs | None:
+        """Where a pass over a model is recorded, if it copies no weights and nobody looks at its steps."""
+        backend = self._backend
+        if self._trace is not None or not isinstance(backend, DeviceBackend) or not backend.store(family).settled:
+            return None
+        return backend.graphs
+
+    def _stream(self, family: Family, report: Report) -> Iterator[tuple[Step, Engine, Mapping[str, Value]]]:
         """Every step of a model in order with its engine and weights, progress told on the way."""
+        total = len(self._steps(family))
         chunks = self._open.running.models[family].chunks
-        total = sum(len(chunk.steps) for chunk in chunks)
         for done, (step, weights) in enumerate(stream(self._store(family), chunks)):
-            self._report(family, done, total)
+            report(family, done, total)
             engine = self._backend.engine(step.graph)
             if self._trace:
                 engine = TracedEngine(engine, (self._lanes or self._trace).span, step.name)
             yield step, engine, weights
-        self._report(family, total, total)
+        report(family, total, total)
+
+    def _steps(self, family: Family) -> list[Step]:
+        """Of a model, in order."""
+        return [step for chunk in self._open.running.models[family].chunks for step in chunk.steps]
 
     def _store(self, family: Family) -> WeightStore:
         """A model's weights; traced, if that was asked for."""

@@ -140,6 +140,10 @@ class FakeDevice:
     def download(self, value: ort.OrtValue) -> Array:
         return np.asarray(value.numpy(), np.float32)
 
+    def fetch(self, values: Mapping[str, ort.OrtValue]) -> Callable[[], dict[str, Array]]:
+        arrays = {name: self.download(value) for name, value in values.items()}
+        return lambda: arrays
+
     def finish(self) -> None:
         self.drain("compute")
         self.drain("copy")

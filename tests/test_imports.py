@@ -17,7 +17,7 @@ from i2l.engines.backends import BACKENDS
 ROOT = Path(i2l.__file__).parent
 DISK = {"specs", "machine", "engines.errors", "engines.directory"}
 """What knows the engines directory as files."""
-COMPUTING = DISK | {"engines.base", "engines.device"}
+COMPUTING = DISK | {"engines.base", "engines.replay", "engines.device"}
 """What a backend may use: the protocol, and what backends on a device share."""
 RUNNING = COMPUTING | {"engines.backends", "lora", "runtime.pictures"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -27,14 +27,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines.errors": {"machine"},
     "engines.directory": {"specs", "machine", "engines.errors"},
     "engines.base": DISK,
-    "engines.device": DISK | {"engines.base"},
+    "engines.replay": DISK | {"engines.base"},
+    "engines.device": DISK | {"engines.base", "engines.replay"},
     "engines.cpu": COMPUTING,
     "engines.cuda": COMPUTING,
     "engines.plugin": COMPUTING,
     "engines.tensorrt": COMPUTING,
     "engines.backends": COMPUTING | {"engines.cpu", "engines.cuda", "engines.plugin", "engines.tensorrt"},
     "lora": DISK | {"engines.base"},
-    "runtime.streamer": {"engines.base", "engines.directory"},
+    "runtime.streamer": {"engines.base", "engines.directory", "engines.errors"},
     "runtime.proof": COMPUTING | {"engines.backends", "runtime.streamer"},
     "runtime": RUNNING | {"runtime.streamer", "runtime.proof"},
     "export.checkpoints": DISK,
@@ -61,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cluster": RUNNING | {"runtime"},
     "serve": RUNNING | {"runtime"},
     "serve.http": RUNNING | {"runtime", "look", "serve"},
-    "comfy_host": DISK | {"engines.backends", "lora", "runtime", "export.checkpoints", "export"},
+    "comfy_host": DISK | {"engines.base", "engines.backends", "lora", "runtime", "export.checkpoints", "export"},
     "comfy_host.pictures": {"machine", "runtime.pictures", "comfy_host"},
     "comfy_nodes": {"machine", "lora", "comfy_host", "comfy_host.pictures"},
     "commands": RUNNING

@@ -169,7 +169,7 @@ def pinned_lines(host: dict[str, Any]) -> Iterator[str]:
     for when, key in (("with the cache filled", "link_share"), ("before", "link_share_first_pass")):
         shares = (f"{100 * share:.0f} % of {link}" for link, share in host[key].items())
         yield f"link used {when}, GB/s: {', '.join(shares)}"
-    yield f"(for packs in the page cache and a ring filled at {host['fill_gbps']:g} GB/s, as by two cores of a server)"
+    yield f"(for packs in the page cache and a ring filled at {host['fill_gbps']:g} GB/s, as by one core of a server)"
 
 
 def table(rows: Sequence[dict[str, Any]], links: Sequence[float]) -> list[str]:

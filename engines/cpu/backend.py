@@ -6,7 +6,7 @@ resident, the next are in the page cache, which keeps all for the next run.
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
@@ -79,6 +79,10 @@ class CpuBackend:
 
     def array(self, value: ort.OrtValue) -> Array:
         return np.asarray(value.numpy(), dtype=np.float32)
+
+    def later(self, values: Mapping[str, ort.OrtValue]) -> Callable[[], dict[str, Array]]:
+        arrays = {name: self.array(value) for name, value in values.items()}
+        return lambda: arrays
 
     def shrink(self, cause: OutOfDeviceMemory) -> None:
         raise cause

@@ -20,7 +20,7 @@ from .errors import CudaGraphsUnusable
 
 FOLDER = "cuda"
 FACTS = "graphs.json"
-FORM = 2
+FORM = 3
 """Raised whenever the arithmetic of the graphs changes."""
 
 

@@ -4,12 +4,14 @@ One class for the CUDA provider and for the CPU's, which reads host pointers in 
 Everything lies where the plan says: the activation and the outputs among the workspace's values, what is computed in
 between in its scratch (arena.py).
 
-All sessions compute on the one stream that the slots' events are recorded in, and ``run`` does not wait for it. It is
-CUDA's default stream: onnxruntime takes memory of ours only there. Our copies are on one that it does not wait for.
+All sessions compute on the one stream that the slots' events are recorded in, and ``run`` does not wait for it. The
+stream is ours. A session that is told functions for its memory takes no stream, so the arena is not told to sessions:
+it is onnxruntime's shared allocator of the card while they open (:func:`registered`), and they keep what they find.
 """
 
 import math
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +28,17 @@ from .arena import Arena
 from .errors import ProviderMissing
 from .libraries import missing_libraries
 
-NO_MEMORY = re.compile(r"out of memory|failed to allocate memory|available memory of \d+ is smaller", re.IGNORECASE)
-"""How the CUDA provider and its arena say that memory ran out; they have no error class for it."""
+WARNINGS, ERRORS, FATAL = 2, 3, 4
+"""What onnxruntime writes to standard error: that and worse."""
+NO_MEMORY = re.compile(
+    r"out of memory|failed to allocate memory|available memory of \d+ is smaller|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED",
+    re.IGNORECASE,
+)
+"""How the CUDA provider, its arena and cuBLAS say that memory ran out; they have no error class for it."""
+CAUSE = re.compile(r"\b(?:CUDA|CUBLAS\w*|CUDNN\w*) (?:failure|error)\b[^;\n]*")
+"""The part of onnxruntime's text that says what happened, among C++ templates, paths and the machine's name."""
+REGISTERING = threading.Lock()
+"""Onnxruntime has one shared allocator of each card for the whole process."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +55,10 @@ class CpuTarget:
         return {}
 
     @contextmanager
-    def opening(self) -> Iterator[None]:
+    def opening(self, _: ort.SessionOptions) -> Iterator[None]:
         yield
 
-    def out_of_memory(self) -> OutOfDeviceMemory | None:
+    def refusal(self) -> None:
         return None
 
 
@@ -56,8 +67,8 @@ class CudaTarget:
     """The CUDA provider in an arena."""
 
     arena: Arena
-    name: str
-    """Of the card, for errors."""
+    stream: int
+    """The compute lane's."""
     index: int = 0
     kind: str = "cuda"
     threads: int = 1
@@ -67,25 +78,50 @@ class CudaTarget:
     def options(self) -> dict[str, str]:
         return {
             "device_id": str(self.index),
+            "user_compute_stream": str(self.stream),
             "do_copy_in_default_stream": "1",  # that stream: copies of a graph's own then need no further event
             "cudnn_conv_use_max_workspace": "0",
             "use_tf32": "0",  # the parts in float32 are there because 16 bits were too few
-            **self.arena.options,
         }
 
     @contextmanager
-    def opening(self) -> Iterator[None]:
-        """What sessions ask for meanwhile they keep."""
-        self.arena.opening = True
+    def opening(self, options: ort.SessionOptions) -> Iterator[None]:
+        """A session that opens meanwhile computes in the arena; what it asks for now it keeps.
+
+        For each, onnxruntime looks for a plugin of that name first, and warns that there is none: process-wide, so only
+        for as long. Nobody can ask what the level was; this is onnxruntime's own.
+        """
+        options.add_session_config_entry("session.use_env_allocators", "1")
+        with registered(self.arena.options, self.index):
+            self.arena.opening = True
+            ort.set_default_logger_severity(ERRORS)
+            try:
+                yield
+            finally:
+                ort.set_default_logger_severity(WARNINGS)
+                self.arena.opening = False
+
+    def refusal(self) -> DeviceFailed | OutOfDeviceMemory | None:
+        """Why the arena gave nothing, if it did not since it was last asked."""
+        refusal, self.arena.refusal = self.arena.refusal, None
+        return refusal
+
+
+@contextmanager
+def registered(functions: Mapping[str, str], index: int) -> Iterator[None]:
+    """Let sessions that open meanwhile, and ask for shared allocators, take their memory from these functions for good.
+
+    Registering replaces what was registered. Behind it stands an allocator of onnxruntime's own, which allocates
+    nothing before it is asked: a session of somebody else must not find functions that are gone.
+    """
+    place = ort.OrtMemoryInfo("Cuda", ort.OrtAllocatorType.ORT_DEVICE_ALLOCATOR, index, ort.OrtMemType.DEFAULT)
+    defaults = ort.OrtArenaCfg(0, -1, -1, -1)
+    with REGISTERING:
+        ort.create_and_register_allocator_v2("CUDAExecutionProvider", place, dict(functions), defaults)
         try:
             yield
         finally:
-            self.arena.opening = False
-
-    def out_of_memory(self) -> OutOfDeviceMemory | None:
-        """What the arena refused since it was last asked."""
-        wanted, self.arena.refused_bytes = self.arena.refused_bytes, 0
-        return OutOfDeviceMemory(self.name, wanted, self.arena.workspace.scratch_bytes) if wanted else None
+            ort.create_and_register_allocator_v2("CUDAExecutionProvider", place, {}, defaults)
 
 
 class OrtDeviceEngine:
@@ -105,7 +141,7 @@ class OrtDeviceEngine:
     def __init__(self, graph: str, model: bytes, target: CpuTarget | CudaTarget, workspace: Workspace) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = target.threads
-        options.log_severity_level = 3
+        options.log_severity_level = FATAL  # an error is raised, and said once
         # A pattern is one piece per run in place of fifty; but the first run of each size has none, and needs its own.
         options.enable_mem_pattern = False
         if target.provider not in ort.get_available_providers():
@@ -114,7 +150,10 @@ class OrtDeviceEngine:
             missing_libraries()  # loads those that are there, so that the provider finds them
         providers = [(target.provider, target.options)]
         self._graph, self._target, self._workspace = graph, target, workspace
-        with self._our_errors(), target.opening():  # without fallback: it would go on with the CPU, and write to stdout
+        with (
+            self._our_errors(),
+            target.opening(options),
+        ):  # without fallback: it would go on with the CPU, and write to stdout
             self._session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
         if target.provider not in self._session.get_providers():
             raise ProviderMissing(target.provider, self._session.get_providers())
@@ -163,9 +202,14 @@ class OrtDeviceEngine:
         try:
             yield
         except (Fail, RuntimeException, RuntimeError) as error:  # run_with_iobinding raises a plain RuntimeError
-            where = f"{self._target.provider} ({self._graph})"
-            if refused := self._target.out_of_memory():
-                raise refused from error
-            if NO_MEMORY.search(str(error)):
-                raise OutOfDeviceMemory(where, 0, None) from error
-            raise DeviceFailed(where, str(error).splitlines()[0]) from error
+            raise self._as_ours(error) from error
+
+    def _as_ours(self, error: Exception) -> DeviceFailed | OutOfDeviceMemory:
+        """The error to raise; made here, as a frame that holds what it raises keeps the session alive."""
+        where = f"{self._target.provider} ({self._graph})"
+        if refusal := self._target.refusal():
+            return refusal
+        if NO_MEMORY.search(str(error)):
+            return OutOfDeviceMemory(where, 0, None)
+        cause = CAUSE.search(str(error))
+        return DeviceFailed(where, (cause[0] if cause else str(error).splitlines()[0]).strip())

@@ -15,7 +15,8 @@ from ..base import Array, Engine, Value
 from ..directory.integrity import fingerprint, require_unchanged
 from ..directory.manifest import Manifest
 from ..errors import OutOfDeviceMemory, ShapeMismatch
-from .device import Device, Workspace
+from ..replay.model_graphs import ModelGraphs, Recording
+from .device import Device, Workspace, finish_at_last
 from .pinned.host_cache import plan_host_cache
 from .residency import GraphMemory, Residency, plan_residency
 from .slots import DeviceStore, DeviceWeights
@@ -61,6 +62,8 @@ class DeviceBackend:
         packs = {family: memoryview(pack) for family, pack in self._maps.items()}
         plan = partial(plan_residency, self._chunks, graphs)
         self._weights = DeviceWeights(device, manifest.models, packs, plan, budget_bytes, workspace)
+        self.graphs = ModelGraphs(device) if isinstance(device, Recording) else None
+        """Of whole models, where the device can record them."""
         self.keep_on_host()
 
     @property
@@ -92,7 +95,11 @@ class DeviceBackend:
     def array(self, value: Value) -> Array:
         return self.device.download(value)
 
+    def later(self, values: Mapping[str, Value]) -> Callable[[], dict[str, Array]]:
+        return self.device.fetch(values)
+
     def shrink(self, cause: OutOfDeviceMemory) -> None:
+        self._drop_graphs()
         self._weights.shrink(cause)
         self.keep_on_host()
 
@@ -105,10 +112,15 @@ class DeviceBackend:
         self.device.keep_on_host(regions, plan.floor_bytes)
 
     def close(self) -> None:
-        self.device.finish()  # an engine must not go while it computes
+        finish_at_last(self.device)  # an engine must not go while it computes
+        self._drop_graphs()
         self._engines.clear()
         self._weights.close()
         self.device.close()
         with contextlib.suppress(BufferError):  # an error's traceback still holds weights: the maps go when they go
             for pack in self._maps.values():
                 pack.close()
+
+    def _drop_graphs(self) -> None:
+        if self.graphs is not None:
+            self.graphs.drop()

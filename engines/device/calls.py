@@ -7,11 +7,13 @@ at the first failure.
 
 import logging
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from ..errors import BackendUnavailable, DeviceFailed, OutOfDeviceMemory
+from ..errors import BackendUnavailable, DeviceFailed, OutOfDeviceMemory, WorkNotRepeatable
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 REMEDY = "see what nvidia-smi says, or use --backend cpu"
 
 
@@ -85,7 +87,7 @@ class DriverCalls:
         if status == self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             found, *free = self._driver.cuMemGetInfo()
             known = found == self._driver.CUresult.CUDA_SUCCESS
-            raise OutOfDeviceMemory(self.name, wanted_bytes, int(free[0]) if known else 0)
+            raise OutOfDeviceMemory(self.name, wanted_bytes, int(free[0]) if known else None)
         if status != self._driver.CUresult.CUDA_SUCCESS:
             raise DeviceFailed(self.name, f"{function}: {status.name}")
         return values[0] if len(values) == 1 else values
@@ -107,3 +109,53 @@ class CudaEvent:
     def __del__(self) -> None:
         if hasattr(self, "handle"):
             self._call.give_back("cuEventDestroy", self.handle)
+
+
+class CudaGraph:
+    """Work of a stream, recorded, to be launched again; destroyed with this object, once the stream is done with it.
+
+    Recording is of the stream's kind that forbids nothing to anybody, other threads of this process included: what
+    cannot be recorded still fails. Two things are recorded that must not be repeated, and a graph with one is refused:
+    calls of the host, where libraries give back once what their work has used, and copies from the host's memory, which
+    they may have given back.
+    """
+
+    def __init__(self, call: DriverCalls, stream: Any) -> None:
+        self._call, self._stream = call, stream
+        call("cuStreamBeginCapture", stream, call._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)  # noqa: SLF001
+
+    def recorded(self, enqueue: Callable[[], T]) -> T:
+        """Record what ``enqueue`` enqueues; what it gives."""
+        try:
+            given = enqueue()
+        except BaseException:
+            self._call.give_back("cuStreamEndCapture", self._stream)  # a part of it, or an error: nobody wants either
+            raise
+        graph = self._call("cuStreamEndCapture", self._stream)
+        try:
+            self._refuse_host(graph)
+            self.handle = self._call("cuGraphInstantiate", graph, 0)
+        finally:
+            self._call.give_back("cuGraphDestroy", graph)
+        return given
+
+    def _refuse_host(self, graph: Any) -> None:
+        call, driver = self._call, self._call._driver  # noqa: SLF001
+        _, count = call("cuGraphGetNodes", graph)
+        nodes, _ = call("cuGraphGetNodes", graph, count)
+        for node in nodes:
+            kind = call("cuGraphNodeGetType", node)
+            if kind == driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_HOST:
+                raise WorkNotRepeatable("a library's work calls the host")
+            if kind == driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMCPY:
+                copy = call("cuGraphMemcpyNodeGetParams", node)
+                if copy.srcMemoryType == driver.CUmemorytype.CU_MEMORYTYPE_HOST:
+                    raise WorkNotRepeatable("a library's work copies from the host's memory")
+
+    def launch(self) -> None:
+        """Enqueue it all."""
+        self._call("cuGraphLaunch", self.handle, self._stream)
+
+    def __del__(self) -> None:
+        if hasattr(self, "handle"):
+            self._call.give_back("cuGraphExecDestroy", self.handle)

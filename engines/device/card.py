@@ -9,9 +9,12 @@ go into a third stream that no event orders with ours, and may return before the
 
 import ctypes
 import logging
+import math
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,16 +22,16 @@ from ..base import Array
 from ..directory.dtypes import ELEMENT_TYPES, FLOAT32
 from ..directory.tensorfile import TENSOR_ALIGN, TensorInfo
 from ..errors import DeviceFailed, OutOfDeviceMemory
-from .calls import CudaEvent, DriverCalls
+from ..replay.outbox import Outbox, Piece
+from .calls import CudaEvent, CudaGraph, DriverCalls
 from .device import Event, Lane
 from .pinned.copy_lane import CopyLane
 from .pinned.staging import Staging
 from .tensor import DeviceTensor
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 NON_BLOCKING = 1
-DEFAULT_STREAM = 1
-"""``CU_STREAM_LEGACY``: streams that are not non-blocking wait for it, and it for them."""
 LANES: tuple[Lane, ...] = ("copy", "compute")
 VALUE_BYTES = 1 << 20
 """Of a buffer for what goes in and comes out; pixels of four pictures and the adapter's factors are a few MB."""
@@ -40,26 +43,33 @@ class CudaDevice:
     Args:
         index: among the cards that CUDA sees.
         backend: what it is opened for, for errors.
-        own_stream: the compute lane is a stream of its own; CUDA's default stream otherwise.
 
     Raises:
         BackendUnavailable: there is no driver or no such card.
         OutOfDeviceMemory, DeviceFailed: the card has no room for a context, or does not answer.
     """
 
-    def __init__(self, index: int = 0, *, backend: str = "cuda", own_stream: bool = True) -> None:
+    def __init__(self, index: int = 0, *, backend: str = "cuda") -> None:
         self._call = DriverCalls(index, backend)
         self.index = index
         self.name = self._call.name
-        self.sm = self._call.sm
-        """The compute capability, 89 for 8.9."""
-        made = LANES if own_stream else LANES[:1]
-        self._made = [self._call("cuStreamCreateWithPriority", NON_BLOCKING, 0) for _ in made]
-        self._streams: dict[Lane, Any] = dict(zip(LANES, [*self._made, DEFAULT_STREAM], strict=False))
+        self._made: list[Any] = []
+        try:
+            self.sm = self._call.sm
+            """The compute capability, 89 for 8.9."""
+            for _ in LANES:
+                self._made.append(self._call("cuStreamCreateWithPriority", NON_BLOCKING, 0))
+            self._free_at_start = self.free_bytes()
+        except (DeviceFailed, OutOfDeviceMemory):
+            self._give_back()
+            raise
+        self._streams: dict[Lane, Any] = dict(zip(LANES, self._made, strict=True))
         self._copies = CopyLane(self._call, self._streams["copy"])
         self._values = Staging(self._call, piece_bytes=VALUE_BYTES)
+        self._outbox = Outbox(self._pinned, partial(self._call.give_back, "cuMemFreeHost"))
+        self._fetched = True
+        """The host has waited since something was last asked for."""
         self._closed = False
-        self._free_at_start = self.free_bytes()
         self._peak_bytes = 0
 
     @property
@@ -81,7 +91,8 @@ class CudaDevice:
         the driver takes its time to answer, and what libraries take they keep.
         """
         if not self._closed:
-            self._look()
+            with suppress(DeviceFailed):  # a number for a report: no reason to lose what was computed
+                self._look()
         return self._peak_bytes
 
     def free_bytes(self) -> int:
@@ -112,9 +123,8 @@ class CudaDevice:
         self._closed = True
         self._copies.close()
         self._values.close()
-        for stream in self._made:
-            self._call.give_back("cuStreamDestroy", stream)
-        self._call.close()
+        self._outbox.close()
+        self._give_back()
 
     def pinned_bandwidth(self, nbytes: int = 256 << 20, copies: int = 8) -> float:
         """Bytes per second of plain copies from pinned memory: what the streamer is measured against."""
@@ -157,6 +167,13 @@ class CudaDevice:
         else:
             self._call("cuStreamWaitEvent", self._streams[lane], event.handle, 0)
 
+    def record_work(self, enqueue: Callable[[], T]) -> tuple[CudaGraph, T]:
+        """What is enqueued in the compute lane meanwhile, as a graph instead."""
+        graph = CudaGraph(self._call, self._streams["compute"])
+        given = graph.recorded(enqueue)
+        self._look()
+        return graph, given
+
     def finish(self) -> None:
         self._copies.drain()
         for stream in self._streams.values():
@@ -169,6 +186,8 @@ class CudaDevice:
 
     def upload(self, array: Array, address: int) -> DeviceTensor:
         """In the compute lane: behind what still reads the memory, before what will."""
+        self._outbox.begin()
+        self._fetched = False
         array = np.ascontiguousarray(array, np.float32)
         stream = self._streams["compute"]
 
@@ -188,7 +207,38 @@ class CudaDevice:
                 ctypes.memmove(array.ctypes.data, host, array.nbytes)
         return array
 
-    # ------------------------------------------------------------------------------------------------------------------
+    def fetch(self, values: Mapping[str, Any]) -> Callable[[], dict[str, Array]]:
+        """In one copy, as an engine's outputs lie side by side."""
+        start = min(value.data_ptr() for value in values.values())
+        end = max(value.data_ptr() + 4 * math.prod(value.shape()) for value in values.values())
+        try:
+            piece = self._outbox.take(end - start)
+        except OutOfDeviceMemory:  # nothing can be pinned, which was said when the input was sent
+            arrays = {name: self.download(value) for name, value in values.items()}
+            return lambda: arrays
+        self._call("cuMemcpyDtoHAsync", piece.address, start, piece.nbytes, self._streams["compute"])
+        self._fetched = False
+        places = {name: (value.data_ptr() - start, value.shape()) for name, value in values.items()}
+        return partial(self._taken, piece, places)
+
+    # --------------------------------------------------------------------------------------------------------------
+
+    def _taken(self, piece: Piece, places: Mapping[str, tuple[int, list[int]]]) -> dict[str, Array]:
+        """Copies of what was fetched; ``places``: where each lies in the piece, and its shape."""
+        if not self._fetched:
+            self._call("cuStreamSynchronize", self._streams["compute"])
+            self._fetched = True
+        floats = self._outbox.copied(piece).view(np.float32)
+        return {name: floats[at // 4 :][: math.prod(shape)].reshape(shape) for name, (at, shape) in places.items()}
+
+    def _pinned(self, nbytes: int) -> int:
+        return int(self._call("cuMemAllocHost", nbytes))
+
+    def _give_back(self) -> None:
+        """Streams, and the context, which takes half a gigabyte of the card."""
+        for stream in self._made:
+            self._call.give_back("cuStreamDestroy", stream)
+        self._call.close()
 
     def _look(self) -> None:
         self._peak_bytes = max(self._peak_bytes, self.used_bytes)

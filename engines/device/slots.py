@@ -21,7 +21,7 @@ from ...specs import Family
 from ..base import Value
 from ..directory.manifest import Chunk, Model, Step, inputs_of
 from ..errors import OutOfDeviceMemory
-from .device import Device, Event, Lane, Workspace, aligned
+from .device import Device, Event, Lane, Workspace, aligned, finish_at_last
 from .residency import Residency
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class DeviceWeights:
         """Give all memory back."""
         self.stores = {}
         if self._allocations:
-            self.device.finish()
+            finish_at_last(self.device)
         while self._allocations:
             self.device.free(self._allocations.pop())
 
@@ -148,6 +148,7 @@ class DeviceStore:
         self.slots = len(slots)
         self.resident = places.keys()
         self._device = device
+        self._chunks = len(model.chunks)
         self._inputs = {step.name: inputs_of(step, model) for chunk in model.chunks for step in chunk.steps}
         self._pack = pack
         self._free = slots
@@ -156,6 +157,11 @@ class DeviceStore:
         self._held: dict[Chunk, Slot] = {}
         self._ready: dict[Chunk, Event] = {}
         self._bases: dict[str, int] = {}
+
+    @property
+    def settled(self) -> bool:
+        """All chunks are there to stay: a pass copies none."""
+        return len(self._loaded) == self._chunks
 
     def prefetch(self, chunk: Chunk) -> None:
         if chunk in self._loaded:

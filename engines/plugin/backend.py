@@ -7,7 +7,7 @@ and opened again within a smaller plan.
 
 import logging
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -139,6 +139,10 @@ class PluginBackend:
 
     def array(self, value: DeviceValue) -> Array:
         return np.asarray(self.device.read(value), np.float32)
+
+    def later(self, values: Mapping[str, DeviceValue]) -> Callable[[], dict[str, Array]]:
+        arrays = {name: self.array(value) for name, value in values.items()}
+        return lambda: arrays
 
     def shrink(self, cause: OutOfDeviceMemory) -> None:
         plan = self.residency

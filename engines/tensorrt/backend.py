@@ -6,7 +6,7 @@ largest.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from ...machine.errors import PackageMissing
 from ..base import Arithmetic, Array, BackendStatus, CardFacts, Limits, Offer, Opened, Value
 from ..device import driver
 from ..device.backend import DeviceBackend
-from ..device.device import Workspace
+from ..device.device import Workspace, finish_at_last
 from ..device.residency import CONTEXT_BYTES, GraphMemory
 from ..device.which_card import card_facts, chosen_card
 from ..directory.generations import engines_for
@@ -124,8 +124,18 @@ class TensorRTBackend(DeviceBackend):
         self._runtime.cache.save()
         return array
 
+    def later(self, values: Mapping[str, Value]) -> Callable[[], dict[str, Array]]:
+        take = super().later(values)
+
+        def taken() -> dict[str, Array]:
+            arrays = take()
+            self._runtime.cache.save()
+            return arrays
+
+        return taken
+
     def close(self) -> None:
-        self.device.finish()
+        finish_at_last(self.device)
         self._runtime.cache.save()  # what an interrupted pass compiled
         self.opened.clear()
         super().close()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...engines.cpu.sums import ACTIVATION_LEVELS
 from .base import SMALLEST, Kept, Linear, Rows, Weights, pieces, row_scales_for_exact_sums
-from .linears import Compute, GpuLinear, dequantised
+from .linears import Compute, GpuLinear, dequantised, panels_by_rows
 from .storing import StoredRotatedInt8, panel_width
 from .torch_rotation import rotate, rotation
 
@@ -167,7 +167,13 @@ class CudaRotatedInt8(RotatedInt8):
 
 
 class CudaRotatedInt8Linear(GpuRotatedInt8Linear):
-    """The weights cast instead of dequantised."""
+    """The weights cast instead of dequantised, and multiplied from the left."""
+
+    def product(self, x: Tensor, weights: Weights) -> Tensor:
+        matrix = self.matrix(weights)  # before x: see CudaLinear
+        panels, _, width = matrix.shape
+        y = panels_by_rows(matrix, rotate(x.to(self.compute), self.rotation.to(self.compute))).to(torch.float32)
+        return (y * self.scale(weights).view(panels, width, 1)).reshape(panels * width, -1).t()
 
     def matrix(self, weights: Weights) -> Tensor:
         return self.weight(weights).to(self.compute)

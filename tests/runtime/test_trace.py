@@ -12,6 +12,7 @@ from PIL import Image
 from conftest import MakeEngines, picture
 from i2l.cli import main
 from i2l.engines.directory.manifest import read_manifest
+from i2l.machine.progress import silent
 from i2l.runtime.pipeline import Pipeline
 from i2l.runtime.trace import Trace
 
@@ -47,8 +48,8 @@ def test_a_pipeline_without_a_trace_wraps_nothing(engines: MakeEngines) -> None:
         Pipeline(engines("tiny", "fp32")) as plain,
         Pipeline(engines("tiny", "fp32"), trace=(trace := Trace())) as told,
     ):
-        assert type(next(plain._passes._stream("dinov3"))[1]).__name__ == "OrtEngine"
-        assert type(next(told._passes._stream("dinov3"))[1]).__name__ == "TracedEngine"
+        assert type(next(plain._passes._stream("dinov3", silent))[1]).__name__ == "OrtEngine"
+        assert type(next(told._passes._stream("dinov3", silent))[1]).__name__ == "TracedEngine"
         told.embed(picture(64, 64))
     assert len(trace.events) > 2
 

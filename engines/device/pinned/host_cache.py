@@ -27,8 +27,8 @@ BUFFERS = 4
 PIECE_BYTES = 32 << 20
 """Large enough that a copy runs at the link's speed, small enough that the first one begins at once."""
 RING_BYTES = BUFFERS * PIECE_BYTES
-FILL_GBPS = 11.0
-"""At which a ring is filled from a pack in the page cache: ``benchmarks/fill.py``, two Zen 4 cores of a server."""
+FILL_GBPS = 10.0
+"""At which a ring is filled from a pack in the page cache: a Zen 4 core did 10.1 (``benchmarks/fill.py``)."""
 
 
 @dataclass(frozen=True)

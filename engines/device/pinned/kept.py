@@ -72,20 +72,24 @@ class KeptChunks:
 
     def _grow(self) -> None:
         """Pin memory for one chunk more, unless that is refused or would leave too little."""
+        if not self._kept:
+            wanted = format_bytes(sum(nbytes for _, nbytes in self._wanted))
+            log.info("%s: up to %s of the host's memory are pinned for chunks that come in every pass, half of what "
+                     "was available at most", self._call.name, wanted)  # fmt: skip
         host, nbytes = self._wanted.popleft()
         available = available_bytes()
         if available is not None and available - nbytes < self._floor_bytes:
-            self._stop(f"{format_bytes(available)} of the host's memory are left")
+            self._stop(logging.INFO, f"{format_bytes(available)} of the host's memory are left")
             return
         try:
             self._kept[host] = KeptChunk(int(self._call("cuMemAllocHost", nbytes)))
         except OutOfDeviceMemory:  # of the host's memory, whatever the driver calls it
-            self._stop("the system does not let more be pinned")
+            self._stop(logging.WARNING, "the system does not let more be pinned")
 
-    def _stop(self, reason: str) -> None:
+    def _stop(self, level: int, reason: str) -> None:
         planned = len(self._kept) + len(self._wanted) + 1
         self._wanted.clear()
-        log.warning(
-            "%s: %d of %d chunks are kept in pinned host memory (%s): the others pass through its buffers, slower",
+        log.log(
+            level, "%s: %d of %d chunks are kept in pinned host memory (%s): the others pass through buffers, slower",
             self._call.name, len(self._kept), planned, reason,
         )  # fmt: skip

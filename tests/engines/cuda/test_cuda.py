@@ -144,7 +144,7 @@ def test_the_graphs_compute_what_the_checkpoint_does(with_graphs: Path, wanted: 
 
 ON_CUDA = {
     "Add", "Attention", "Cast", "Concat", "Expand", "Gather", "Gelu", "Gemm", "LayerNormalization", "MatMul", "Mul",
-    "ReduceSum", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid", "Slice", "Split", "Squeeze", "Sub",
+    "FusedMatMul", "ReduceSum", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid", "Slice", "Split", "Squeeze", "Sub",
     "Transpose", "Unsqueeze",
 }  # fmt: skip
 """In onnxruntime's list of CUDA kernels at opset 23, in bfloat16 too (docs/OperatorKernels.md there)."""
@@ -156,7 +156,8 @@ def test_the_graphs_use_only_what_the_provider_has(with_graphs: Path) -> None:
     fp8 = [model for _, model in export_graphs(spec, cuda_precision("fp8", spec))]
     for model in [*int8, *fp8]:
         assert {node.op_type for node in model.graph.node} <= ON_CUDA, model.graph.name
-        assert {node.domain for node in model.graph.node} <= {""}, model.graph.name
+        others = {node.domain for node in model.graph.node if node.op_type != "FusedMatMul"}
+        assert others <= {""}, model.graph.name
     block = next(model for model in fp8 if model.graph.name == "dinov3.block")
     inferred = onnx.shape_inference.infer_shapes(block)
     types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
@@ -212,7 +213,7 @@ def test_a_cpu_onnxruntime_says_what_to_install(head: bytes) -> None:
     if "CUDAExecutionProvider" in ort.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(ProviderMissing, match=r"without CUDAExecutionProvider.*i2l-engines\[cuda\]"):
-        OrtDeviceEngine("dinov3.head", head, CudaTarget(Arena(HostDevice(0), Workspace()), "card"), Workspace())
+        OrtDeviceEngine("dinov3.head", head, CudaTarget(Arena(HostDevice(0), Workspace()), 0), Workspace())
 
 
 @pytest.mark.parametrize(
@@ -251,7 +252,7 @@ def test_the_arena_gives_out_each_byte_once(work: list[tuple[int, int]], scratch
             address = arena.allocate(nbytes)
             places[-1].append(address)
             if not address:
-                assert arena.refused_bytes == nbytes
+                assert isinstance(arena.refusal, OutOfDeviceMemory)
                 continue
             end = address + max(nbytes, 1)
             assert address % 256 == 0
@@ -267,10 +268,11 @@ def test_the_arena_gives_out_each_byte_once(work: list[tuple[int, int]], scratch
 def test_what_sessions_keep_goes_at_once() -> None:
     device = HostDevice(16 << 20)
     arena = Arena(device, Workspace())
-    with CudaTarget(arena, "card").opening():
-        first = [arena.allocate(3000) for _ in range(3)]
-        arena.free(first[1])
-        large = arena.allocate(3 << 20)
+    arena.opening = True
+    first = [arena.allocate(3000) for _ in range(3)]
+    arena.free(first[1])
+    large = arena.allocate(3 << 20)
+    arena.opening = False
     assert arena.allocate(1) == 0
     assert len({*first, large}) == 4
     assert device.used_bytes == 6 << 20  # in whole pieces: 2 and 4 MiB
@@ -359,6 +361,49 @@ def test_what_is_missing_is_told_apart(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "CUDA's libraries are missing" in status.reason
     assert status.reason.endswith("(libcublas.so.13)")
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("system", "torchs", "imported", "broken", "places", "lacking"),
+    [
+        ("Windows", "2.13.0+cu130", True, "", set(), ()),  # as in ComfyUI: they are in the process
+        ("Windows", "2.13.0+cu130", False, "", {"torch"}, ()),
+        ("Windows", "2.13.0+cu128", True, "", {"nvidia"}, ()),  # of another CUDA
+        ("Linux", "2.13.0+cu130", True, "", {"nvidia"}, ()),  # the packages that PyTorch brought
+        ("Linux", "2.13.0+cu130", True, "/libcublas.so.13", {"nvidia", "system"}, ()),
+        ("Linux", "2.13.0+cu130", True, "libcublas.so.13", {"nvidia"}, ("libcublas.so.13",)),
+    ],
+)
+def test_pytorchs_libraries_serve_onnxruntime(
+    monkeypatch: pytest.MonkeyPatch,
+    system: str,
+    torchs: str,
+    imported: bool,
+    broken: str,
+    places: set[str],
+    lacking: tuple[str, ...],
+) -> None:
+    """onnxruntime's own search; played are the system, PyTorch's build and what loads."""
+    found: set[str] = set()
+
+    def load(name: str) -> None:
+        if broken and name.endswith(broken):
+            raise OSError("not of this machine")
+        if "140" not in name:  # Microsoft's
+            found.add("nvidia" if "/nvidia/" in name else "torch" if "/torch/lib/" in name else "system")
+
+    missing_libraries.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(ort, "cuda_version", "13.0")
+        patch.setattr(ort, "_get_package_version", lambda _: torchs)
+        patch.setattr("platform.system", lambda: system)
+        patch.setattr("os.path.isfile", lambda path: "/nvidia/" in path or "/torch/lib/" in path)
+        patch.setattr("ctypes.CDLL", load)
+        if not imported:
+            patch.delitem(sys.modules, "torch")
+        assert missing_libraries() == lacking
+    missing_libraries.cache_clear()
+    assert found == places
 
 
 def test_without_any_onnxruntime_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@
  * write, so that the driver finds races with the chunks' copies. What is not here but imported answers with an error; the
  * test generates it from the provider's own list of imports (test_provider.py).
  *
- *   I2L_STANDIN_CUBLAS_BYTES=n   what a cuBLAS handle takes; its documented workspace below sm90 otherwise
+ *   I2L_STANDIN_CUBLAS_BYTES=n   what a cuBLAS handle takes; its documented workspace otherwise
  *
  * cc -I folder-of-NVIDIA's-headers: for the layout of cudaDeviceProp alone (package nvidia-cuda-runtime).
  */
@@ -22,11 +22,12 @@ typedef cudaError_t Error;
 typedef void *Stream;
 
 int cuInit(unsigned), cuDeviceGetCount(int *), cuDeviceGetName(char *, int, int), cuDeviceTotalMem_v2(size_t *, int);
+int cuDeviceGetAttribute(int *, int, int);
 int cuDevicePrimaryCtxRetain(void **, int), cuCtxGetCurrent(void **), cuCtxSetCurrent(void *), cuCtxGetDevice(int *), cuCtxSynchronize(void);
 int cuMemAlloc_v2(void **, size_t), cuMemFree_v2(void *), cuMemGetInfo_v2(size_t *, size_t *);
 int cuMemHostAlloc(void **, size_t, unsigned), cuMemFreeHost(void *), cuPointerGetAttribute(void *, int, u64);
 int cuMemcpy(void *, const void *, size_t), cuMemcpyAsync(void *, const void *, size_t, Stream), cuMemsetD8Async(void *, unsigned char, size_t, Stream);
-int cuStreamCreate(Stream *, unsigned), cuStreamDestroy_v2(Stream), cuStreamSynchronize(Stream), cuStreamWaitEvent(Stream, void *, unsigned);
+int cuStreamCreate(Stream *, unsigned), cuStreamDestroy_v2(Stream), cuStreamSynchronize(Stream), cuStreamWaitEvent(Stream, void *, unsigned), cuStreamIsCapturing(Stream, int *);
 int cuEventCreate(void **, unsigned), cuEventDestroy_v2(void *), cuEventRecord(void *, Stream), cuEventSynchronize(void *), cuEventElapsedTime_v2(float *, void *, void *);
 int cuLaunchHostFunc(Stream, void (*)(void *), void *), cuGetProcAddress_v2(const char *, void **, int, u64, int *);
 int standin_launch(Stream, void (*)(void *), int, const u64 (*)[3]);
@@ -34,7 +35,7 @@ void standin_problem(const char *);
 
 static __thread Error last;
 static Error from(int status) {
-    Error error = status == 2 ? cudaErrorMemoryAllocation : status == 600 ? cudaErrorNotReady : status == 700 ? cudaErrorIllegalAddress : status ? cudaErrorInvalidValue : cudaSuccess;
+    Error error = status == 2 ? cudaErrorMemoryAllocation : status == 600 ? cudaErrorNotReady : status == 700 ? cudaErrorIllegalAddress : status / 10 == 90 ? (Error)status : status ? cudaErrorInvalidValue : cudaSuccess;
     if (error) last = error;
     return error;
 }
@@ -64,9 +65,9 @@ Error cudaSetDevice(int device) {
     return from(status ? status : cuCtxSetCurrent(context));
 }
 Error cudaDeviceSynchronize(void) { HERE; return from(cuCtxSynchronize()); }
-Error cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int device) { /* of an RTX 40 */
-    (void)device;
-    *value = attribute == cudaDevAttrComputeCapabilityMajor ? 8 : attribute == cudaDevAttrComputeCapabilityMinor ? 9 : attribute == cudaDevAttrMultiProcessorCount ? 128
+Error cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int device) { /* of an RTX 40, but for its capability */
+    if (attribute == cudaDevAttrComputeCapabilityMajor || attribute == cudaDevAttrComputeCapabilityMinor) return from(cuDeviceGetAttribute(value, attribute, device));
+    *value = attribute == cudaDevAttrMultiProcessorCount ? 128
            : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 101376 : attribute == cudaDevAttrMaxThreadsPerBlock ? 1024 : attribute == cudaDevAttrWarpSize ? 32 : 0;
     return cudaSuccess;
 }
@@ -74,7 +75,8 @@ Error cudaGetDeviceProperties(struct cudaDeviceProp *facts, int device) {
     memset(facts, 0, sizeof *facts);
     cuDeviceGetName(facts->name, sizeof facts->name, device);
     cuDeviceTotalMem_v2(&facts->totalGlobalMem, device);
-    facts->major = 8, facts->minor = 9, facts->multiProcessorCount = 128, facts->warpSize = 32;
+    cuDeviceGetAttribute(&facts->major, cudaDevAttrComputeCapabilityMajor, device), cuDeviceGetAttribute(&facts->minor, cudaDevAttrComputeCapabilityMinor, device);
+    facts->multiProcessorCount = 128, facts->warpSize = 32;
     facts->maxThreadsPerBlock = facts->maxThreadsDim[0] = facts->maxThreadsDim[1] = 1024, facts->maxThreadsDim[2] = 64;
     facts->maxGridSize[0] = 0x7fffffff, facts->maxGridSize[1] = facts->maxGridSize[2] = 65535;
     facts->sharedMemPerBlock = 49152, facts->sharedMemPerBlockOptin = 101376, facts->sharedMemPerMultiprocessor = 102400;
@@ -121,7 +123,7 @@ Error cudaStreamCreate(Stream *stream) { return cudaStreamCreateWithFlags(stream
 Error cudaStreamDestroy(Stream stream) { return from(cuStreamDestroy_v2(stream)); }
 Error cudaStreamSynchronize(Stream stream) { HERE; return from(cuStreamSynchronize(stream)); }
 Error cudaStreamWaitEvent(Stream stream, void *event, unsigned flags) { HERE; return from(cuStreamWaitEvent(stream, event, flags)); }
-Error cudaStreamIsCapturing(Stream stream, int *status) { (void)stream; *status = 0; return cudaSuccess; }
+Error cudaStreamIsCapturing(Stream stream, int *status) { return from(cuStreamIsCapturing(stream, status)); }
 Error cudaEventCreateWithFlags(void **event, unsigned flags) { HERE; return from(cuEventCreate(event, flags)); }
 Error cudaEventCreate(void **event) { return cudaEventCreateWithFlags(event, 0); }
 Error cudaEventDestroy(void *event) { return from(cuEventDestroy_v2(event)); }
@@ -181,13 +183,17 @@ int cublasCreate_v2(Blas **blas) {
     HERE;
     const char *text = getenv("I2L_STANDIN_CUBLAS_BYTES");
     *blas = calloc(1, sizeof **blas);
-    return cuMemAlloc_v2(&(*blas)->workspace, text ? strtoull(text, NULL, 10) : 8320 << 10) ? 3 : 0; /* 2 x 4096 + 8 x 16 KiB */
+    int sm = 0, minor = 0;
+    cuDeviceGetAttribute(&sm, 75, 0), cuDeviceGetAttribute(&minor, 76, 0);
+    size_t bytes = text ? strtoull(text, NULL, 10) : sm >= 9 ? 32 << 20 : 8320 << 10; /* 8 x 4096 KiB; 2 x 4096 + 8 x 16 KiB */
+    int status = cuMemAlloc_v2(&(*blas)->workspace, bytes);
+    return status == 2 ? 3 : status ? 1 : 0;
 }
 int cublasDestroy_v2(Blas *blas) { cuMemFree_v2(blas->workspace); free(blas); return 0; }
 int cublasSetStream_v2(Blas *blas, Stream stream) { blas->stream = stream; return 0; }
 int cublasSetMathMode(Blas *blas, int mode) { blas->mode = mode; return 0; }
 int cublasGetMathMode(Blas *blas, int *mode) { *mode = blas->mode; return 0; }
-const char *cublasGetStatusName(int status) { return status ? "CUBLAS_STATUS_OTHER" : "CUBLAS_STATUS_SUCCESS"; }
+const char *cublasGetStatusName(int status) { return status == 3 ? "CUBLAS_STATUS_ALLOC_FAILED" : status ? "CUBLAS_STATUS_INTERNAL_ERROR" : "CUBLAS_STATUS_SUCCESS"; }
 const char *cublasGetStatusString(int status) { return cublasGetStatusName(status); }
 int cublasGemmEx(Blas *blas, int ta, int tb, int m, int n, int k, const void *alpha, const void *a, int at, int lda, const void *b, int bt, int ldb, const void *beta, void *c, int ct, int ldc) {
     (void)alpha, (void)beta;
@@ -202,6 +208,11 @@ int cublasGemmStridedBatchedEx(Blas *blas, int ta, int tb, int m, int n, int k, 
 }
 int cublasSgemmStridedBatched(Blas *blas, int ta, int tb, int m, int n, int k, const void *alpha, const void *a, int lda, i64 as, const void *b, int ldb, i64 bs, const void *beta, void *c, int ldc, i64 cs, int batch) {
     return cublasGemmStridedBatchedEx(blas, ta, tb, m, n, k, alpha, a, CUDA_R_32F, lda, as, b, CUDA_R_32F, ldb, bs, beta, c, CUDA_R_32F, ldc, cs, batch);
+}
+int cublasSgeam(Blas *blas, int ta, int tb, int m, int n, const void *alpha, const void *a, int lda, const void *beta, const void *b, int ldb, void *c, int ldc) { /* a transpose */
+    (void)alpha, (void)tb, (void)beta, (void)b, (void)ldb;
+    u64 ranges[2][3] = {{(u64)a, extent(CUDA_R_32F, ta ? n : m, ta ? m : n, lda, 0, 1), 0}, {(u64)c, extent(CUDA_R_32F, m, n, ldc, 0, 1), 1}};
+    return standin_launch(blas->stream, NULL, 2, ranges) ? 14 : 0;
 }
 /* the operands' addresses lie on the card: only those arrays are known */
 static int batched(Blas *blas, const void *a, const void *b, void *c, int batch) {

@@ -8,13 +8,19 @@
  * Work that no event orders shows as wrong values in lazy and random, and in every mode as a RACE: each piece of work says
  * which bytes it reads and writes, and a clock for each stream says what is known to be done before it.
  *
- *   I2L_STANDIN_BYTES=n,m       memory of each card, as many as are named; CUDA_VISIBLE_DEVICES chooses among them
+ *   I2L_STANDIN_BYTES=n,m       memory of each card, as many as are named; CUDA_VISIBLE_DEVICES chooses among them (n, or MIG-n: its slice)
  *   I2L_STANDIN_OTHERS=n,m      what other programs have of it
+ *   I2L_STANDIN_OTHERS_FROM=n   from the n-th call on
+ *   I2L_STANDIN_SPILLS=1        as under Windows: what the card has no room for goes to the machine's memory, and nothing fails
+ *   I2L_STANDIN_SM=n            compute capability, 89 otherwise
  *   I2L_STANDIN_HOLLOW=1        no bytes lie behind the cards' memory, which may then be larger than the machine's
- *   I2L_STANDIN_FAIL_ALLOC=n    the n-th allocation on the card, counted from 1, finds no memory
+ *   I2L_STANDIN_FAIL_ALLOC=n    the n-th allocation on the card, counted from 1, contexts and streams too, finds no memory
  *   I2L_STANDIN_FAIL_CALL=n     the n-th call, counted from 1, and all after it fail as a card does that is lost
  *   I2L_STANDIN_FAIL_COPY=n     the n-th copy, counted from 1, finds no memory
  *   I2L_STANDIN_PINNABLE=n      so much of the host's memory can be pinned
+ *   I2L_STANDIN_NO_GRAPHS=1     a stream cannot be recorded; =2: it can, and then there is no memory for the graph
+ *
+ * A stream that is recorded keeps its work; each launch of the graph does it again, with whatever lies there then.
  *
  * cc -shared -fPIC -O1 -o libcuda.so.1 driver.c -lpthread; no headers of CUDA are wanted.
  */
@@ -26,9 +32,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 
 typedef uint64_t u64;
-enum { OK, INVALID_VALUE, OUT_OF_MEMORY, NO_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700 };
+enum { OK, INVALID_VALUE, OUT_OF_MEMORY, NO_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700, NOT_SUPPORTED = 801 };
+enum { NOT_RECORDABLE = 900, RECORDING_SPOILT = 901, NOT_RECORDING = 903, NOT_RECORDED_WITH = 905 };
 enum { STREAMS = 1024, ACCESSES = 1 << 16, BLOCKS = 4096, CARDS = 8 };
 enum Kind { COPY, CALL, RECORD, WAIT };
 
@@ -37,8 +45,10 @@ typedef struct Event { int stream; u64 number; Clock known; int timed; double wh
 typedef struct Work {
     enum Kind kind; u64 number; char *to; const char *from; size_t bytes; char *staged; int to_card;
     void (*function)(void *); void *argument; int of_stream; u64 of_number; Event *event; struct Work *next;
+    int on_host, ranges; u64 (*range)[3]; /* of a kernel: {address, bytes, written} */
 } Work;
-typedef struct { u64 last, done; Work *first, *end; Clock known; int alive, card; } Stream;
+typedef struct Graph { Work *first; int stream; u64 last; } Graph;
+typedef struct { u64 last, done; Work *first, *end; Clock known; int alive, card, recording, spoilt; Work *recorded, *recorded_end; } Stream;
 typedef struct { char *start; size_t bytes; int on_card, card; } Block;
 typedef struct { const char *start, *end; int write, stream; u64 number; } Access;
 
@@ -51,7 +61,8 @@ static Access accesses[ACCESSES];
 static int access_count;
 static Clock host;
 static size_t live_bytes, peak_bytes, pinned_bytes, pinned_peak_bytes, live_on[CARDS];
-static u64 problems, copies, copied_bytes, pageable_copies, allocations, calls, launches, ticks;
+static u64 problems, copies, copied_bytes, uploaded_bytes, pageable_copies, allocations, calls, launches, graph_launches, ticks, inside_ns, spilled_bytes;
+static int retained; /* contexts that somebody holds */
 static int started;
 static __thread void *current;
 static int contexts[CARDS];
@@ -70,17 +81,26 @@ static int cards_there(void) {
     for (const char *at = getenv("I2L_STANDIN_BYTES"); at && (at = strchr(at, ',')); at++) count++;
     return count < CARDS ? count : CARDS;
 }
-static int cards_seen(void) {
+static u64 nth_visible(int index, int *slice) { /* n, or MIG-n */
     const char *text = getenv("CUDA_VISIBLE_DEVICES");
-    if (!text) return cards_there();
-    int count = 0;
-    while (*text && nth_setting("CUDA_VISIBLE_DEVICES", count, CARDS) < (u64)cards_there()) count++;
+    if (!text) return index;
+    while (text && index--) text = strchr(text, ',') ? strchr(text, ',') + 1 : NULL;
+    if (!text || !*text) return CARDS;
+    *slice = !strncmp(text, "MIG-", 4);
+    return strtoull(text + 4 * *slice, NULL, 10);
+}
+static int cards_seen(void) {
+    int count = 0, slice = 0;
+    if (!getenv("CUDA_VISIBLE_DEVICES")) return cards_there();
+    while (nth_visible(count, &slice) < (u64)cards_there()) count++;
     return count;
 }
-static u64 card_number(int device) { return nth_setting("CUDA_VISIBLE_DEVICES", device, device); }
-static u64 card_bytes(int device) { return nth_setting("I2L_STANDIN_BYTES", card_number(device), 1ull << 34); }
+static int is_slice(int device) { int slice = 0; nth_visible(device, &slice); return slice; }
+static u64 card_number(int device) { int slice = 0; return nth_visible(device, &slice); }
+static u64 card_bytes(int device) { return nth_setting("I2L_STANDIN_BYTES", card_number(device), 1ull << 34) / (is_slice(device) ? 7 : 1); }
 static u64 free_on(int device) {
-    u64 gone = live_on[device] + nth_setting("I2L_STANDIN_OTHERS", card_number(device), 0);
+    u64 others = calls >= setting("I2L_STANDIN_OTHERS_FROM", 0) ? nth_setting("I2L_STANDIN_OTHERS", card_number(device), 0) : 0;
+    u64 gone = live_on[device] + others;
     return gone < card_bytes(device) ? card_bytes(device) - gone : 0;
 }
 static int mode_is(const char *mode) {
@@ -95,9 +115,11 @@ static int lost(void) { /* every call comes by here */
     u64 number = setting("I2L_STANDIN_FAIL_CALL", 0);
     return __atomic_add_fetch(&calls, 1, __ATOMIC_RELAXED) >= number && number; /* of any thread */
 }
-#define ENTER do { if (lost()) return ILLEGAL_ADDRESS; pthread_mutex_lock(&lock); } while (0)
-#define NEEDS_CONTEXT do { if (!current) { pthread_mutex_unlock(&lock); return NO_CONTEXT; } } while (0)
-#define LEAVE(status) do { pthread_mutex_unlock(&lock); return (status); } while (0)
+static u64 now_ns(void) { struct timespec t; clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t); return (u64)t.tv_sec * 1000000000 + t.tv_nsec; }
+#define ENTER if (lost()) return ILLEGAL_ADDRESS; u64 entered = now_ns(); pthread_mutex_lock(&lock)
+#define ENTER_TO_GIVE_BACK u64 entered = now_ns(); pthread_mutex_lock(&lock) /* a card that is lost takes it too */
+#define NEEDS_CONTEXT do { if (!current) LEAVE(NO_CONTEXT); } while (0)
+#define LEAVE(status) do { int left = (status); inside_ns += now_ns() - entered; pthread_mutex_unlock(&lock); return left; } while (0)
 
 /* --- memory --------------------------------------------------------------------------------------------------------- */
 
@@ -111,8 +133,9 @@ static int allocate(void **out, size_t bytes, int on_card) {
     if (!bytes || block_count == BLOCKS) return INVALID_VALUE;
     if (on_card) {
         allocations++;
-        int fails = allocations == setting("I2L_STANDIN_FAIL_ALLOC", 0);
-        if (fails || bytes > free_on(here())) return OUT_OF_MEMORY;
+        int fails = allocations == setting("I2L_STANDIN_FAIL_ALLOC", 0), room = bytes <= free_on(here());
+        if (fails || (!room && !setting("I2L_STANDIN_SPILLS", 0))) return OUT_OF_MEMORY;
+        if (!room) spilled_bytes += bytes;
     } else if (pinned_bytes + bytes > setting("I2L_STANDIN_PINNABLE", 1ull << 40)) return OUT_OF_MEMORY;
     int hollow = on_card && setting("I2L_STANDIN_HOLLOW", 0);
     void *start = mmap(NULL, bytes, hollow ? PROT_NONE : PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -164,6 +187,7 @@ static void touches(const void *address, size_t bytes, int write, int stream, u6
 
 /* --- streams -------------------------------------------------------------------------------------------------------- */
 
+static void forget(Work *work) { free(work->staged); free(work->range); free(work); }
 static void run_until(int stream, u64 number) {
     Stream *s = &streams[stream];
     while (s->first && s->first->number <= number) {
@@ -177,8 +201,7 @@ static void run_until(int stream, u64 number) {
         if (work->kind == CALL && work->function) work->function(work->argument);
         if (work->kind == WAIT) run_until(work->of_stream, work->of_number);
         if (work->kind == RECORD && work->event && work->event->number == work->number) work->event->when = ++ticks;
-        free(work->staged);
-        free(work);
+        forget(work);
     }
 }
 static void time_passes(int stream) {
@@ -193,12 +216,36 @@ static void time_passes(int stream) {
 }
 static Work *enqueue(int stream, enum Kind kind) {
     Stream *s = &streams[stream];
-    join(&s->known, &host);
     Work *work = calloc(1, sizeof *work);
     work->kind = kind;
+    if (s->recording) {
+        if (s->recorded_end) s->recorded_end->next = work; else s->recorded = work;
+        return s->recorded_end = work;
+    }
+    join(&s->known, &host);
     work->number = ++s->last;
     if (s->end) s->end->next = work; else s->first = work;
     return s->end = work;
+}
+static int spoils(int stream, int status) { /* what cannot be recorded ends the recording */
+    if (streams[stream].recording) streams[stream].spoilt = 1;
+    return streams[stream].recording ? status : OK;
+}
+/* What a piece of work reads and writes, once it is really enqueued. */
+static void accounts_for(Work *work, int stream) {
+    if (work->kind == COPY) {
+        Block *target = block_at(work->to, work->bytes), *source = block_at(work->from, work->bytes);
+        if (!target || !target->on_card || !source || !source->on_card) copies++, copied_bytes += work->bytes, pageable_copies += !target || !source, uploaded_bytes += work->to_card ? work->bytes : 0;
+        if (target) touches(work->to, work->bytes, 1, stream, work->number);
+        if (source) touches(work->from, work->bytes, 0, stream, work->number);
+    }
+    for (int i = 0; i < work->ranges; i++) {
+        u64 *range = work->range[i];
+        if (!range[1]) continue;
+        Block *block = block_at((void *)range[0], range[1]);
+        if (!block || !block->on_card) problem("a kernel beside its memory", (void *)range[0], range[1]);
+        touches((void *)range[0], range[1], (int)range[2], stream, work->number);
+    }
 }
 static void host_waits(int stream, u64 number, const Clock *known) {
     run_until(stream, number);
@@ -223,14 +270,9 @@ static int copy(char *to, const char *from, size_t bytes, void *handle, int sync
     int pageable = !target || !source;
     if (copies + 1 == setting("I2L_STANDIN_FAIL_COPY", 0)) { copies++; return OUT_OF_MEMORY; }
     Work *work = enqueue(stream, COPY);
-    *work = (Work){.kind = COPY, .number = work->number, .to = to, .from = from, .bytes = bytes, .to_card = to_card};
-    if (!to_card || !from_card) {
-        copies++;
-        copied_bytes += bytes;
-        pageable_copies += pageable;
-    }
-    if (target) touches(to, bytes, 1, stream, work->number);
-    if (source) touches(from, bytes, 0, stream, work->number);
+    work->to = to, work->from = from, work->bytes = bytes, work->to_card = to_card;
+    if (streams[stream].recording) return pageable ? spoils(stream, NOT_RECORDABLE) : OK;
+    accounts_for(work, stream);
     if (to_card && pageable) { /* the driver takes the bytes along, and may return before they are on the card */
         work->staged = malloc(bytes);
         if (!setting("I2L_STANDIN_HOLLOW", 0)) memcpy(work->staged, from, bytes);
@@ -250,21 +292,28 @@ u64 standin_pinned_bytes(void) { return pinned_bytes; }
 u64 standin_pinned_peak_bytes(void) { return pinned_peak_bytes; }
 u64 standin_copies(void) { return copies; }
 u64 standin_copied_bytes(void) { return copied_bytes; }
+u64 standin_uploaded_bytes(void) { return uploaded_bytes; }
 u64 standin_launches(void) { return launches; }
+u64 standin_graph_launches(void) { return graph_launches; }
 u64 standin_pageable_copies(void) { return pageable_copies; }
 u64 standin_calls(void) { return calls; }
+u64 standin_allocations(void) { return allocations; }
+u64 standin_spilled_bytes(void) { return spilled_bytes; }
+u64 standin_contexts(void) { return retained; }
+u64 standin_streams(void) { u64 count = 0; for (int i = 1; i < stream_count; i++) count += streams[i].alive; return count; }
+u64 standin_inside_ns(void) { return inside_ns; } /* processor time spent in here, which is not the host side's */
 void standin_problem(const char *what) { problem(what, NULL, 0); }
 /* As after a start: what was left of a card that was lost goes, and the counting begins again. */
 void standin_reset(void) {
     pthread_mutex_lock(&lock);
-    for (int i = 0; i < stream_count; i++) {
-        while (streams[i].first) { Work *work = streams[i].first; streams[i].first = work->next; free(work->staged); free(work); }
-        streams[i].end = NULL;
-        streams[i].done = host.done_before[i] = streams[i].last;
-    }
+    for (int i = 0; i < stream_count; i++)
+        while (streams[i].first) { Work *work = streams[i].first; streams[i].first = work->next; forget(work); }
+    memset(streams, 0, sizeof streams);
+    memset(&host, 0, sizeof host);
+    stream_count = 1;
     access_count = 0;
     while (block_count) release(blocks[0].start);
-    problems = copies = copied_bytes = pageable_copies = allocations = calls = launches = peak_bytes = pinned_peak_bytes = 0;
+    problems = copies = copied_bytes = uploaded_bytes = pageable_copies = allocations = calls = launches = graph_launches = peak_bytes = pinned_peak_bytes = spilled_bytes = retained = 0;
     pthread_mutex_unlock(&lock);
 }
 /* A kernel: a function that runs when the stream comes to it; ranges of {address, bytes, written}. */
@@ -274,13 +323,12 @@ int standin_launch(void *handle, void (*function)(void *), int count, const u64 
     if (stream < 0) LEAVE(INVALID_HANDLE);
     Work *work = enqueue(stream, CALL);
     work->function = function;
+    work->ranges = count;
+    work->range = count ? malloc(count * sizeof *work->range) : NULL;
+    if (count) memcpy(work->range, ranges, count * sizeof *work->range);
+    if (streams[stream].recording) LEAVE(OK);
     launches++;
-    for (int i = 0; i < count; i++) {
-        if (!ranges[i][1]) continue;
-        Block *block = block_at((void *)ranges[i][0], ranges[i][1]);
-        if (!block || !block->on_card) problem("a kernel beside its memory", (void *)ranges[i][0], ranges[i][1]);
-        touches((void *)ranges[i][0], ranges[i][1], (int)ranges[i][2], stream, work->number);
-    }
+    accounts_for(work, stream);
     time_passes(stream);
     LEAVE(OK);
 }
@@ -291,21 +339,30 @@ int cuInit(unsigned flags) { (void)flags; if (lost()) return ILLEGAL_ADDRESS; st
 int cuDriverGetVersion(int *version) { *version = 13000; return OK; }
 int cuDeviceGetCount(int *count) { *count = cards_seen(); return OK; }
 int cuDeviceGet(int *device, int index) { *device = index; return index < 0 || index >= cards_seen() ? 101 : OK; }
-int cuDeviceGetName(char *name, int size, int device) { snprintf(name, size, "stand-in %d", (int)card_number(device)); return OK; }
+int cuDeviceGetName(char *name, int size, int device) { snprintf(name, size, is_slice(device) ? "stand-in %d MIG 1g" : "stand-in %d", (int)card_number(device)); return OK; }
 int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = card_bytes(device); return OK; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
     (void)device;
-    *value = attribute == 75 ? 8 : attribute == 76 ? 9 : 0; /* compute capability 8.9 */
+    u64 sm = setting("I2L_STANDIN_SM", 89);
+    *value = attribute == 75 ? sm / 10 : attribute == 76 ? sm % 10 : 0;
     return OK;
 }
-int cuDevicePrimaryCtxRetain(void **context, int device) { *context = &contexts[device]; return OK; }
-int cuDevicePrimaryCtxRelease_v2(int device) { (void)device; return OK; }
+static int refused(void) { return ++allocations == setting("I2L_STANDIN_FAIL_ALLOC", 0); } /* what takes memory on the card, uncounted */
+int cuDevicePrimaryCtxRetain(void **context, int device) {
+    ENTER;
+    if (refused()) LEAVE(OUT_OF_MEMORY);
+    retained++;
+    *context = &contexts[device];
+    LEAVE(OK);
+}
+int cuDevicePrimaryCtxRelease_v2(int device) { (void)device; retained--; return lost() ? ILLEGAL_ADDRESS : OK; }
 int cuCtxSetCurrent(void *context) { current = context; return OK; }
 int cuCtxGetCurrent(void **context) { *context = current; return OK; }
 int cuCtxGetDevice(int *device) { *device = current ? here() : 0; return current ? OK : NO_CONTEXT; }
 int cuCtxGetStreamPriorityRange(int *least, int *greatest) { *least = 0; *greatest = -5; return OK; }
 int cuCtxSynchronize(void) {
     ENTER;
+    for (int i = 0; i < stream_count; i++) if (spoils(i, NOT_RECORDABLE)) LEAVE(NOT_RECORDABLE);
     for (int i = 0; i < stream_count; i++) host_waits(i, streams[i].last, &streams[i].known);
     LEAVE(OK);
 }
@@ -314,7 +371,7 @@ int cuStreamCreateWithPriority(void **handle, unsigned flags, int priority) {
     (void)flags, (void)priority;
     ENTER;
     NEEDS_CONTEXT;
-    if (stream_count == STREAMS) LEAVE(OUT_OF_MEMORY);
+    if (stream_count == STREAMS || refused()) LEAVE(OUT_OF_MEMORY);
     streams[stream_count].alive = 1;
     streams[stream_count].card = here();
     *handle = (void *)(u64)(0x1000 + stream_count++);
@@ -322,7 +379,7 @@ int cuStreamCreateWithPriority(void **handle, unsigned flags, int priority) {
 }
 int cuStreamCreate(void **handle, unsigned flags) { return cuStreamCreateWithPriority(handle, flags, 0); }
 int cuStreamDestroy_v2(void *handle) {
-    pthread_mutex_lock(&lock);
+    ENTER_TO_GIVE_BACK;
     int stream = stream_of(handle);
     if (stream > 0) { run_until(stream, streams[stream].last); streams[stream].alive = 0; }
     LEAVE(stream > 0 ? OK : INVALID_HANDLE);
@@ -332,12 +389,102 @@ int cuStreamSynchronize(void *handle) {
     NEEDS_CONTEXT;
     int stream = stream_of(handle);
     if (stream < 0) LEAVE(INVALID_HANDLE);
+    if (spoils(stream, NOT_RECORDABLE)) LEAVE(NOT_RECORDABLE);
     host_waits(stream, streams[stream].last, &streams[stream].known);
     LEAVE(OK);
 }
 int cuStreamGetCtx(void *handle, void **context) { *context = &contexts[streams[stream_of(handle)].card]; return OK; }
 int cuStreamGetCtx_v2(void *handle, void **context, void **green) { if (green) *green = NULL; return cuStreamGetCtx(handle, context); }
-int cuStreamIsCapturing(void *handle, int *status) { (void)handle; *status = 0; return OK; }
+int cuStreamIsCapturing(void *handle, int *status) {
+    int stream = stream_of(handle);
+    *status = stream < 0 ? 0 : streams[stream].spoilt ? 2 : streams[stream].recording;
+    return stream < 0 ? INVALID_HANDLE : OK;
+}
+
+/* --- graphs --------------------------------------------------------------------------------------------------------- */
+
+static void forget_all(Work *work) { while (work) { Work *next = work->next; forget(work); work = next; } }
+static Work *copies_of(const Work *work) {
+    Work *first = NULL, **end = &first;
+    for (; work; work = work->next, end = &(*end)->next) {
+        *end = malloc(sizeof *work);
+        **end = *work;
+        (*end)->next = NULL;
+        if (work->ranges) (*end)->range = memcpy(malloc(work->ranges * sizeof *work->range), work->range, work->ranges * sizeof *work->range);
+    }
+    return first;
+}
+int cuStreamBeginCapture_v2(void *handle, int kind) {
+    (void)kind;
+    ENTER;
+    NEEDS_CONTEXT;
+    int stream = stream_of(handle);
+    if (stream <= 0) LEAVE(stream ? INVALID_HANDLE : NOT_RECORDABLE); /* the default stream is not recorded */
+    if (setting("I2L_STANDIN_NO_GRAPHS", 0) == 1) LEAVE(NOT_SUPPORTED);
+    streams[stream].recording = 1, streams[stream].spoilt = 0;
+    streams[stream].recorded = streams[stream].recorded_end = NULL;
+    LEAVE(OK);
+}
+int cuStreamEndCapture(void *handle, Graph **graph) {
+    ENTER;
+    NEEDS_CONTEXT;
+    int stream = stream_of(handle);
+    if (stream < 0 || !streams[stream].recording) LEAVE(NOT_RECORDING);
+    Stream *s = &streams[stream];
+    int spoilt = s->spoilt;
+    *graph = NULL;
+    if (spoilt) forget_all(s->recorded);
+    else { *graph = calloc(1, sizeof **graph); (*graph)->first = s->recorded; }
+    s->recording = s->spoilt = 0;
+    LEAVE(spoilt ? RECORDING_SPOILT : OK);
+}
+int cuGraphInstantiateWithFlags(Graph **exec, const Graph *graph, u64 flags) {
+    (void)flags;
+    ENTER;
+    NEEDS_CONTEXT;
+    if (setting("I2L_STANDIN_NO_GRAPHS", 0) == 2) LEAVE(OUT_OF_MEMORY);
+    *exec = calloc(1, sizeof **exec);
+    (*exec)->first = copies_of(graph->first);
+    LEAVE(OK);
+}
+int cuGraphGetNodes(const Graph *graph, const Work **nodes, size_t *count) {
+    size_t room = nodes ? *count : 0;
+    *count = 0;
+    for (const Work *work = graph->first; work; work = work->next, ++*count) if (*count < room) nodes[*count] = work;
+    return OK;
+}
+int cuGraphNodeGetType(const Work *node, int *type) { *type = node->kind == COPY ? 1 : node->on_host ? 3 : 0; return OK; }
+int cuGraphMemcpyNodeGetParams(const Work *node, int *parameters) {
+    Block *source = block_at(node->from, node->bytes);
+    parameters[8] = source && source->on_card ? 2 : 1; /* srcMemoryType */
+    return OK;
+}
+int cuGraphInstantiate(Graph **exec, const Graph *graph, u64 flags) { return cuGraphInstantiateWithFlags(exec, graph, flags); }
+int cuGraphDestroy(Graph *graph) { if (graph) { forget_all(graph->first); free(graph); } return OK; }
+int cuGraphExecDestroy(Graph *exec) {
+    ENTER_TO_GIVE_BACK;
+    if (host.done_before[exec->stream] < exec->last) problem("a graph DESTROYED in use", exec, 0);
+    LEAVE(cuGraphDestroy(exec));
+}
+int cuGraphLaunch(Graph *exec, void *handle) {
+    ENTER;
+    NEEDS_CONTEXT;
+    int stream = stream_of(handle);
+    if (stream < 0) LEAVE(INVALID_HANDLE);
+    Work *next, *work = copies_of(exec->first);
+    graph_launches++;
+    for (; work; work = next) {
+        next = work->next;
+        Work *queued = enqueue(stream, work->kind);
+        work->number = queued->number, work->next = NULL;
+        *queued = *work; /* its ranges are now the queue's */
+        free(work);
+        accounts_for(queued, stream);
+        exec->stream = stream, exec->last = queued->number;
+        time_passes(stream);
+    }
+    LEAVE(OK);
+}
 
 int cuEventCreate(Event **event, unsigned flags) {
     ENTER;
@@ -352,6 +499,7 @@ int cuEventRecord(Event *event, void *handle) {
     NEEDS_CONTEXT;
     int stream = stream_of(handle);
     if (stream < 0) LEAVE(INVALID_HANDLE);
+    if (spoils(stream, NOT_RECORDABLE)) LEAVE(NOT_RECORDABLE); /* it could be, but nobody here has a use for it */
     Work *work = enqueue(stream, RECORD);
     work->event = event;
     event->stream = stream;
@@ -381,6 +529,7 @@ int cuStreamWaitEvent(void *handle, Event *event, unsigned flags) {
     NEEDS_CONTEXT;
     int stream = stream_of(handle);
     if (stream < 0) LEAVE(INVALID_HANDLE);
+    if (spoils(stream, NOT_RECORDED_WITH)) LEAVE(NOT_RECORDED_WITH); /* the event is of work outside */
     Work *work = enqueue(stream, WAIT);
     work->of_stream = event->stream;
     work->of_number = event->number;
@@ -428,7 +577,8 @@ int cuLaunchHostFunc(void *handle, void (*function)(void *), void *argument) {
     Work *work = enqueue(stream, CALL);
     work->function = function;
     work->argument = argument;
-    time_passes(stream);
+    work->on_host = 1;
+    if (!streams[stream].recording) time_passes(stream);
     LEAVE(OK);
 }
 int cuGetErrorName(int status, const char **name) {

@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import itertools
 import json
+import logging
 import os
 import sys
 import threading
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import played_tensorrt
 
 from conftest import picture
+from i2l.engines.base import Limits
 from i2l.engines.device import backend as device_backend
 from i2l.engines.device import which_card
 from i2l.engines.device.calls import CudaEvent
@@ -36,9 +38,14 @@ from i2l.engines.device.pinned.staging import Staging
 from i2l.engines.device.slots import DeviceStore
 from i2l.engines.device.tensor import DeviceTensor
 from i2l.engines.directory.dtypes import FLOAT32
+from i2l.engines.directory.manifest import Manifest
+from i2l.engines.replay import outbox
+from i2l.engines.replay.model_graphs import ModelGraphs
 from i2l.errors import BudgetTooSmall, I2LError, OutOfDeviceMemory
 from i2l.lora.lora import Lora
+from i2l.runtime import opening
 from i2l.runtime.pipeline import Pipeline
+from i2l.runtime.proof.choice import Chosen
 
 FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -49,6 +56,7 @@ class Driver:
     def __init__(self) -> None:
         self._library = ctypes.CDLL("libcuda.so.1")
         self._kept: list[Any] = []
+        self._nothing = FUNCTION(lambda _: None)
 
     def __getattr__(self, name: str) -> int:
         function = getattr(self._library, f"standin_{name}")
@@ -68,10 +76,13 @@ class Driver:
         function = FUNCTION(run)
         self._kept.append(function)
         rows = (ctypes.c_ulong * 3 * len(ranges))(*[(ctypes.c_ulong * 3)(*row) for row in ranges])
+        if os.environ.get("I2L_STANDIN_CALLS_HOST"):
+            self._library.cuLaunchHostFunc(ctypes.c_void_p(stream), function, None)
+            ranges, function = (), self._nothing
         launch = self._library.standin_launch
         launch.argtypes = (ctypes.c_void_p, FUNCTION, ctypes.c_int, ctypes.c_void_p)
         if launch(stream, function, len(ranges), ctypes.cast(rows, ctypes.c_void_p)):
-            raise RuntimeError("a kernel could not be launched")
+            raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS while launching a kernel")
 
     def reset(self) -> None:
         """As after a start."""
@@ -91,18 +102,23 @@ def digest(lora: Lora) -> str:
 
 def run(
     engines: Path,
+    driver: Driver,
     passes: Sequence[int] = (1,),
     spare_bytes: int = 0,
     interrupt_at: int | None = None,
     device: str | None = None,
+    margin_bytes: int | None = None,
+    auto: bool = False,
     shrink_after: int | None = None,
+    move_after: int | None = None,
 ) -> dict[str, Any]:
     """LoRAs of passes of so many images on one pipeline, with so much more than the least budget.
 
-    ``interrupt_at``: Ctrl-C comes when progress was told so often. ``shrink_after``: memory runs out behind so many
-    passes.
+    ``interrupt_at``: Ctrl-C comes when progress was told so often. ``margin_bytes``: what is free but for that is the
+    budget. ``auto``: the backend is left to us, and the card was proven. ``shrink_after``: memory runs out behind so
+    many passes; ``move_after``: as much is found again, elsewhere.
     """
-    budget = least_budget(engines) + spare_bytes
+    budget = None if margin_bytes is not None else least_budget(engines) + spare_bytes
     facts: dict[str, Any] = {"loras": [], "budget_bytes": budget, "filled_bytes": [], "kept": []}
     told = itertools.count()
 
@@ -112,22 +128,55 @@ def run(
 
     with (
         suppress(KeyboardInterrupt),
-        Pipeline(engines, backend="tensorrt", vram_budget_bytes=budget, report=report, device=device) as pipeline,
+        Pipeline(
+            engines,
+            backend="auto" if auto else "tensorrt",
+            threads=1,
+            vram_budget_bytes=budget,
+            vram_margin_bytes=margin_bytes or 0,
+            report=report,
+            device=device,
+        ) as pipeline,
     ):
         backend: Any = pipeline._open.backend
-        facts["card"] = backend.device.name
-        facts["streamed_bytes"] = backend.residency.streamed_bytes
+        facts["card"] = backend.device.name if pipeline.backend_name != "cpu" else "the CPU"
+        facts["streamed_bytes"] = backend.residency.streamed_bytes if pipeline.backend_name != "cpu" else 0
         for number, images in enumerate(passes):
-            if number == shrink_after:
-                backend.shrink(OutOfDeviceMemory(backend.device.name, 1, 0))
+            if number in {shrink_after, move_after}:
+                facts["launched_before"] = driver.graph_launches
+                with moved(backend) if number == move_after else nullcontext():
+                    backend.shrink(OutOfDeviceMemory(backend.device.name, 1, 0))
             FILLED.clear()
             lora = pipeline.lora_from_images([picture(90, 70, seed=seed) for seed in range(images)])
             facts["loras"].append(digest(lora))
             facts["filled_bytes"].append(sum(FILLED))
-            chunks = backend.device._copies._kept._kept.values()
-            facts["kept"].append(sum(chunk.filled for chunk in chunks))
+            if pipeline.backend_name != "cpu":
+                chunks = backend.device._copies._kept._kept.values()
+                facts["kept"].append(sum(chunk.filled for chunk in chunks))
         facts["vram"] = pipeline.vram
+        facts["backend"] = pipeline.backend_name
     return facts
+
+
+@contextmanager
+def moved(backend: Any) -> Iterator[None]:
+    """What is given back meanwhile is somebody else's when as much is asked for again."""
+    weights, device = backend._weights, backend.device
+    taken: list[int] = []
+
+    def same_plan(_: object) -> None:
+        plan = weights.residency
+        taken.extend(device.allocate(n) for n in (plan.activation_bytes + plan.value_bytes, plan.weight_bytes))
+
+    weights._replan = same_plan
+    yield
+    for address in taken:
+        device.free(address)
+
+
+def choose(path: Path, manifest: Manifest, backend: str, limits: Limits, *, prove: bool) -> Chosen:  # noqa: ARG001
+    """``auto`` as after a proof."""
+    return Chosen("tensorrt", "auto: proven") if backend == "auto" else Chosen(backend, "asked for")
 
 
 FILLED: list[int] = []
@@ -213,32 +262,38 @@ def run_case(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, A
     facts: dict[str, Any] = {}
     try:
         with copies_wait_for_launches(facts) if late_copies else nullcontext():
-            facts |= run(engines, **case)
+            facts |= run(engines, driver, **case)
     except I2LError as error:
         facts |= {"error": type(error).__name__, "message": str(error)}
+    facts["without_graphs"] = sum("without CUDA graphs" in line for line in SAID)
+    SAID.clear()
     for name in environment:
         del os.environ[name]
     return facts | {name: getattr(driver, name) for name in SEEN}
 
 
 SEEN = (
-    "problems",
-    "live_bytes",
-    "peak_bytes",
-    "pinned_bytes",
-    "pinned_peak_bytes",
-    "copies",
-    "pageable_copies",
-    "calls",
-)
+    "problems", "live_bytes", "peak_bytes", "pinned_bytes", "pinned_peak_bytes", "copies", "pageable_copies", "calls",
+    "graph_launches", "allocations", "spilled_bytes", "contexts", "streams",
+)  # fmt: skip
+SAID: list[str] = []
+"""Warnings."""
+
+
+class Listener(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        SAID.append(record.getMessage())
 
 
 def main() -> None:
     engines, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     if len(sys.argv) > 3:
-        MUTATIONS[sys.argv[3]]()
+        (MUTATIONS | GRAPH_MUTATIONS)[sys.argv[3]]()
     driver = Driver()
+    opening.choose_backend = choose
+    logging.getLogger("i2l").addHandler(Listener(logging.WARNING))
     _put(copy_lane, "Staging", partial(Staging, piece_bytes=PIECE_BYTES))
+    _put(outbox, "BLOCK_BYTES", 4 * PIECE_BYTES)  # so small that results lie in several
     count_fillings()
     sys.modules["tensorrt_rtx"] = played_tensorrt.Played(None, launch=driver.launch).module
     for case in cases:
@@ -312,6 +367,31 @@ MUTATIONS: dict[str, Callable[[], None]] = {
     "kept before it came": _kept_before_it_came,
     "copies where kernels are launched": _copies_where_kernels_are_launched,
     "marks behind what failed": _marks_behind_what_failed,
+}
+
+
+def _graphs_outlive_a_plan() -> None:
+    _put(ModelGraphs, "drop", lambda _: None)
+
+
+def _no_wait_for_results() -> None:
+    original = CudaDevice._taken
+
+    def taken(self: Any, *places: Any) -> Any:
+        self._fetched = True
+        return original(self, *places)
+
+    _put(CudaDevice, "_taken", taken)
+
+
+def _graphs_before_weights_are_there() -> None:
+    _put(DeviceStore, "settled", True)
+
+
+GRAPH_MUTATIONS: dict[str, Callable[[], None]] = {
+    "graphs outlive a plan": _graphs_outlive_a_plan,
+    "no wait for results": _no_wait_for_results,
+    "graphs before weights are there": _graphs_before_weights_are_there,
 }
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Work that a device was given once, given again in one call."""

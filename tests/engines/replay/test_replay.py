@@ -1,0 +1,153 @@
+"""Recorded passes and where their results go, without a device: tests/engines/standin has one that really records."""
+
+import ctypes
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from i2l.engines.base import Array
+from i2l.engines.replay.model_graphs import ModelGraphs
+from i2l.engines.replay.outbox import BLOCK_BYTES, Outbox
+from i2l.errors import DeviceFailed
+
+
+class Recorder:
+    """Doubles what is uploaded; a graph of it doubles too, times an ``error``."""
+
+    name = "recorder"
+
+    def __init__(self, error: float = 1) -> None:
+        self.error = error
+        self.refuses = self.finished = False
+        self.held = np.zeros(1, np.float32)
+        self.told: list[int] = []
+
+    def upload(self, value: float) -> Callable[[], Array]:
+        def put() -> Array:
+            self.held = np.array([value], np.float32)
+            return self.held
+
+        return put
+
+    def steps(self, value: Array, report: Any) -> list[Callable[[], dict[str, Array]]]:
+        report("model", 0, 1)
+        self.held = 2 * value
+        return [lambda: {"out": self.held.copy()}]
+
+    def record_work(self, enqueue: Callable[[], Any]) -> tuple["Recorder", Any]:
+        if self.refuses:
+            raise DeviceFailed(self.name, "it does not record")
+        before = self.held
+        given = enqueue()
+        self.held = before  # recorded, not done
+        return self, given
+
+    def launch(self) -> None:
+        self.held = 2 * self.held * np.float32(self.error)
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def passed(graphs: ModelGraphs, device: Recorder, value: float, key: object = 1) -> float:
+    """One pass; its steps tell of themselves, unless they are only recorded."""
+    report = lambda *_: device.told.append(1)  # noqa: E731
+    (row,) = graphs.computed(key, device.upload(value), device.steps, report)
+    return float(row["out"][0])
+
+
+def test_a_graph_is_made_behind_the_first_pass_and_used_from_the_second() -> None:
+    device = Recorder()
+    graphs = ModelGraphs(device)
+    assert [passed(graphs, device, value) for value in (1, 2, 3)] == [2, 4, 6]
+    assert passed(graphs, device, 4, key=2) == 8
+    assert len(device.told) == 2
+    graphs.drop()
+    assert device.finished
+    assert passed(graphs, device, 5) == 10
+    assert len(device.told) == 3
+
+
+@pytest.mark.parametrize("refuses", [True, False])
+def test_a_graph_that_is_wrong_by_a_bit_is_not_used(caplog: pytest.LogCaptureFixture, *, refuses: bool) -> None:
+    """Nor is one where the device does not record; both are said once."""
+    device = Recorder(1 + 2**-23)
+    device.refuses = refuses
+    graphs = ModelGraphs(device)
+    assert [passed(graphs, device, value) for value in (1, 2, 3)] == [2, 4, 6]
+    assert len(device.told) == 3
+    reason = "it does not record" if refuses else "another result"
+    assert [reason in record.message and "without CUDA graphs" in record.message for record in caplog.records] == [True]
+
+
+def test_what_is_no_number_is_the_same_both_times() -> None:
+    device = Recorder()
+    graphs = ModelGraphs(device)
+    passed(graphs, device, float("nan"))
+    assert passed(graphs, device, 2) == 4
+    assert len(device.told) == 1
+
+
+# --- the outbox ---------------------------------------------------------------------------------------------------
+
+
+class Pins:
+    """Pinned memory."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, Any] = {}
+
+    def pin(self, nbytes: int) -> int:
+        block = np.empty(nbytes, np.uint8)
+        self.blocks[block.ctypes.data] = block
+        return int(block.ctypes.data)
+
+    def unpin(self, address: int) -> None:
+        del self.blocks[address]
+
+
+SIZES = st.lists(st.integers(1, BLOCK_BYTES + 5) | st.integers(1, 1000), max_size=12)
+
+
+@given(SIZES, SIZES)
+def test_the_same_pieces_lie_at_the_same_addresses(sizes: list[int], others: list[int]) -> None:
+    """Whatever was asked for in between, and no two of a pass overlap."""
+    pins = Pins()
+    outbox = Outbox(pins.pin, pins.unpin)
+    first = [outbox.take(nbytes) for nbytes in sizes]
+    ends = sorted((piece.address, piece.address + piece.nbytes) for piece in first)
+    assert all(end <= start for (_, end), (start, _) in pairwise(ends))
+    outbox.begin()
+    for nbytes in others:
+        outbox.take(nbytes)
+    outbox.begin()
+    assert [outbox.take(nbytes) for nbytes in sizes] == first
+    outbox.close()
+    assert not pins.blocks
+
+
+def test_results_that_somebody_holds_are_not_written_over() -> None:
+    """Their home is used again when nobody does."""
+    pins = Pins()
+    outbox = Outbox(pins.pin, pins.unpin)
+
+    def result(value: int) -> Any:
+        outbox.begin()
+        piece = outbox.take(1000)
+        ctypes.memset(piece.address, value, piece.nbytes)
+        return outbox.copied(piece)[10:20]
+
+    first, second = result(1), result(2)
+    assert (first == 1).all()
+    assert (second == 2).all()
+    where = second.ctypes.data
+    del first, second
+    third = result(3)
+    assert third.ctypes.data == where
+    assert result(4).ctypes.data != where
+    assert (third == 3).all()
