@@ -11,7 +11,7 @@ COMFYUI_OWN := .comfyui
 COMFYUI_PYTHON ?= $(COMFYUI_OWN)/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types unit soak fuzz audit test-cpus test-cuda test-comfyui test-gpu test-webgpu test-serve soak-serve test-ray format bench-cpu bench-peers bench-gpu clean
+.PHONY: help setup demo test lint types unit soak fuzz audit test-cpus test-cuda test-extras test-comfyui test-gpu test-webgpu test-serve soak-serve test-ray format bench-cpu bench-peers bench-gpu clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -45,7 +45,7 @@ lint: setup  ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: export MYPYPATH := .typecheck:tests:tests/export:tests/engines/standin:tests/engines/provider:tests/faults:tests/serve:benchmarks
+types: export MYPYPATH := .typecheck:tests:tests/export:tests/engines/standin:tests/engines/provider:tests/shipping:tests/faults:tests/serve:benchmarks
 types: setup  ## mypy, strict; our own code also as Windows and macOS see it
 	$(BIN)/mypy -p i2l
 	$(BIN)/mypy -p i2l --platform win32 --config-file .ci/mypy-elsewhere.ini --cache-dir .mypy_cache/win32
@@ -73,7 +73,11 @@ $(CPUS)/.ready: $(VENV)/.ready tests/cpus/setup
 	@touch $@
 
 test-cuda: $(CUDA)/.ready  ## The cuda backend on onnxruntime's real CUDA provider, NVIDIA's libraries played; x86-64 Linux with cc
-	$(BIN)/python -m pytest -m cuda tests/engines/provider
+	$(BIN)/python -m pytest -m cuda tests/engines
+
+test-extras: setup  ## The extras cpu, cuda and tensorrt, each in a fresh environment: what it brings, what i2l doctor says
+	$(BIN)/python -m pytest -m extras tests/shipping
+	rm -rf .extras
 
 $(CUDA)/.ready: $(VENV)/.ready
 	$(PYTHON) -m venv $(CUDA)

@@ -51,14 +51,10 @@ def main() -> None:
             "I2L_STANDIN_BYTES": str(48 << 30),
         }
         case = {"passes": [int(images) for images in options.passes.split(",")], "budget_bytes": 40 << 30}
-        command = [
-            home / "bin" / "python",
-            TESTS / "engines" / "provider" / "provider_run.py",
-            engines,
-            json.dumps(case),
-        ]
+        program = [str(home / "bin" / "python"), str(TESTS / "engines" / "provider" / "provider_run.py")]
+        command = [*program, str(engines), json.dumps(case)]
         said = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    sys.stdout.write(f"code: {Path(i2l.__file__).parent}, load {os.getloadavg()[0]:.1f}\n")
+    sys.stdout.write(f"code: {Path(i2l.__file__).parent}\n")
     for row in json.loads(said.splitlines()[-1])["passes"]:
         sys.stdout.write(f"{json.dumps({name: round(row[name], 1) for name in SHOWN})}\n")
 

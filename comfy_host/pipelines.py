@@ -3,7 +3,7 @@
 ComfyUI knows nothing of memory that onnxruntime or TensorRT hold: its memory management counts and unloads only what
 stands in its list of loaded models. So an open pipeline enters that list as a model without weights, and whatever
 unloads models (the button, ``/free``, another model that does not fit) closes the pipeline. The next run opens it
-again.
+again. Before it opens on a card, ComfyUI is asked for the memory, as for a model of its own.
 """
 
 import logging
@@ -12,7 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comfy.model_management import get_torch_device, load_models_gpu, unet_offload_device
+from comfy.model_management import (
+    free_memory,
+    get_torch_device,
+    load_models_gpu,
+    soft_empty_cache,
+    unet_offload_device,
+)
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import CallbacksMP
 
@@ -69,6 +75,7 @@ class OpenPipelines:
                 with pack_requirements():
                     from ..runtime.pipeline import Pipeline  # noqa: PLC0415 - onnxruntime
                 self._report = opening
+                make_room(manifest, backend, vram_budget_bytes)
                 self._pipeline = Pipeline(
                     engines,
                     backend=backend,
@@ -106,3 +113,25 @@ class OpenPipelines:
 
         self._patcher.add_callback(CallbacksMP.ON_DETACH, detached)
         load_models_gpu([self._patcher])
+
+
+def make_room(manifest: Manifest, backend: str, vram_budget_bytes: int | None) -> None:
+    """Let ComfyUI unload as many of its models as a card's backend wants VRAM, if there is a card that may be taken.
+
+    torch keeps what they leave, and ComfyUI counts that as free; to others it is not before the cache is emptied.
+
+    Args:
+        manifest: of the engines; without a budget all their weights are to find room, beside what ``auto`` leaves free.
+        backend: ``auto`` or a backend's name.
+        vram_budget_bytes: what it may take.
+    """
+    from ..engines.backends import detect_backends  # noqa: PLC0415 - onnxruntime
+    from ..engines.base import MARGIN_BYTES  # noqa: PLC0415
+
+    cards = [card for status in detect_backends() if backend in {"auto", status.name} for card in status.cards]
+    device = get_torch_device()
+    if device.type == "cpu" or all(card.software for card in cards):
+        return
+    packs_bytes = sum(manifest.files[model.pack].nbytes for model in manifest.models.values())
+    free_memory(vram_budget_bytes or packs_bytes + MARGIN_BYTES, device)
+    soft_empty_cache()

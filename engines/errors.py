@@ -108,8 +108,9 @@ class OutOfDeviceMemory(I2LError, MemoryError):
 
     def __init__(self, device: str, wanted_bytes: int, free_bytes: int | None) -> None:
         free = "" if free_bytes is None else f" ({format_bytes(free_bytes)} free)"  # not every card tells
+        wanted = format_bytes(wanted_bytes) if wanted_bytes else "what its driver or library wants"
         super().__init__(
-            f"{device} has no room for {format_bytes(wanted_bytes)}{free}: close other "
+            f"{device} has no room for {wanted}{free}: close other "
             "programs that use it, give a smaller --vram-budget, or use --backend cpu"
         )
 

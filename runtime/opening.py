@@ -14,8 +14,8 @@ from ..engines.backends import offer_of
 from ..engines.base import Backend, Limits, Opened
 from ..engines.directory.integrity import check_files
 from ..engines.directory.manifest import Manifest, read_manifest
-from ..engines.errors import DeviceFailed, EnginesError, OutOfDeviceMemory
-from ..machine.errors import OutputUnwritable
+from ..engines.errors import BackendUnavailable, BudgetTooSmall, DeviceFailed, EnginesError, OutOfDeviceMemory
+from ..machine.errors import I2LError, OutputUnwritable
 from ..machine.wording import format_bytes
 from .cache import default_cache_folder
 from .errors import EnginesReplaced, PipelineClosed
@@ -75,8 +75,12 @@ class OpenEngines:
             log.warning("a VRAM budget of %s has no effect: the backend is cpu (%s)", budget, self.reason)
         try:
             self._enter(self._open(self.name))
-        except OutOfDeviceMemory as error:
+        except (OutOfDeviceMemory, DeviceFailed, BackendUnavailable) as error:
             if not self._may_fall_back:
+                raise
+            self._fall_back(error)
+        except BudgetTooSmall as error:
+            if not self._may_fall_back or limits.vram.budget_bytes is not None:  # nobody asked for so little
                 raise
             self._fall_back(error)
 
@@ -132,7 +136,7 @@ class OpenEngines:
         self.running: Manifest = opened.running
         """Of the packs that are read: the same, except that the cpu backend reads the int8 form of fp8 engines."""
 
-    def _fall_back(self, cause: OutOfDeviceMemory | DeviceFailed) -> None:
+    def _fall_back(self, cause: I2LError) -> None:
         """Go on with the CPU, on the build that was opened.
 
         Raises:
@@ -144,7 +148,7 @@ class OpenEngines:
         if standby is None and not (self.path / self._for_cpu.build).is_dir():
             raise EnginesReplaced(self.path, self.name) from cause
         self._enter(standby or self._open("cpu"))
-        why = "ran out of memory" if isinstance(cause, OutOfDeviceMemory) else "failed"
+        why = "ran out of memory" if isinstance(cause, MemoryError) else "failed"
         self.name, self.reason, self.computes = "cpu", f"{self.name} {why}", "cpu"
         self.alone = False
         self._may_fall_back = False

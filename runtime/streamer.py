@@ -7,9 +7,11 @@ ones behind them are already coming. Every backend is driven by this one functio
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 
 from ..engines.base import Value, WeightStore
 from ..engines.directory.manifest import Chunk, Step
+from ..engines.errors import DeviceFailed, OutOfDeviceMemory
 
 
 def stream(store: WeightStore, chunks: Sequence[Chunk]) -> Iterator[tuple[Step, Mapping[str, Value]]]:
@@ -30,4 +32,5 @@ def stream(store: WeightStore, chunks: Sequence[Chunk]) -> Iterator[tuple[Step, 
             store.release(held.popleft())
     finally:
         for chunk in held:
-            store.release(chunk)
+            with suppress(DeviceFailed, OutOfDeviceMemory):  # the error that ended the work is told already
+                store.release(chunk)

@@ -49,6 +49,8 @@ class Host:
         self.interrupt_at: int | None = None
         """Interrupt once the bar has moved so often."""
         self.loaded: list[weakref.ref[ModelPatcher]] = []
+        self.asked: list[int] = []
+        """Bytes that it was to free; 0: what torch keeps."""
         self.client_id: str | None = "a browser"
         self.nodes: dict[str, Any] = {}
         """Every class of nodes that it knows."""
@@ -106,6 +108,8 @@ class Host:
             intermediate_device=lambda: torch.device("cpu"),
             get_torch_device=lambda: torch.device("cpu"),
             unet_offload_device=lambda: torch.device("cpu"),
+            free_memory=lambda nbytes, _: self.asked.append(nbytes),
+            soft_empty_cache=lambda: self.asked.append(0),
             load_models_gpu=lambda models: self.loaded.extend(map(weakref.ref, models)),
         )
         vars(modules["comfy.model_patcher"]).update(ModelPatcher=ModelPatcher)

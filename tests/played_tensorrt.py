@@ -250,7 +250,11 @@ class Context:
             return False
         self._played.compiled.add((self._engine.runner.activation, self._images))
         work = self._work(dict(self._addresses), self._scratch)
-        self._played.launch(stream, work, [*self._ranges(), (*self._scratch, True)])
+        try:
+            self._played.launch(stream, work, [*self._ranges(), (*self._scratch, True)])
+        except RuntimeError as error:  # a card that is lost; TensorRT raises nothing
+            self._played.said(str(error))
+            return False
         return True
 
     def _ranges(self) -> Iterator[tuple[int, int, bool]]:

@@ -35,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engines.tensorrt": COMPUTING,
     "engines.backends": COMPUTING | {"engines.cpu", "engines.cuda", "engines.plugin", "engines.tensorrt"},
     "lora": DISK | {"engines.base"},
-    "runtime.streamer": {"engines.base", "engines.directory"},
+    "runtime.streamer": {"engines.base", "engines.directory", "engines.errors"},
     "runtime.proof": COMPUTING | {"engines.backends", "runtime.streamer"},
     "runtime": RUNNING | {"runtime.streamer", "runtime.proof"},
     "export.checkpoints": DISK,
@@ -62,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cluster": RUNNING | {"runtime"},
     "serve": RUNNING | {"runtime"},
     "serve.http": RUNNING | {"runtime", "look", "serve"},
-    "comfy_host": DISK | {"engines.backends", "lora", "runtime", "export.checkpoints", "export"},
+    "comfy_host": DISK | {"engines.base", "engines.backends", "lora", "runtime", "export.checkpoints", "export"},
     "comfy_host.pictures": {"machine", "runtime.pictures", "comfy_host"},
     "comfy_nodes": {"machine", "lora", "comfy_host", "comfy_host.pictures"},
     "commands": RUNNING

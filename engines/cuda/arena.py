@@ -14,6 +14,7 @@ import ctypes
 from bisect import bisect_left, insort
 
 from ..device.device import Device, Workspace, aligned
+from ..errors import DeviceFailed, OutOfDeviceMemory
 
 KEPT_BYTES = 2 << 20
 """Of a piece for what sessions keep: what the driver gives at least."""
@@ -36,8 +37,8 @@ class Arena:
         """Sessions are being opened: what they ask for stays."""
         self.most_bytes = 0
         """The highest end of what was given out since it was set to 0."""
-        self.refused_bytes = 0
-        """What was asked for last and not there."""
+        self.refusal: DeviceFailed | OutOfDeviceMemory | None = None
+        """Why the last piece that was asked for was not given."""
         self._device = device
         self._given: list[tuple[int, int]] = []
         """``(start, end)`` from the beginning of the scratch, ascending."""
@@ -56,14 +57,18 @@ class Arena:
         """An address; 0 where there is no room, as nothing can be raised through C."""
         size = aligned(max(nbytes, 1))
         if self.opening:
-            return self._keep(size)
+            try:
+                return self._keep(size)
+            except (DeviceFailed, OutOfDeviceMemory) as error:
+                self.refusal = error.with_traceback(None)  # its frames would keep the session
+                return 0
         start = 0
         for other, end in self._given:
             if other - start >= size:
                 break
             start = end
         if start + size > self.workspace.scratch_bytes:
-            self.refused_bytes = nbytes
+            self.refusal = OutOfDeviceMemory(self._device.name, nbytes, self.workspace.scratch_bytes)
             return 0
         insort(self._given, (start, start + size))
         self.most_bytes = max(self.most_bytes, start + size)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..base import Arithmetic, BackendStatus, CardFacts, Limits, Offer, Opened
 from ..device import driver
 from ..device.backend import DeviceBackend
-from ..device.device import Workspace
+from ..device.device import Workspace, finish_at_last
 from ..device.residency import RESERVED_BYTES, GraphMemory
 from ..device.which_card import card_facts, chosen_card
 from ..directory.architectures import BFLOAT16_FROM
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from .session import OrtDeviceEngine
 
 
+LIBRARIES = 'pip install "onnxruntime-gpu[cuda]" nvidia-cublas'
+"""Its own extra leaves out cuBLAS."""
+
+
 def find_cuda() -> BackendStatus:
     """It wants a driver, onnxruntime's build for CUDA, and cuda-python."""
     import onnxruntime  # noqa: PLC0415 - as below
@@ -38,7 +42,7 @@ def find_cuda() -> BackendStatus:
         return BackendStatus("cuda", works=False, reason="onnxruntime is the build for the CPU", remedy=remedy)
     if lacking := missing_libraries():
         reason = f"CUDA's libraries are missing for onnxruntime-gpu {onnxruntime.__version__} ({', '.join(lacking)})"
-        return BackendStatus("cuda", works=False, reason=reason, remedy='pip install "onnxruntime-gpu[cuda]"')
+        return BackendStatus("cuda", works=False, reason=reason, remedy=LIBRARIES)
     if status := driver.without_cuda_python("cuda"):
         return status
     version = onnxruntime.__version__
@@ -68,13 +72,10 @@ def open_cuda(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
     """
     from ..device.card import CudaDevice  # noqa: PLC0415 - the leaf that needs CUDA
     from .session import CudaTarget, OrtDeviceEngine  # noqa: PLC0415
-    from .warming import measured_memory, too_small  # noqa: PLC0415
+    from .warming import measured_memory, session_bytes, too_small  # noqa: PLC0415
 
     # read now, so that an open pipeline outlives a rebuild
     models = {graph: path.read_bytes() for graph, path in checked_graphs(engines, manifest).items()}
-    budget_bytes = limits.vram.budget_bytes
-    if budget_bytes is not None and budget_bytes < RESERVED_BYTES:
-        raise too_small(manifest.models, limits.images, budget_bytes)
     with ExitStack() as undo:
         device = CudaDevice(index=chosen_card("cuda", limits.device))
         undo.callback(device.close)
@@ -82,12 +83,14 @@ def open_cuda(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
             reason = f"its graphs multiply in bfloat16, which {device.name} (sm{device.sm}) cannot"
             raise BackendUnavailable("cuda", reason, "use --backend cpu")
         budget = limits.vram.on(device)
+        if budget < RESERVED_BYTES:
+            raise too_small(manifest.models, limits.images, budget, session_bytes(device.sm) * len(models))
         used = device.used_bytes
         arena = Arena(device, Workspace())
         undo.callback(arena.close)
         opened: dict[str, OrtDeviceEngine] = {}
         undo.callback(opened.clear)  # no session outlives the card and its streams
-        target = CudaTarget(arena, device.name, device.compute_stream, device.index)
+        target = CudaTarget(arena, device.compute_stream, device.index)
         for graph, model in models.items():
             opened[graph] = OrtDeviceEngine(graph, model, target, arena.workspace)
         memory = measured_memory(device, arena, opened, manifest.models, limits.images, budget, used)
@@ -114,7 +117,7 @@ class CudaBackend(DeviceBackend):
         super().__init__("cuda", device, opened.__getitem__, engines, manifest, memory, budget_bytes, arena.workspace)
 
     def close(self) -> None:
-        self.device.finish()
+        finish_at_last(self.device)
         self._engines.clear()
         self._opened.clear()
         self._arena.close()

@@ -28,8 +28,15 @@ from .arena import Arena
 from .errors import ProviderMissing
 from .libraries import missing_libraries
 
-NO_MEMORY = re.compile(r"out of memory|failed to allocate memory|available memory of \d+ is smaller", re.IGNORECASE)
-"""How the CUDA provider and its arena say that memory ran out; they have no error class for it."""
+WARNINGS, ERRORS, FATAL = 2, 3, 4
+"""What onnxruntime writes to standard error: that and worse."""
+NO_MEMORY = re.compile(
+    r"out of memory|failed to allocate memory|available memory of \d+ is smaller|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED",
+    re.IGNORECASE,
+)
+"""How the CUDA provider, its arena and cuBLAS say that memory ran out; they have no error class for it."""
+CAUSE = re.compile(r"\b(?:CUDA|CUBLAS\w*|CUDNN\w*) (?:failure|error)\b[^;\n]*")
+"""The part of onnxruntime's text that says what happened, among C++ templates, paths and the machine's name."""
 REGISTERING = threading.Lock()
 """Onnxruntime has one shared allocator of each card for the whole process."""
 
@@ -51,7 +58,7 @@ class CpuTarget:
     def opening(self, _: ort.SessionOptions) -> Iterator[None]:
         yield
 
-    def out_of_memory(self) -> OutOfDeviceMemory | None:
+    def refusal(self) -> None:
         return None
 
 
@@ -60,8 +67,6 @@ class CudaTarget:
     """The CUDA provider in an arena."""
 
     arena: Arena
-    name: str
-    """Of the card, for errors."""
     stream: int
     """The compute lane's."""
     index: int = 0
@@ -81,19 +86,25 @@ class CudaTarget:
 
     @contextmanager
     def opening(self, options: ort.SessionOptions) -> Iterator[None]:
-        """A session that opens meanwhile computes in the arena; what it asks for now it keeps."""
+        """A session that opens meanwhile computes in the arena; what it asks for now it keeps.
+
+        For each, onnxruntime looks for a plugin of that name first, and warns that there is none: process-wide, so only
+        for as long. Nobody can ask what the level was; this is onnxruntime's own.
+        """
         options.add_session_config_entry("session.use_env_allocators", "1")
         with registered(self.arena.options, self.index):
             self.arena.opening = True
+            ort.set_default_logger_severity(ERRORS)
             try:
                 yield
             finally:
+                ort.set_default_logger_severity(WARNINGS)
                 self.arena.opening = False
 
-    def out_of_memory(self) -> OutOfDeviceMemory | None:
-        """What the arena refused since it was last asked."""
-        wanted, self.arena.refused_bytes = self.arena.refused_bytes, 0
-        return OutOfDeviceMemory(self.name, wanted, self.arena.workspace.scratch_bytes) if wanted else None
+    def refusal(self) -> DeviceFailed | OutOfDeviceMemory | None:
+        """Why the arena gave nothing, if it did not since it was last asked."""
+        refusal, self.arena.refusal = self.arena.refusal, None
+        return refusal
 
 
 @contextmanager
@@ -130,7 +141,7 @@ class OrtDeviceEngine:
     def __init__(self, graph: str, model: bytes, target: CpuTarget | CudaTarget, workspace: Workspace) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = target.threads
-        options.log_severity_level = 3
+        options.log_severity_level = FATAL  # an error is raised, and said once
         # A pattern is one piece per run in place of fifty; but the first run of each size has none, and needs its own.
         options.enable_mem_pattern = False
         if target.provider not in ort.get_available_providers():
@@ -191,9 +202,14 @@ class OrtDeviceEngine:
         try:
             yield
         except (Fail, RuntimeException, RuntimeError) as error:  # run_with_iobinding raises a plain RuntimeError
-            where = f"{self._target.provider} ({self._graph})"
-            if refused := self._target.out_of_memory():
-                raise refused from error
-            if NO_MEMORY.search(str(error)):
-                raise OutOfDeviceMemory(where, 0, None) from error
-            raise DeviceFailed(where, str(error).splitlines()[0]) from error
+            raise self._as_ours(error) from error
+
+    def _as_ours(self, error: Exception) -> DeviceFailed | OutOfDeviceMemory:
+        """The error to raise; made here, as a frame that holds what it raises keeps the session alive."""
+        where = f"{self._target.provider} ({self._graph})"
+        if refusal := self._target.refusal():
+            return refusal
+        if NO_MEMORY.search(str(error)):
+            return OutOfDeviceMemory(where, 0, None)
+        cause = CAUSE.search(str(error))
+        return DeviceFailed(where, (cause[0] if cause else str(error).splitlines()[0]).strip())

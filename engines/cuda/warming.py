@@ -1,10 +1,12 @@
 """What the cuda backend needs of a card beside its weights: every graph runs there before anything is planned.
 
 onnxruntime does not tell beforehand what a graph computes in, and which kernels it takes depends on the card. So each
-runs, with every number of images, on whatever bytes the memory holds, in all that the budget leaves. CUDA loads the
-kernels' code at that time, too. What was seen is what is planned (arena.py says why it stays so).
+runs, with every number of images, on whatever bytes the memory holds: first in what an estimate says, so that nobody
+else on the card is pushed out; in all that the budget leaves only where that is too little. CUDA loads the kernels'
+code at that time, too. What was seen is what is planned (arena.py says why it stays so).
 """
 
+import logging
 import math
 import traceback
 from collections.abc import Mapping
@@ -12,16 +14,23 @@ from dataclasses import replace
 
 from ...specs import Family
 from ..base import Value
-from ..device.device import Device, aligned
+from ..device.device import Device, aligned, finish_at_last
 from ..device.predict import graph_memory, is_matrix
 from ..device.residency import RESERVED_BYTES, GraphMemory, plan_residency
 from ..directory.manifest import Model, Step, inputs_of
+from ..directory.tensorfile import TENSOR_ALIGN
 from ..errors import BudgetTooSmall, OutOfDeviceMemory
 from .arena import Arena
 from .session import OrtDeviceEngine
 
-SESSION_BYTES = 10 << 20
-"""Assumed of one before it is opened: cuBLAS' workspace, 8.1 MiB by its documentation (32 from sm90 on), and code."""
+log = logging.getLogger(__name__)
+CUBLAS_BYTES = 8320 << 10
+"""Of a session before it is opened: cuBLAS' workspace, by its documentation."""
+HOPPERS_CUBLAS_BYTES = 32 << 20
+"""The same from sm90 on."""
+HOPPER = 90
+CODE_BYTES = 2 << 20
+"""Assumed of a session's kernels."""
 SESSIONS = "sessions"
 """Under this name stands what all graphs keep together."""
 
@@ -53,24 +62,37 @@ def measured_memory(
     steps = {step.graph: (step, m) for m in models.values() for chunk in m.chunks for step in chunk.steps}
     values = max(engine.value_bytes(images) for engine in engines.values())
     weights = max(step_bytes(step, model) for step, model in steps.values())
-    kept = max(device.used_bytes - used_before_bytes, 0)
-    room = min(budget_bytes - RESERVED_BYTES - kept, device.free_bytes()) // 256 * 256
-    scratch = room - values - weights
-    if scratch < 0:
-        raise too_small(models, images, budget_bytes, kept)
-    address = device.allocate(room)
-    workspace = arena.workspace
-    workspace.address, workspace.scratch_bytes, workspace.values_bytes = address, scratch, values
-    try:
-        memory = _seen(device, arena, engines, steps, images, address + scratch + values)
-    except OutOfDeviceMemory as error:
-        for raised in filter(None, (error, error.__cause__)):  # they hold a session, which must not outlive the card
-            traceback.clear_frames(raised.__traceback__)
-        raise too_small(models, images, budget_bytes, kept) from error
-    finally:
-        device.finish()
-        device.free(address)
-        workspace.address = workspace.scratch_bytes = workspace.values_bytes = 0
+    estimate = max(memory.activation_bytes for memory in estimated_memory(models, images).values())
+    kept, workspace = 0, arena.workspace
+
+    def run_all(scratch_bytes: int) -> dict[str, GraphMemory]:
+        address = device.allocate(scratch_bytes + values + weights)
+        workspace.address, workspace.scratch_bytes, workspace.values_bytes = address, scratch_bytes, values
+        try:
+            return _seen(device, arena, engines, steps, images, address + scratch_bytes + values)
+        finally:
+            finish_at_last(device)
+            device.free(address)
+            workspace.address = workspace.scratch_bytes = workspace.values_bytes = 0
+
+    for limit in (estimate, None):
+        kept = max(device.used_bytes - used_before_bytes, kept)  # libraries keep what they took at the first run
+        left, free = budget_bytes - RESERVED_BYTES - kept, device.free_bytes()
+        most = min(left, free) // TENSOR_ALIGN * TENSOR_ALIGN - values - weights
+        small = too_small(models, images, budget_bytes, kept)
+        others = OutOfDeviceMemory(device.name, small.needed_bytes - RESERVED_BYTES, free)
+        refusal = others if free < left else small
+        if most < 0:
+            raise refusal
+        try:
+            memory = run_all(most if limit is None else min(limit, most))
+            break
+        except OutOfDeviceMemory as error:
+            for raised in filter(None, (error, error.__cause__)):  # they hold a session; none must outlive the card
+                traceback.clear_frames(raised.__traceback__)
+            if limit is None:
+                raise refusal from error
+            log.debug("%s: warming up in an estimated %d bytes of scratch was not enough", device.name, limit)
     kept = max(device.used_bytes - used_before_bytes, kept)
     return memory | {SESSIONS: GraphMemory(0, 0, kept)}
 
@@ -94,14 +116,15 @@ def _seen(
     return memory
 
 
-def too_small(
-    models: Mapping[Family, Model], images: int, budget_bytes: int, kept_bytes: int | None = None
-) -> BudgetTooSmall:
-    """The error, with what is estimated to be enough; ``kept_bytes``: what the sessions keep, where that is known."""
+def session_bytes(sm: int) -> int:
+    """What a session is assumed to keep on a card of this compute capability, before it is opened there."""
+    return CODE_BYTES + (HOPPERS_CUBLAS_BYTES if sm >= HOPPER else CUBLAS_BYTES)
+
+
+def too_small(models: Mapping[Family, Model], images: int, budget_bytes: int, kept_bytes: int) -> BudgetTooSmall:
+    """The error, with what is estimated to be enough; ``kept_bytes``: what the sessions keep."""
     chunks = {family: model.chunks for family, model in models.items()}
     memory = estimated_memory(models, images)
-    if kept_bytes is None:
-        kept_bytes = SESSION_BYTES * len(memory)
     memory = {graph: replace(facts, context_bytes=0) for graph, facts in memory.items()}
     least = plan_residency(chunks, memory | {SESSIONS: GraphMemory(0, 0, kept_bytes)}, 1 << 62).least_bytes
     return BudgetTooSmall(budget_bytes, max(least, budget_bytes + 1))

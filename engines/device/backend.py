@@ -16,7 +16,7 @@ from ..directory.integrity import fingerprint, require_unchanged
 from ..directory.manifest import Manifest
 from ..errors import OutOfDeviceMemory, ShapeMismatch
 from ..replay.model_graphs import ModelGraphs, Recording
-from .device import Device, Workspace
+from .device import Device, Workspace, finish_at_last
 from .pinned.host_cache import plan_host_cache
 from .residency import GraphMemory, Residency, plan_residency
 from .slots import DeviceStore, DeviceWeights
@@ -112,7 +112,7 @@ class DeviceBackend:
         self.device.keep_on_host(regions, plan.floor_bytes)
 
     def close(self) -> None:
-        self.device.finish()  # an engine must not go while it computes
+        finish_at_last(self.device)  # an engine must not go while it computes
         self._drop_graphs()
         self._engines.clear()
         self._weights.close()

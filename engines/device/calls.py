@@ -87,7 +87,7 @@ class DriverCalls:
         if status == self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             found, *free = self._driver.cuMemGetInfo()
             known = found == self._driver.CUresult.CUDA_SUCCESS
-            raise OutOfDeviceMemory(self.name, wanted_bytes, int(free[0]) if known else 0)
+            raise OutOfDeviceMemory(self.name, wanted_bytes, int(free[0]) if known else None)
         if status != self._driver.CUresult.CUDA_SUCCESS:
             raise DeviceFailed(self.name, f"{function}: {status.name}")
         return values[0] if len(values) == 1 else values

@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -52,16 +53,23 @@ class CudaDevice:
         self._call = DriverCalls(index, backend)
         self.index = index
         self.name = self._call.name
-        self.sm = self._call.sm
-        """The compute capability, 89 for 8.9."""
-        self._streams = {lane: self._call("cuStreamCreateWithPriority", NON_BLOCKING, 0) for lane in LANES}
+        self._made: list[Any] = []
+        try:
+            self.sm = self._call.sm
+            """The compute capability, 89 for 8.9."""
+            for _ in LANES:
+                self._made.append(self._call("cuStreamCreateWithPriority", NON_BLOCKING, 0))
+            self._free_at_start = self.free_bytes()
+        except (DeviceFailed, OutOfDeviceMemory):
+            self._give_back()
+            raise
+        self._streams: dict[Lane, Any] = dict(zip(LANES, self._made, strict=True))
         self._copies = CopyLane(self._call, self._streams["copy"])
         self._values = Staging(self._call, piece_bytes=VALUE_BYTES)
         self._outbox = Outbox(self._pinned, partial(self._call.give_back, "cuMemFreeHost"))
         self._fetched = True
         """The host has waited since something was last asked for."""
         self._closed = False
-        self._free_at_start = self.free_bytes()
         self._peak_bytes = 0
 
     @property
@@ -83,7 +91,8 @@ class CudaDevice:
         the driver takes its time to answer, and what libraries take they keep.
         """
         if not self._closed:
-            self._look()
+            with suppress(DeviceFailed):  # a number for a report: no reason to lose what was computed
+                self._look()
         return self._peak_bytes
 
     def free_bytes(self) -> int:
@@ -115,9 +124,7 @@ class CudaDevice:
         self._copies.close()
         self._values.close()
         self._outbox.close()
-        for stream in self._streams.values():
-            self._call.give_back("cuStreamDestroy", stream)
-        self._call.close()
+        self._give_back()
 
     def pinned_bandwidth(self, nbytes: int = 256 << 20, copies: int = 8) -> float:
         """Bytes per second of plain copies from pinned memory: what the streamer is measured against."""
@@ -226,6 +233,12 @@ class CudaDevice:
 
     def _pinned(self, nbytes: int) -> int:
         return int(self._call("cuMemAllocHost", nbytes))
+
+    def _give_back(self) -> None:
+        """Streams, and the context, which takes half a gigabyte of the card."""
+        for stream in self._made:
+            self._call.give_back("cuStreamDestroy", stream)
+        self._call.close()
 
     def _look(self) -> None:
         self._peak_bytes = max(self._peak_bytes, self.used_bytes)

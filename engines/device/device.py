@@ -5,12 +5,16 @@ events: ``record`` marks a point in a lane, ``wait`` keeps the later work of a l
 (On CUDA a lane is a stream.) So all rules of streaming can be stated, and tested on a fake device, in these few calls.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
 from ..base import Array, Value
 from ..directory.tensorfile import TENSOR_ALIGN, TensorInfo
+from ..errors import DeviceFailed, OutOfDeviceMemory
+
+log = logging.getLogger(__name__)
 
 Lane: TypeAlias = Literal["copy", "compute"]
 Event: TypeAlias = Any
@@ -134,3 +138,11 @@ class Workspace:
 def aligned(nbytes: int) -> int:
     """Rounded up to where the next tensor may begin."""
     return -(-nbytes // TENSOR_ALIGN) * TENSOR_ALIGN
+
+
+def finish_at_last(device: Device) -> None:
+    """Wait for enqueued work before what it uses goes. Never raises: a card that is lost does no more of it."""
+    try:
+        device.finish()
+    except (DeviceFailed, OutOfDeviceMemory) as error:
+        log.debug("giving back what a card that does not answer had: %s", error)

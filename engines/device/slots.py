@@ -21,7 +21,7 @@ from ...specs import Family
 from ..base import Value
 from ..directory.manifest import Chunk, Model, Step, inputs_of
 from ..errors import OutOfDeviceMemory
-from .device import Device, Event, Lane, Workspace, aligned
+from .device import Device, Event, Lane, Workspace, aligned, finish_at_last
 from .residency import Residency
 
 log = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class DeviceWeights:
         """Give all memory back."""
         self.stores = {}
         if self._allocations:
-            self.device.finish()
+            finish_at_last(self.device)
         while self._allocations:
             self.device.free(self._allocations.pop())
 

@@ -61,8 +61,10 @@ def most_free(backend: str) -> int:
     for index in range(len(names)):
         try:
             call = DriverCalls(index, backend)
-            free[index], _ = map(int, call("cuMemGetInfo"))
-            call.close()
+            try:
+                free[index], _ = map(int, call("cuMemGetInfo"))
+            finally:
+                call.close()
         except (BackendUnavailable, DeviceFailed, OutOfDeviceMemory) as error:  # full, or in use by one program alone
             log.info("card %d, %s, is passed over: %s", index, names[index], error)
     best = max(free, key=lambda index: free[index], default=0)

@@ -14,7 +14,7 @@ from ...machine.errors import PackageMissing
 from ..base import Arithmetic, Array, BackendStatus, CardFacts, Limits, Offer, Opened, Value
 from ..device import driver
 from ..device.backend import DeviceBackend
-from ..device.device import Workspace
+from ..device.device import Workspace, finish_at_last
 from ..device.residency import CONTEXT_BYTES, GraphMemory
 from ..device.which_card import card_facts, chosen_card
 from ..directory.generations import engines_for
@@ -135,7 +135,7 @@ class TensorRTBackend(DeviceBackend):
         return taken
 
     def close(self) -> None:
-        self.device.finish()
+        finish_at_last(self.device)
         self._runtime.cache.save()  # what an interrupted pass compiled
         self.opened.clear()
         super().close()

@@ -9,6 +9,7 @@ for a renderer in software the process's own memory, whose growth is the card's.
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,11 +63,26 @@ def _by_nvml() -> Told | None:
     try:
         pynvml.nvmlInit()
         cards = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        nbytes = sum(_largest(pynvml, card) for card in cards)
+        nbytes = sum(_largest(pynvml, part) for card in cards for part in _slices(pynvml, card))
         pynvml.nvmlShutdown()
     except pynvml.NVMLError:
         return None
     return Told(nbytes, "NVML") if nbytes else None
+
+
+def _slices(nvml: Any, card: object) -> list[object]:
+    """The slices of a card in MIG mode, which answer to everybody; the card where it is whole."""
+    try:
+        mode, _ = nvml.nvmlDeviceGetMigMode(card)
+    except nvml.NVMLError:  # most cards know no such mode
+        return [card]
+    if mode != nvml.NVML_DEVICE_MIG_ENABLE:
+        return [card]
+    slices = []
+    for index in range(nvml.nvmlDeviceGetMaxMigDeviceCount(card)):
+        with suppress(nvml.NVMLError):  # no slice was made there
+            slices.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(card, index))
+    return slices
 
 
 def _largest(nvml: Any, card: object) -> int:

@@ -40,6 +40,7 @@ from i2l.comfy_host.errors import (
 )
 from i2l.comfy_host.heat_map import CELL_HEIGHT, LEFT, TOP, VIRIDIS, cell_width
 from i2l.engines.backends import BACKENDS
+from i2l.engines.base import BackendStatus, CardFacts
 from i2l.engines.cpu.backend import OrtEngine
 from i2l.engines.cpu.converted import CPU_FOLDER
 from i2l.errors import BackendUnavailable, CheckpointMissing, ImageAbsurd, ImageUnreadable
@@ -423,6 +424,34 @@ def test_freeing_memory_closes_the_pipeline(
     _, after = apply()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert len([r for r in caplog.records if r.message.startswith("i2l: opened")]) == 2
+
+
+def test_a_cards_memory_is_asked_of_comfyui(
+    nodes: ModuleType, apply: Callable[..., Any], host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is opened there, the budget or room for all weights; of a machine without a card nothing."""
+    apply()
+    assert host.asked == []
+    manifest = nodes.open_pipelines._pipeline.manifest
+    packs = sum(manifest.files[model.pack].nbytes for model in manifest.models.values())
+    cards = (CardFacts("a card"),)
+    found = BackendStatus("cuda", works=True, reason="it is played", cards=cards)
+    monkeypatch.setattr("i2l.engines.backends.detect_backends", lambda: (found,))
+    monkeypatch.setattr("i2l.comfy_host.pipelines.get_torch_device", lambda: torch.device("cuda"))
+    opened = Pipeline.__init__
+
+    def opens(*arguments: Any, **options: Any) -> None:
+        assert host.asked == [packs + (2 << 30), 0]
+        opened(*arguments, **options)
+
+    monkeypatch.setattr(Pipeline, "__init__", opens)
+    host.unload_all_models()
+    apply()
+    make_room = importlib.import_module("i2l.comfy_host.pipelines").make_room
+    for backend, budget, asked in (("cuda", 5, [5, 0]), ("cpu", 5, []), ("webgpu", 5, [])):
+        host.asked.clear()
+        make_room(manifest, backend, budget)
+        assert host.asked == asked
 
 
 @pytest.mark.parametrize("moves", [1, 4, 9])

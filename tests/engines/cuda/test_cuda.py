@@ -213,7 +213,7 @@ def test_a_cpu_onnxruntime_says_what_to_install(head: bytes) -> None:
     if "CUDAExecutionProvider" in ort.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(ProviderMissing, match=r"without CUDAExecutionProvider.*i2l-engines\[cuda\]"):
-        OrtDeviceEngine("dinov3.head", head, CudaTarget(Arena(HostDevice(0), Workspace()), "card", 0), Workspace())
+        OrtDeviceEngine("dinov3.head", head, CudaTarget(Arena(HostDevice(0), Workspace()), 0), Workspace())
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_the_arena_gives_out_each_byte_once(work: list[tuple[int, int]], scratch
             address = arena.allocate(nbytes)
             places[-1].append(address)
             if not address:
-                assert arena.refused_bytes == nbytes
+                assert isinstance(arena.refusal, OutOfDeviceMemory)
                 continue
             end = address + max(nbytes, 1)
             assert address % 256 == 0
@@ -361,6 +361,49 @@ def test_what_is_missing_is_told_apart(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "CUDA's libraries are missing" in status.reason
     assert status.reason.endswith("(libcublas.so.13)")
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("system", "torchs", "imported", "broken", "places", "lacking"),
+    [
+        ("Windows", "2.13.0+cu130", True, "", set(), ()),  # as in ComfyUI: they are in the process
+        ("Windows", "2.13.0+cu130", False, "", {"torch"}, ()),
+        ("Windows", "2.13.0+cu128", True, "", {"nvidia"}, ()),  # of another CUDA
+        ("Linux", "2.13.0+cu130", True, "", {"nvidia"}, ()),  # the packages that PyTorch brought
+        ("Linux", "2.13.0+cu130", True, "/libcublas.so.13", {"nvidia", "system"}, ()),
+        ("Linux", "2.13.0+cu130", True, "libcublas.so.13", {"nvidia"}, ("libcublas.so.13",)),
+    ],
+)
+def test_pytorchs_libraries_serve_onnxruntime(
+    monkeypatch: pytest.MonkeyPatch,
+    system: str,
+    torchs: str,
+    imported: bool,
+    broken: str,
+    places: set[str],
+    lacking: tuple[str, ...],
+) -> None:
+    """onnxruntime's own search; played are the system, PyTorch's build and what loads."""
+    found: set[str] = set()
+
+    def load(name: str) -> None:
+        if broken and name.endswith(broken):
+            raise OSError("not of this machine")
+        if "140" not in name:  # Microsoft's
+            found.add("nvidia" if "/nvidia/" in name else "torch" if "/torch/lib/" in name else "system")
+
+    missing_libraries.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(ort, "cuda_version", "13.0")
+        patch.setattr(ort, "_get_package_version", lambda _: torchs)
+        patch.setattr("platform.system", lambda: system)
+        patch.setattr("os.path.isfile", lambda path: "/nvidia/" in path or "/torch/lib/" in path)
+        patch.setattr("ctypes.CDLL", load)
+        if not imported:
+            patch.delitem(sys.modules, "torch")
+        assert missing_libraries() == lacking
+    missing_libraries.cache_clear()
+    assert found == places
 
 
 def test_without_any_onnxruntime_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@
  * write, so that the driver finds races with the chunks' copies. What is not here but imported answers with an error; the
  * test generates it from the provider's own list of imports (test_provider.py).
  *
- *   I2L_STANDIN_CUBLAS_BYTES=n   what a cuBLAS handle takes; its documented workspace below sm90 otherwise
+ *   I2L_STANDIN_CUBLAS_BYTES=n   what a cuBLAS handle takes; its documented workspace otherwise
  *
  * cc -I folder-of-NVIDIA's-headers: for the layout of cudaDeviceProp alone (package nvidia-cuda-runtime).
  */
@@ -22,6 +22,7 @@ typedef cudaError_t Error;
 typedef void *Stream;
 
 int cuInit(unsigned), cuDeviceGetCount(int *), cuDeviceGetName(char *, int, int), cuDeviceTotalMem_v2(size_t *, int);
+int cuDeviceGetAttribute(int *, int, int);
 int cuDevicePrimaryCtxRetain(void **, int), cuCtxGetCurrent(void **), cuCtxSetCurrent(void *), cuCtxGetDevice(int *), cuCtxSynchronize(void);
 int cuMemAlloc_v2(void **, size_t), cuMemFree_v2(void *), cuMemGetInfo_v2(size_t *, size_t *);
 int cuMemHostAlloc(void **, size_t, unsigned), cuMemFreeHost(void *), cuPointerGetAttribute(void *, int, u64);
@@ -64,9 +65,9 @@ Error cudaSetDevice(int device) {
     return from(status ? status : cuCtxSetCurrent(context));
 }
 Error cudaDeviceSynchronize(void) { HERE; return from(cuCtxSynchronize()); }
-Error cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int device) { /* of an RTX 40 */
-    (void)device;
-    *value = attribute == cudaDevAttrComputeCapabilityMajor ? 8 : attribute == cudaDevAttrComputeCapabilityMinor ? 9 : attribute == cudaDevAttrMultiProcessorCount ? 128
+Error cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute, int device) { /* of an RTX 40, but for its capability */
+    if (attribute == cudaDevAttrComputeCapabilityMajor || attribute == cudaDevAttrComputeCapabilityMinor) return from(cuDeviceGetAttribute(value, attribute, device));
+    *value = attribute == cudaDevAttrMultiProcessorCount ? 128
            : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? 101376 : attribute == cudaDevAttrMaxThreadsPerBlock ? 1024 : attribute == cudaDevAttrWarpSize ? 32 : 0;
     return cudaSuccess;
 }
@@ -74,7 +75,8 @@ Error cudaGetDeviceProperties(struct cudaDeviceProp *facts, int device) {
     memset(facts, 0, sizeof *facts);
     cuDeviceGetName(facts->name, sizeof facts->name, device);
     cuDeviceTotalMem_v2(&facts->totalGlobalMem, device);
-    facts->major = 8, facts->minor = 9, facts->multiProcessorCount = 128, facts->warpSize = 32;
+    cuDeviceGetAttribute(&facts->major, cudaDevAttrComputeCapabilityMajor, device), cuDeviceGetAttribute(&facts->minor, cudaDevAttrComputeCapabilityMinor, device);
+    facts->multiProcessorCount = 128, facts->warpSize = 32;
     facts->maxThreadsPerBlock = facts->maxThreadsDim[0] = facts->maxThreadsDim[1] = 1024, facts->maxThreadsDim[2] = 64;
     facts->maxGridSize[0] = 0x7fffffff, facts->maxGridSize[1] = facts->maxGridSize[2] = 65535;
     facts->sharedMemPerBlock = 49152, facts->sharedMemPerBlockOptin = 101376, facts->sharedMemPerMultiprocessor = 102400;
@@ -181,13 +183,17 @@ int cublasCreate_v2(Blas **blas) {
     HERE;
     const char *text = getenv("I2L_STANDIN_CUBLAS_BYTES");
     *blas = calloc(1, sizeof **blas);
-    return cuMemAlloc_v2(&(*blas)->workspace, text ? strtoull(text, NULL, 10) : 8320 << 10) ? 3 : 0; /* 2 x 4096 + 8 x 16 KiB */
+    int sm = 0, minor = 0;
+    cuDeviceGetAttribute(&sm, 75, 0), cuDeviceGetAttribute(&minor, 76, 0);
+    size_t bytes = text ? strtoull(text, NULL, 10) : sm >= 9 ? 32 << 20 : 8320 << 10; /* 8 x 4096 KiB; 2 x 4096 + 8 x 16 KiB */
+    int status = cuMemAlloc_v2(&(*blas)->workspace, bytes);
+    return status == 2 ? 3 : status ? 1 : 0;
 }
 int cublasDestroy_v2(Blas *blas) { cuMemFree_v2(blas->workspace); free(blas); return 0; }
 int cublasSetStream_v2(Blas *blas, Stream stream) { blas->stream = stream; return 0; }
 int cublasSetMathMode(Blas *blas, int mode) { blas->mode = mode; return 0; }
 int cublasGetMathMode(Blas *blas, int *mode) { *mode = blas->mode; return 0; }
-const char *cublasGetStatusName(int status) { return status ? "CUBLAS_STATUS_OTHER" : "CUBLAS_STATUS_SUCCESS"; }
+const char *cublasGetStatusName(int status) { return status == 3 ? "CUBLAS_STATUS_ALLOC_FAILED" : status ? "CUBLAS_STATUS_INTERNAL_ERROR" : "CUBLAS_STATUS_SUCCESS"; }
 const char *cublasGetStatusString(int status) { return cublasGetStatusName(status); }
 int cublasGemmEx(Blas *blas, int ta, int tb, int m, int n, int k, const void *alpha, const void *a, int at, int lda, const void *b, int bt, int ldb, const void *beta, void *c, int ct, int ldc) {
     (void)alpha, (void)beta;

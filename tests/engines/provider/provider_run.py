@@ -1,13 +1,17 @@
 """The cuda backend on onnxruntime's real CUDA provider: what test_provider.py runs in an environment of its own.
 
 The provider launches nothing (cudart.c), so the LoRAs are noise. For each case one line of JSON: what was planned, what
-lay on the card, what was copied and launched, where the nodes went.
+lay on the card, what was copied and launched, where the nodes went. Each case has a process of its own, forked before
+onnxruntime is imported: a failure leaves nothing for the next one.
 
-    LD_LIBRARY_PATH=folder PYTHONPATH=.typecheck python provider_run.py ENGINES '{"passes": [1, 4]}'
+    LD_LIBRARY_PATH=folder PYTHONPATH=.typecheck python provider_run.py ENGINES '[{"passes": [1, 4]}]'
 """
 
 import ctypes
+import hashlib
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -15,17 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
-from i2l.engines.cuda.session import OrtDeviceEngine
+from i2l.engines.base import Array, Limits
 from i2l.engines.device.backend import DeviceBackend
+from i2l.engines.directory.manifest import Manifest
 from i2l.errors import BudgetTooSmall, I2LError
+from i2l.runtime import opening
 from i2l.runtime.pipeline import Pipeline
+from i2l.runtime.proof.choice import Chosen
 
 EACH_PASS = (
     "copies", "copied_bytes", "uploaded_bytes", "pageable_copies", "launches", "graph_launches", "calls", "inside_ns",
 )  # fmt: skip
-COUNTED = ("problems", "live_bytes", "peak_bytes", "pinned_bytes", *EACH_PASS)
+COUNTED = ("problems", "live_bytes", "peak_bytes", "pinned_bytes", "allocations", *EACH_PASS)
+HANGS_SECONDS = 120
 
 
 class Driver:
@@ -52,7 +59,7 @@ def run(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, Any]:
     facts["budget_bytes"] = budget
     pictures = [np.full((64, 64, 3), 40 * n, np.uint8) for n in range(1, 5)]
     begin = time.perf_counter()
-    with Pipeline(engines, backend=case.get("backend", "cuda"), vram_budget_bytes=budget, cache=None) as pipeline:
+    with Pipeline(engines, backend=case.get("backend", "cuda"), vram_budget_bytes=budget, threads=1) as pipeline:
         backend = pipeline._open.backend
         facts["open"] = driver.seen() | {"seconds": time.perf_counter() - begin}
         if case.get("copies_from_host"):
@@ -62,12 +69,13 @@ def run(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, Any]:
             before, begin = driver.seen(), time.thread_time()
             embeddings = pipeline.embed_pixels(pixels)
             embedded = time.thread_time() - begin - 1e-9 * (driver.seen()["inside_ns"] - before["inside_ns"])
-            pipeline.factors(embeddings)
+            factors = pipeline.factors(embeddings)
             spent, after = time.thread_time() - begin, driver.seen()
             steps = {name: after[name] - before[name] for name in EACH_PASS}
-            host_ms = 1e3 * spent - 1e-6 * steps["inside_ns"]
-            times = {"host_ms": host_ms, "embed_ms": 1e3 * embedded}
-            facts["passes"].append({"images": images, **times, "live_bytes": after["live_bytes"], **steps})
+            times = {"host_ms": 1e3 * spent - 1e-6 * steps["inside_ns"], "embed_ms": 1e3 * embedded}
+            row = {"images": images, **times, "live_bytes": after["live_bytes"], "factors": digest(factors)}
+            del factors  # as whoever saves each LoRA: its memory is used again
+            facts["passes"].append(row | steps)
         if case.get("stranger"):
             facts["stranger_bytes"] = stranger_bytes(engines, driver)
         if isinstance(backend, DeviceBackend):
@@ -81,11 +89,23 @@ def run(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, Any]:
             if case.get("placement"):
                 facts["elsewhere"] = elsewhere(backend._engines)
         facts["vram"] = pipeline.vram
-    return facts | {"after": driver.seen()}
+        facts["backend"] = pipeline.backend_name
+    return facts
+
+
+def digest(factors: Mapping[str, tuple[Array, Array]]) -> str:
+    """Equal for factors that are equal to the bit."""
+    found = hashlib.sha256()
+    for _, pair in sorted(factors.items()):
+        for factor in pair:
+            found.update(factor.tobytes())
+    return found.hexdigest()
 
 
 def copy_in_each_run(backend: Any) -> None:
     """As a library would that keeps arguments of its kernels on the host."""
+    from i2l.engines.cuda.session import OrtDeviceEngine  # imports onnxruntime
+
     run, device = OrtDeviceEngine.run, backend.device
     pinned, undo = device._call("cuMemAllocHost", 256), backend.device.close
 
@@ -99,12 +119,13 @@ def copy_in_each_run(backend: Any) -> None:
         device._call("cuMemFreeHost", pinned)
         undo()
 
-    setattr(OrtDeviceEngine, "run", copying)  # noqa: B010 - as mypy says what it is
-    device.close = close
+    OrtDeviceEngine.run, device.close = copying, close  # type: ignore[assignment, method-assign]
 
 
 def stranger_bytes(engines: Path, driver: Driver) -> int:
     """What a session of somebody else, who shares allocators too, takes of the card beside an open pipeline."""
+    import onnxruntime as ort  # here, so that it is not imported before the fork
+
     options = ort.SessionOptions()
     options.add_session_config_entry("session.use_env_allocators", "1")
     before = driver.seen()["live_bytes"]
@@ -145,17 +166,44 @@ def least_budget(engines: Path, backend: str) -> int:
     raise AssertionError("one byte was enough")
 
 
-def main() -> None:
-    engines, case = Path(sys.argv[1]), json.loads(sys.argv[2])
+def choose(path: Path, manifest: Manifest, backend: str, limits: Limits, *, prove: bool) -> Chosen:  # noqa: ARG001
+    """``auto`` as after a proof."""
+    return Chosen("cuda", "auto: proven") if backend == "auto" else Chosen(backend, "asked for")
+
+
+def run_case(engines: Path, case: dict[str, Any]) -> dict[str, Any]:
+    """One case's facts, or its error."""
+    import onnxruntime as ort  # here: it has threads, which no fork takes along
+
+    os.environ |= {f"I2L_STANDIN_{name}": str(value) for name, value in case.get("environment", {}).items()}
+    opening.choose_backend = choose
     driver = Driver()
     if case.get("placement"):
         ort.SessionOptions = recording(ort.SessionOptions)
     try:
         facts = run(engines, driver, case)
     except I2LError as error:
-        facts = {"error": type(error).__name__, "message": str(error), "after": driver.seen()}
-    facts["providers"] = ort.get_available_providers()
-    sys.stdout.write(f"{json.dumps(facts)}\n")
+        facts = {"error": type(error).__name__, "message": str(error)}
+    return facts | {"after": driver.seen(), "providers": ort.get_available_providers()}
+
+
+def main() -> None:
+    engines, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    for case in cases:
+        ours, its = os.pipe()
+        child = os.fork()
+        if not child:  # it ends as any process does: what libraries do then is seen, too
+            signal.alarm(HANGS_SECONDS)
+            with os.fdopen(its, "w") as line:
+                json.dump(run_case(engines, case), line)
+            return
+        os.close(its)
+        with os.fdopen(ours) as line:
+            text = line.read()
+        _, status = os.waitpid(child, 0)
+        facts = json.loads(text or "{}") | {"ended": os.waitstatus_to_exitcode(status)}
+        sys.stdout.write(f"{json.dumps(facts)}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -8,10 +8,13 @@
  * Work that no event orders shows as wrong values in lazy and random, and in every mode as a RACE: each piece of work says
  * which bytes it reads and writes, and a clock for each stream says what is known to be done before it.
  *
- *   I2L_STANDIN_BYTES=n,m       memory of each card, as many as are named; CUDA_VISIBLE_DEVICES chooses among them
+ *   I2L_STANDIN_BYTES=n,m       memory of each card, as many as are named; CUDA_VISIBLE_DEVICES chooses among them (n, or MIG-n: its slice)
  *   I2L_STANDIN_OTHERS=n,m      what other programs have of it
+ *   I2L_STANDIN_OTHERS_FROM=n   from the n-th call on
+ *   I2L_STANDIN_SPILLS=1        as under Windows: what the card has no room for goes to the machine's memory, and nothing fails
+ *   I2L_STANDIN_SM=n            compute capability, 89 otherwise
  *   I2L_STANDIN_HOLLOW=1        no bytes lie behind the cards' memory, which may then be larger than the machine's
- *   I2L_STANDIN_FAIL_ALLOC=n    the n-th allocation on the card, counted from 1, finds no memory
+ *   I2L_STANDIN_FAIL_ALLOC=n    the n-th allocation on the card, counted from 1, contexts and streams too, finds no memory
  *   I2L_STANDIN_FAIL_CALL=n     the n-th call, counted from 1, and all after it fail as a card does that is lost
  *   I2L_STANDIN_FAIL_COPY=n     the n-th copy, counted from 1, finds no memory
  *   I2L_STANDIN_PINNABLE=n      so much of the host's memory can be pinned
@@ -58,7 +61,8 @@ static Access accesses[ACCESSES];
 static int access_count;
 static Clock host;
 static size_t live_bytes, peak_bytes, pinned_bytes, pinned_peak_bytes, live_on[CARDS];
-static u64 problems, copies, copied_bytes, uploaded_bytes, pageable_copies, allocations, calls, launches, graph_launches, ticks, inside_ns;
+static u64 problems, copies, copied_bytes, uploaded_bytes, pageable_copies, allocations, calls, launches, graph_launches, ticks, inside_ns, spilled_bytes;
+static int retained; /* contexts that somebody holds */
 static int started;
 static __thread void *current;
 static int contexts[CARDS];
@@ -77,17 +81,26 @@ static int cards_there(void) {
     for (const char *at = getenv("I2L_STANDIN_BYTES"); at && (at = strchr(at, ',')); at++) count++;
     return count < CARDS ? count : CARDS;
 }
-static int cards_seen(void) {
+static u64 nth_visible(int index, int *slice) { /* n, or MIG-n */
     const char *text = getenv("CUDA_VISIBLE_DEVICES");
-    if (!text) return cards_there();
-    int count = 0;
-    while (*text && nth_setting("CUDA_VISIBLE_DEVICES", count, CARDS) < (u64)cards_there()) count++;
+    if (!text) return index;
+    while (text && index--) text = strchr(text, ',') ? strchr(text, ',') + 1 : NULL;
+    if (!text || !*text) return CARDS;
+    *slice = !strncmp(text, "MIG-", 4);
+    return strtoull(text + 4 * *slice, NULL, 10);
+}
+static int cards_seen(void) {
+    int count = 0, slice = 0;
+    if (!getenv("CUDA_VISIBLE_DEVICES")) return cards_there();
+    while (nth_visible(count, &slice) < (u64)cards_there()) count++;
     return count;
 }
-static u64 card_number(int device) { return nth_setting("CUDA_VISIBLE_DEVICES", device, device); }
-static u64 card_bytes(int device) { return nth_setting("I2L_STANDIN_BYTES", card_number(device), 1ull << 34); }
+static int is_slice(int device) { int slice = 0; nth_visible(device, &slice); return slice; }
+static u64 card_number(int device) { int slice = 0; return nth_visible(device, &slice); }
+static u64 card_bytes(int device) { return nth_setting("I2L_STANDIN_BYTES", card_number(device), 1ull << 34) / (is_slice(device) ? 7 : 1); }
 static u64 free_on(int device) {
-    u64 gone = live_on[device] + nth_setting("I2L_STANDIN_OTHERS", card_number(device), 0);
+    u64 others = calls >= setting("I2L_STANDIN_OTHERS_FROM", 0) ? nth_setting("I2L_STANDIN_OTHERS", card_number(device), 0) : 0;
+    u64 gone = live_on[device] + others;
     return gone < card_bytes(device) ? card_bytes(device) - gone : 0;
 }
 static int mode_is(const char *mode) {
@@ -120,8 +133,9 @@ static int allocate(void **out, size_t bytes, int on_card) {
     if (!bytes || block_count == BLOCKS) return INVALID_VALUE;
     if (on_card) {
         allocations++;
-        int fails = allocations == setting("I2L_STANDIN_FAIL_ALLOC", 0);
-        if (fails || bytes > free_on(here())) return OUT_OF_MEMORY;
+        int fails = allocations == setting("I2L_STANDIN_FAIL_ALLOC", 0), room = bytes <= free_on(here());
+        if (fails || (!room && !setting("I2L_STANDIN_SPILLS", 0))) return OUT_OF_MEMORY;
+        if (!room) spilled_bytes += bytes;
     } else if (pinned_bytes + bytes > setting("I2L_STANDIN_PINNABLE", 1ull << 40)) return OUT_OF_MEMORY;
     int hollow = on_card && setting("I2L_STANDIN_HOLLOW", 0);
     void *start = mmap(NULL, bytes, hollow ? PROT_NONE : PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -283,20 +297,23 @@ u64 standin_launches(void) { return launches; }
 u64 standin_graph_launches(void) { return graph_launches; }
 u64 standin_pageable_copies(void) { return pageable_copies; }
 u64 standin_calls(void) { return calls; }
+u64 standin_allocations(void) { return allocations; }
+u64 standin_spilled_bytes(void) { return spilled_bytes; }
+u64 standin_contexts(void) { return retained; }
+u64 standin_streams(void) { u64 count = 0; for (int i = 1; i < stream_count; i++) count += streams[i].alive; return count; }
 u64 standin_inside_ns(void) { return inside_ns; } /* processor time spent in here, which is not the host side's */
 void standin_problem(const char *what) { problem(what, NULL, 0); }
 /* As after a start: what was left of a card that was lost goes, and the counting begins again. */
 void standin_reset(void) {
     pthread_mutex_lock(&lock);
-    for (int i = 0; i < stream_count; i++) {
+    for (int i = 0; i < stream_count; i++)
         while (streams[i].first) { Work *work = streams[i].first; streams[i].first = work->next; forget(work); }
-        streams[i].end = NULL;
-        streams[i].recording = 0;
-        streams[i].done = host.done_before[i] = streams[i].last;
-    }
+    memset(streams, 0, sizeof streams);
+    memset(&host, 0, sizeof host);
+    stream_count = 1;
     access_count = 0;
     while (block_count) release(blocks[0].start);
-    problems = copies = copied_bytes = uploaded_bytes = pageable_copies = allocations = calls = launches = graph_launches = peak_bytes = pinned_peak_bytes = 0;
+    problems = copies = copied_bytes = uploaded_bytes = pageable_copies = allocations = calls = launches = graph_launches = peak_bytes = pinned_peak_bytes = spilled_bytes = retained = 0;
     pthread_mutex_unlock(&lock);
 }
 /* A kernel: a function that runs when the stream comes to it; ranges of {address, bytes, written}. */
@@ -322,15 +339,23 @@ int cuInit(unsigned flags) { (void)flags; if (lost()) return ILLEGAL_ADDRESS; st
 int cuDriverGetVersion(int *version) { *version = 13000; return OK; }
 int cuDeviceGetCount(int *count) { *count = cards_seen(); return OK; }
 int cuDeviceGet(int *device, int index) { *device = index; return index < 0 || index >= cards_seen() ? 101 : OK; }
-int cuDeviceGetName(char *name, int size, int device) { snprintf(name, size, "stand-in %d", (int)card_number(device)); return OK; }
+int cuDeviceGetName(char *name, int size, int device) { snprintf(name, size, is_slice(device) ? "stand-in %d MIG 1g" : "stand-in %d", (int)card_number(device)); return OK; }
 int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = card_bytes(device); return OK; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
     (void)device;
-    *value = attribute == 75 ? 8 : attribute == 76 ? 9 : 0; /* compute capability 8.9 */
+    u64 sm = setting("I2L_STANDIN_SM", 89);
+    *value = attribute == 75 ? sm / 10 : attribute == 76 ? sm % 10 : 0;
     return OK;
 }
-int cuDevicePrimaryCtxRetain(void **context, int device) { *context = &contexts[device]; return OK; }
-int cuDevicePrimaryCtxRelease_v2(int device) { (void)device; return OK; }
+static int refused(void) { return ++allocations == setting("I2L_STANDIN_FAIL_ALLOC", 0); } /* what takes memory on the card, uncounted */
+int cuDevicePrimaryCtxRetain(void **context, int device) {
+    ENTER;
+    if (refused()) LEAVE(OUT_OF_MEMORY);
+    retained++;
+    *context = &contexts[device];
+    LEAVE(OK);
+}
+int cuDevicePrimaryCtxRelease_v2(int device) { (void)device; retained--; return lost() ? ILLEGAL_ADDRESS : OK; }
 int cuCtxSetCurrent(void *context) { current = context; return OK; }
 int cuCtxGetCurrent(void **context) { *context = current; return OK; }
 int cuCtxGetDevice(int *device) { *device = current ? here() : 0; return current ? OK : NO_CONTEXT; }
@@ -346,7 +371,7 @@ int cuStreamCreateWithPriority(void **handle, unsigned flags, int priority) {
     (void)flags, (void)priority;
     ENTER;
     NEEDS_CONTEXT;
-    if (stream_count == STREAMS) LEAVE(OUT_OF_MEMORY);
+    if (stream_count == STREAMS || refused()) LEAVE(OUT_OF_MEMORY);
     streams[stream_count].alive = 1;
     streams[stream_count].card = here();
     *handle = (void *)(u64)(0x1000 + stream_count++);

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import played_tensorrt
 
 from conftest import picture
+from i2l.engines.base import Limits
 from i2l.engines.device import backend as device_backend
 from i2l.engines.device import which_card
 from i2l.engines.device.calls import CudaEvent
@@ -37,11 +38,14 @@ from i2l.engines.device.pinned.staging import Staging
 from i2l.engines.device.slots import DeviceStore
 from i2l.engines.device.tensor import DeviceTensor
 from i2l.engines.directory.dtypes import FLOAT32
+from i2l.engines.directory.manifest import Manifest
 from i2l.engines.replay import outbox
 from i2l.engines.replay.model_graphs import ModelGraphs
 from i2l.errors import BudgetTooSmall, I2LError, OutOfDeviceMemory
 from i2l.lora.lora import Lora
+from i2l.runtime import opening
 from i2l.runtime.pipeline import Pipeline
+from i2l.runtime.proof.choice import Chosen
 
 FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
@@ -78,7 +82,7 @@ class Driver:
         launch = self._library.standin_launch
         launch.argtypes = (ctypes.c_void_p, FUNCTION, ctypes.c_int, ctypes.c_void_p)
         if launch(stream, function, len(ranges), ctypes.cast(rows, ctypes.c_void_p)):
-            raise RuntimeError("a kernel could not be launched")
+            raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS while launching a kernel")
 
     def reset(self) -> None:
         """As after a start."""
@@ -103,15 +107,18 @@ def run(
     spare_bytes: int = 0,
     interrupt_at: int | None = None,
     device: str | None = None,
+    margin_bytes: int | None = None,
+    auto: bool = False,
     shrink_after: int | None = None,
     move_after: int | None = None,
 ) -> dict[str, Any]:
     """LoRAs of passes of so many images on one pipeline, with so much more than the least budget.
 
-    ``interrupt_at``: Ctrl-C comes when progress was told so often. ``shrink_after``: memory runs out behind so many
-    passes; ``move_after``: as much is found again, elsewhere.
+    ``interrupt_at``: Ctrl-C comes when progress was told so often. ``margin_bytes``: what is free but for that is the
+    budget. ``auto``: the backend is left to us, and the card was proven. ``shrink_after``: memory runs out behind so
+    many passes; ``move_after``: as much is found again, elsewhere.
     """
-    budget = least_budget(engines) + spare_bytes
+    budget = None if margin_bytes is not None else least_budget(engines) + spare_bytes
     facts: dict[str, Any] = {"loras": [], "budget_bytes": budget, "filled_bytes": [], "kept": []}
     told = itertools.count()
 
@@ -121,11 +128,19 @@ def run(
 
     with (
         suppress(KeyboardInterrupt),
-        Pipeline(engines, backend="tensorrt", vram_budget_bytes=budget, report=report, device=device) as pipeline,
+        Pipeline(
+            engines,
+            backend="auto" if auto else "tensorrt",
+            threads=1,
+            vram_budget_bytes=budget,
+            vram_margin_bytes=margin_bytes or 0,
+            report=report,
+            device=device,
+        ) as pipeline,
     ):
         backend: Any = pipeline._open.backend
-        facts["card"] = backend.device.name
-        facts["streamed_bytes"] = backend.residency.streamed_bytes
+        facts["card"] = backend.device.name if pipeline.backend_name != "cpu" else "the CPU"
+        facts["streamed_bytes"] = backend.residency.streamed_bytes if pipeline.backend_name != "cpu" else 0
         for number, images in enumerate(passes):
             if number in {shrink_after, move_after}:
                 facts["launched_before"] = driver.graph_launches
@@ -135,9 +150,11 @@ def run(
             lora = pipeline.lora_from_images([picture(90, 70, seed=seed) for seed in range(images)])
             facts["loras"].append(digest(lora))
             facts["filled_bytes"].append(sum(FILLED))
-            chunks = backend.device._copies._kept._kept.values()
-            facts["kept"].append(sum(chunk.filled for chunk in chunks))
+            if pipeline.backend_name != "cpu":
+                chunks = backend.device._copies._kept._kept.values()
+                facts["kept"].append(sum(chunk.filled for chunk in chunks))
         facts["vram"] = pipeline.vram
+        facts["backend"] = pipeline.backend_name
     return facts
 
 
@@ -155,6 +172,11 @@ def moved(backend: Any) -> Iterator[None]:
     yield
     for address in taken:
         device.free(address)
+
+
+def choose(path: Path, manifest: Manifest, backend: str, limits: Limits, *, prove: bool) -> Chosen:  # noqa: ARG001
+    """``auto`` as after a proof."""
+    return Chosen("tensorrt", "auto: proven") if backend == "auto" else Chosen(backend, "asked for")
 
 
 FILLED: list[int] = []
@@ -251,16 +273,9 @@ def run_case(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, A
 
 
 SEEN = (
-    "problems",
-    "live_bytes",
-    "peak_bytes",
-    "pinned_bytes",
-    "pinned_peak_bytes",
-    "copies",
-    "pageable_copies",
-    "calls",
-    "graph_launches",
-)
+    "problems", "live_bytes", "peak_bytes", "pinned_bytes", "pinned_peak_bytes", "copies", "pageable_copies", "calls",
+    "graph_launches", "allocations", "spilled_bytes", "contexts", "streams",
+)  # fmt: skip
 SAID: list[str] = []
 """Warnings."""
 
@@ -275,6 +290,7 @@ def main() -> None:
     if len(sys.argv) > 3:
         (MUTATIONS | GRAPH_MUTATIONS)[sys.argv[3]]()
     driver = Driver()
+    opening.choose_backend = choose
     logging.getLogger("i2l").addHandler(Listener(logging.WARNING))
     _put(copy_lane, "Staging", partial(Staging, piece_bytes=PIECE_BYTES))
     _put(outbox, "BLOCK_BYTES", 4 * PIECE_BYTES)  # so small that results lie in several

@@ -39,13 +39,22 @@ class NVMLError(Exception):
     """Of the played library."""
 
 
-def nvml(compute: list[Any], graphics: list[Any], *, works: bool = True) -> ModuleType:
-    """NVML with two cards, the second of which this process has not opened."""
+def nvml(compute: list[Any], graphics: list[Any], *, works: bool = True, sliced: bool = False) -> ModuleType:
+    """NVML with two cards, the second of which is not opened; ``sliced``: it is on a slice of the first."""
     module = ModuleType("pynvml")
+    place: object = ("slice", 2) if sliced else 0
+
+    def refuse(why: str) -> None:
+        raise NVMLError(why)
 
     def begin() -> None:
         if not works:
-            raise NVMLError("Driver Not Loaded")
+            refuse("Driver Not Loaded")
+
+    def listed(at: object, processes: list[Any]) -> list[Any]:
+        if sliced and at == 0:
+            refuse("Insufficient Permissions")
+        return processes if at == place else []
 
     members: dict[str, Any] = {
         "NVMLError": NVMLError,
@@ -53,8 +62,14 @@ def nvml(compute: list[Any], graphics: list[Any], *, works: bool = True) -> Modu
         "nvmlShutdown": lambda: None,
         "nvmlDeviceGetCount": lambda: 2,
         "nvmlDeviceGetHandleByIndex": lambda index: index,
-        "nvmlDeviceGetComputeRunningProcesses": lambda card: [] if card else compute,
-        "nvmlDeviceGetGraphicsRunningProcesses": lambda card: [] if card else graphics,
+        "nvmlDeviceGetMigMode": lambda card: (1, 1) if sliced and card == 0 else refuse("Not Supported"),
+        "NVML_DEVICE_MIG_ENABLE": 1,
+        "nvmlDeviceGetMaxMigDeviceCount": lambda _: 7,
+        "nvmlDeviceGetMigDeviceHandleByIndex": lambda _, index: (
+            ("slice", index) if index in {0, 2} else refuse("Not Found")
+        ),
+        "nvmlDeviceGetComputeRunningProcesses": lambda at: listed(at, compute),
+        "nvmlDeviceGetGraphicsRunningProcesses": lambda at: listed(at, graphics),
     }
     vars(module).update(members)
     return module
@@ -68,6 +83,7 @@ def used(nbytes: int | None, pid: int | None = None) -> SimpleNamespace:
     ("module", "wanted"),
     [
         (nvml([used(5 << 30), used(9 << 30, pid=1)], [used(5 << 30)]), Told(5 << 30, "NVML")),
+        (nvml([used(2 << 30)], [], sliced=True), Told(2 << 30, "NVML")),
         (nvml([], [used(3 << 30)]), Told(3 << 30, "NVML")),  # by Vulkan
         (nvml([used(None)], []), None),  # Windows' driver does not tell
         (nvml([], [], works=False), None),
