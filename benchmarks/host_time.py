@@ -52,7 +52,7 @@ def main() -> None:
         }
         case = {"passes": [int(images) for images in options.passes.split(",")], "budget_bytes": 40 << 30}
         program = [str(home / "bin" / "python"), str(TESTS / "engines" / "provider" / "provider_run.py")]
-        command = [*program, str(engines), json.dumps(case)]
+        command = [*program, str(engines), json.dumps([case])]
         said = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     sys.stdout.write(f"code: {Path(i2l.__file__).parent}\n")
     for row in json.loads(said.splitlines()[-1])["passes"]:
