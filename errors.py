@@ -21,6 +21,7 @@ from .engines.errors import (
     ManifestInvalid,
     OutOfDeviceMemory,
     ShapeMismatch,
+    WorkNotRepeatable,
 )
 from .engines.plugin.errors import PluginGraphsMissing, ProviderFailed
 from .engines.tensorrt.errors import PlanBuildFailed, PlanMissing, PlanStale
@@ -210,5 +211,6 @@ __all__ = [
     "TokenWrong",
     "TraceUnreadable",
     "WeightsMismatch",
+    "WorkNotRepeatable",
     "WorkersLost",
 ]

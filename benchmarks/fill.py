@@ -3,8 +3,8 @@
 The ring is the one that CUDA's chunks pass through, of as many and as large buffers, each filled by some threads at
 once, in plain memory instead of pinned. Ways: ``memmove`` out of the mapped file, and ``preadv``. Warm: the file is in
 the page cache; mapped: in this process's memory too, as after a first pass. Cold: it is in neither. Beside them
-"memory": ``memmove`` between plain buffers, what the machine can do at all. Rounds are interleaved. GB/s by the clock,
-median and best, as other work only makes it slower; and median per second of CPU, of all threads.
+"memory": ``memmove`` between plain buffers, what the machine can do at all. Rounds are interleaved. GB/s of a buffer's
+filling by the clock, the median and the fastest tenth, as other work only makes it slower; and per second of CPU.
 Usage: python benchmarks/fill.py [--mib 2048] [--rounds 5] [--folder DIR]; for Linux; the file must fit the page cache.
 """
 
@@ -45,16 +45,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="i2l-fill-", dir=options.folder) as folder:
         path = Path(folder, "pack")
         make_file(path, nbytes)
-        found: dict[str, list[tuple[float, float]]] = {}
+        found: dict[str, list[tuple[list[float], float]]] = {}
         for _ in range(options.rounds):
             for threads in THREADS:
                 with ThreadPoolExecutor(threads) as pool:
                     for name, seconds in measured(path, nbytes, ring, pool, threads):
                         found.setdefault(f"{name}, {threads} threads", []).append(seconds)
-    for name, rows in sorted(found.items()):
-        clock, cpu = ([nbytes / seconds / 1e9 for seconds in column] for column in zip(*rows, strict=True))
-        middle, best, by_cpu = statistics.median(clock), max(clock), statistics.median(cpu)
-        print(f"{name:28} median {middle:6.2f}  best {best:6.2f}  CPU {by_cpu:6.2f}")
+    for name, rounds in sorted(found.items()):
+        pieces = sorted(seconds for row, _ in rounds for seconds in row)
+        rates = [PIECE_BYTES / seconds / 1e9 for seconds in (statistics.median(pieces), pieces[len(pieces) // 10])]
+        by_cpu = nbytes / statistics.median(cpu for _, cpu in rounds) / 1e9
+        print(f"{name:28} median {rates[0]:6.2f}  fastest tenth {rates[1]:6.2f}  CPU {by_cpu:6.2f}")
     print(f"{options.rounds} rounds of {options.mib} MiB, load {os.getloadavg()[0]:.1f}")
 
 
@@ -70,8 +71,8 @@ def make_file(path: Path, nbytes: int) -> None:
 
 def measured(
     path: Path, nbytes: int, ring: list[memoryview], pool: ThreadPoolExecutor, threads: int
-) -> Iterator[tuple[str, tuple[float, float]]]:
-    """``(way, seconds by the clock and of CPU)`` of each."""
+) -> Iterator[tuple[str, tuple[list[float], float]]]:
+    """``(way, seconds)`` of each, see :func:`passed`."""
     with path.open("rb", buffering=0) as file:
         descriptor = file.fileno()
 
@@ -113,14 +114,16 @@ def forget(descriptor: int) -> None:
 
 def passed(
     fill: Fill, nbytes: int, ring: list[memoryview], pool: ThreadPoolExecutor, threads: int
-) -> tuple[float, float]:
-    """Seconds by the clock and of CPU in which the file passes through the ring, each piece by all threads at once."""
+) -> tuple[list[float], float]:
+    """Seconds by the clock of each piece and of CPU of all, in which a file passes through the ring."""
     part = -(-PIECE_BYTES // threads)
-    start, cpu = time.perf_counter(), time.process_time()
+    seconds, cpu = [], time.process_time()
     for number in range(nbytes // PIECE_BYTES):
         buffer, offset = ring[number % len(ring)], number * PIECE_BYTES
+        start = time.perf_counter()
         list(pool.map(lambda at, b=buffer, o=offset: fill(b[at : at + part], o + at), range(0, PIECE_BYTES, part)))
-    return time.perf_counter() - start, time.process_time() - cpu
+        seconds.append(time.perf_counter() - start)
+    return seconds, time.process_time() - cpu
 
 
 if __name__ == "__main__":

@@ -115,6 +115,13 @@ class OutOfDeviceMemory(I2LError, MemoryError):
         )
 
 
+class WorkNotRepeatable(I2LError, RuntimeError):
+    """Recorded work must not be done again; whoever recorded it goes on without, and says so."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what}, which must not be repeated")
+
+
 class DeviceFailed(I2LError, RuntimeError):
     """A call to the device's driver failed, and not for lack of memory."""
 

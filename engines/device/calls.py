@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from ..errors import BackendUnavailable, DeviceFailed, OutOfDeviceMemory
+from ..errors import BackendUnavailable, DeviceFailed, OutOfDeviceMemory, WorkNotRepeatable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -115,7 +115,9 @@ class CudaGraph:
     """Work of a stream, recorded, to be launched again; destroyed with this object, once the stream is done with it.
 
     Recording is of the stream's kind that forbids nothing to anybody, other threads of this process included: what
-    cannot be recorded still fails.
+    cannot be recorded still fails. Two things are recorded that must not be repeated, and a graph with one is refused:
+    calls of the host, where libraries give back once what their work has used, and copies from the host's memory, which
+    they may have given back.
     """
 
     def __init__(self, call: DriverCalls, stream: Any) -> None:
@@ -131,10 +133,24 @@ class CudaGraph:
             raise
         graph = self._call("cuStreamEndCapture", self._stream)
         try:
+            self._refuse_host(graph)
             self.handle = self._call("cuGraphInstantiate", graph, 0)
         finally:
             self._call.give_back("cuGraphDestroy", graph)
         return given
+
+    def _refuse_host(self, graph: Any) -> None:
+        call, driver = self._call, self._call._driver  # noqa: SLF001
+        _, count = call("cuGraphGetNodes", graph)
+        nodes, _ = call("cuGraphGetNodes", graph, count)
+        for node in nodes:
+            kind = call("cuGraphNodeGetType", node)
+            if kind == driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_HOST:
+                raise WorkNotRepeatable("a library's work calls the host")
+            if kind == driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMCPY:
+                copy = call("cuGraphMemcpyNodeGetParams", node)
+                if copy.srcMemoryType == driver.CUmemorytype.CU_MEMORYTYPE_HOST:
+                    raise WorkNotRepeatable("a library's work copies from the host's memory")
 
     def launch(self) -> None:
         """Enqueue it all."""

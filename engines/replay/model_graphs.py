@@ -16,7 +16,7 @@ import numpy as np
 
 from ...machine.progress import Report, silent
 from ..base import Array, Value
-from ..errors import DeviceFailed, OutOfDeviceMemory
+from ..errors import DeviceFailed, OutOfDeviceMemory, WorkNotRepeatable
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -44,6 +44,7 @@ class Recording(Protocol):
 
         Raises:
             DeviceFailed, OutOfDeviceMemory: something of it cannot be recorded, or there is no room for the graph.
+            WorkNotRepeatable: it can be recorded, and must not be done again.
         """
         ...
 
@@ -100,7 +101,7 @@ class ModelGraphs:
             graph, fetched = self._device.record_work(lambda: steps(value, silent))
             graph.launch()
             found = list(taken(fetched))
-        except (DeviceFailed, OutOfDeviceMemory) as error:
+        except (DeviceFailed, OutOfDeviceMemory, WorkNotRepeatable) as error:
             self._refuse(str(error))
             return
         if all(map(equal, found, wanted)):

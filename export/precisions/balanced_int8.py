@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...engines.cpu.sums import LEVELS_OF_EACH, WEIGHT_LEVELS
 from .base import SMALLEST, Kept, Linear, Linears, Rows, Weights, row_scales, row_starts
-from .linears import Compute, GpuLinear, dequantised
+from .linears import Compute, GpuLinear, dequantised, panels_by_rows
 from .parallel import in_threads
 from .rotated_int8 import quantised
 from .storing import StoredBalancedInt8
@@ -180,7 +180,15 @@ class CudaBalancedInt8(BalancedInt8):
 
 
 class CudaBalancedInt8Linear(GpuBalancedInt8Linear):
-    """The weights cast instead of dequantised."""
+    """The weights cast instead of dequantised; panels that share their input are multiplied from the left."""
+
+    def product(self, x: Tensor, weights: Weights) -> Tensor:
+        panels, parts, _, width, row = self.weight(weights).shape
+        if panels > 1:
+            return super().product(x, weights)
+        matrix = self.matrix(weights).view(parts, width, row)
+        y = panels_by_rows(matrix, rotate(x.to(self.compute), self.rotation.to(self.compute))).to(torch.float32)
+        return (y * self.scale(weights).view(parts, row, 1)).reshape(parts * row, -1).t()
 
     def matrix(self, weights: Weights) -> Tensor:
         return self.weight(weights).to(self.compute)

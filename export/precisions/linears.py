@@ -88,6 +88,25 @@ def gemm(x: Tensor, matrix: Tensor) -> Tensor:
     )
 
 
+def panels_by_rows(panels: Tensor, rows: Tensor) -> Tensor:
+    """``[P, out, R]`` of panels ``[P, in, out]`` that share the rows ``[R, in]``: one product in a strided batch.
+
+    With the rows on the left, ``[1, R, in] @ [P, in, out]``, onnxruntime knows no stride for what all panels share. It
+    makes arrays of pointers on the host instead and copies three to the card for each product, which no CUDA graph can
+    repeat.
+    """
+    shape = (panels.shape[0], panels.shape[2], rows.shape[0])
+    y: Tensor = torch.onnx.ops.symbolic(
+        "com.microsoft::FusedMatMul",
+        [panels, rows],
+        {"transA": 1, "transB": 1},
+        dtype=panels.dtype,
+        shape=shape,
+        version=1,
+    )
+    return y
+
+
 class CudaLinear(GpuLinear):
     """``x W^T`` with W cast from what the pack holds.
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...engines.cpu.sums import ACTIVATION_LEVELS
 from .base import SMALLEST, Kept, Linear, Rows, Weights, pieces, row_scales_for_exact_sums
-from .linears import Compute, GpuLinear, dequantised
+from .linears import Compute, GpuLinear, dequantised, panels_by_rows
 from .storing import StoredRotatedInt8, panel_width
 from .torch_rotation import rotate, rotation
 
@@ -167,26 +167,13 @@ class CudaRotatedInt8(RotatedInt8):
 
 
 class CudaRotatedInt8Linear(GpuRotatedInt8Linear):
-    """One strided batch over the panels: ``[P, p, R]``, as each panel is multiplied from the left.
-
-    From the right, ``[1, R, in] @ [P, in, p]``, onnxruntime knows no stride for the operand that all panels share: it
-    copies three arrays of pointers to the card for each product, which no CUDA graph can repeat.
-    """
+    """The weights cast instead of dequantised, and multiplied from the left."""
 
     def product(self, x: Tensor, weights: Weights) -> Tensor:
         matrix = self.matrix(weights)  # before x: see CudaLinear
-        rotated = rotate(x.to(self.compute), self.rotation.to(self.compute))
         panels, _, width = matrix.shape
-        y: Tensor = torch.onnx.ops.symbolic(
-            "com.microsoft::FusedMatMul",
-            [matrix, rotated],
-            {"transA": 1, "transB": 1},
-            dtype=self.compute,
-            shape=(panels, width, rotated.shape[0]),
-            version=1,
-        )
-        scaled = y.to(torch.float32) * self.scale(weights).view(panels, width, 1)
-        return scaled.reshape(panels * width, -1).t()
+        y = panels_by_rows(matrix, rotate(x.to(self.compute), self.rotation.to(self.compute))).to(torch.float32)
+        return (y * self.scale(weights).view(panels, width, 1)).reshape(panels * width, -1).t()
 
     def matrix(self, weights: Weights) -> Tensor:
         return self.weight(weights).to(self.compute)

@@ -28,7 +28,7 @@ PIECE_BYTES = 32 << 20
 """Large enough that a copy runs at the link's speed, small enough that the first one begins at once."""
 RING_BYTES = BUFFERS * PIECE_BYTES
 FILL_GBPS = 10.0
-"""At which a ring is filled from a pack in the page cache: a Zen 4 core did 9.8 (``benchmarks/fill.py``)."""
+"""At which a ring is filled from a pack in the page cache: a Zen 4 core did 10.1 (``benchmarks/fill.py``)."""
 
 
 @dataclass(frozen=True)

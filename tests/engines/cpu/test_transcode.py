@@ -19,11 +19,12 @@ from i2l.engines.cpu import converted, transcode
 from i2l.engines.cpu.converted import CPU_FOLDER, LOCK, cpu_engines, remove_cpu_engines
 from i2l.engines.cpu.rotation import balanced_rotation, rotate, rotation
 from i2l.engines.cpu.sums import LARGEST_PAIR, WEIGHT_LEVELS
-from i2l.engines.cpu.transcode import PairTable, e4m3_values, rotated_panel
+from i2l.engines.cpu.transcode import VALUES, PairTable, balanced_panels, e4m3_values, rotated_panel
 from i2l.engines.directory.hashing import FileFacts
 from i2l.engines.directory.manifest import MANIFEST, Manifest, manifest_to_json, read_manifest
 from i2l.engines.directory.tensorfile import PAD_PREFIX, LayoutWriter, TensorInfo
 from i2l.errors import CpuPacksUnwritable, DiskFull, EnginesMissing, ManifestInvalid
+from i2l.export.precisions import storing
 from i2l.export.precisions.balanced_int8 import BalancedInt8
 from i2l.export.precisions.base import Precision
 from i2l.export.precisions.rotated_int8 import RotatedInt8
@@ -63,6 +64,20 @@ def test_stacks_rotate_as_one_product_does(shape: tuple[int, int]) -> None:
     matrix = rotation(shape[1])
     wanted = (x.astype(np.float64).reshape(-1, len(matrix)) @ matrix.astype(np.float64)).reshape(shape)
     np.testing.assert_allclose(rotate(x, matrix), wanted, atol=1e-5)  # sums of at most 64 float32 products
+
+
+def test_outputs_are_cut_into_panels_as_the_quantiser_cuts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three panels of outputs; a step apart where float32 rounds otherwise, and so is what balances a block."""
+    monkeypatch.setattr(storing, "WIDEST_ROW", 8)
+    random = np.random.default_rng(0)
+    codes = random.permutation(np.resize(np.delete(CODES, [0x7F, 0xFF]), (24, 128)))
+    scale, found_scale = random.random(24, np.float32) + 1, np.empty(24, np.float32)
+    found = balanced_panels(codes, balanced_rotation(128), scale, found_scale, row=8)
+    wanted = quantised(BalancedInt8(), torch.from_numpy(VALUES.look_up(codes) * scale[:, None]), None)
+    np.testing.assert_allclose(found_scale, wanted["scale"].numpy().ravel(), rtol=1e-6)
+    difference = np.abs(found[None, :, None].astype(int) - wanted["weight"].numpy().astype(int))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.01
 
 
 # --- packs -------------------------------------------------------------------------------------------------------

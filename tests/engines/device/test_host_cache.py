@@ -1,14 +1,17 @@
 """Which chunks are kept in the host's memory, how much of the link that fills, and how pipelines share the memory."""
 
 import logging
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count, pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from i2l.engines.device.pinned import kept
+from i2l.engines.device.pinned import kept, staging
 from i2l.engines.device.pinned.host_cache import PAGE_BYTES, HostCache, link_share, pages, plan_host_cache
 from i2l.engines.device.pinned.kept import KeptChunks
 from i2l.engines.directory.manifest import Chunk
@@ -220,3 +223,18 @@ def test_what_is_refused_is_said_once(host: Host, caplog: pytest.LogCaptureFixtu
     (record,) = caplog.records
     assert record.message.startswith("a card: 2 of 10 chunks are kept in pinned host memory (the system does not let")
     assert host.available == 800
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+@pytest.mark.parametrize("nbytes", [1, MIB, MIB + 1, 3 * MIB + 5])
+def test_a_buffer_is_filled_whole_by_threads_that_come_late(
+    host: Host, monkeypatch: pytest.MonkeyPatch, nbytes: int, threads: int
+) -> None:
+    monkeypatch.setattr(staging, "default_threads", lambda: threads)
+    ring = staging.Staging(host)  # type: ignore[arg-type]
+    ring._pool.shutdown()
+    ring._pool = ThreadPoolExecutor(max(1, threads - 1), initializer=time.sleep, initargs=(0.02,))
+    source, target = np.random.default_rng(nbytes).integers(1, 256, nbytes, np.uint8), np.zeros(nbytes + 8, np.uint8)
+    ring._fill(target.ctypes.data, source.ctypes.data, nbytes)
+    assert np.array_equal(target, np.append(source, np.zeros(8, np.uint8)))
+    ring.close()

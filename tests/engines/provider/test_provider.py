@@ -151,6 +151,13 @@ def test_an_image_is_three_launches_where_all_weights_stay(run: Run, precision: 
     assert facts["after"]["problems"] == facts["after"]["live_bytes"] == facts["after"]["pinned_bytes"] == 0
 
 
+def test_a_pass_that_copies_from_the_host_is_not_recorded(run: Run) -> None:
+    """Nobody promises that the bytes are still there when a graph copies them again."""
+    facts = run("tiny", "int8", passes=[1, 1, 1], spare_bytes=GIB, copies_from_host=True)
+    assert [row["graph_launches"] for row in facts["passes"]] == [0, 0, 0]
+    assert facts["after"]["problems"] == facts["after"]["pinned_bytes"] == 0
+
+
 def test_sessions_of_others_take_their_memory_from_the_card(run: Run) -> None:
     """Our arena is onnxruntime's shared allocator only while our sessions open."""
     facts = run("tiny", "int8", passes=[1], stranger=True)

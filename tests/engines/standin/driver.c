@@ -45,7 +45,7 @@ typedef struct Event { int stream; u64 number; Clock known; int timed; double wh
 typedef struct Work {
     enum Kind kind; u64 number; char *to; const char *from; size_t bytes; char *staged; int to_card;
     void (*function)(void *); void *argument; int of_stream; u64 of_number; Event *event; struct Work *next;
-    int ranges; u64 (*range)[3]; /* of a kernel: {address, bytes, written} */
+    int on_host, ranges; u64 (*range)[3]; /* of a kernel: {address, bytes, written} */
 } Work;
 typedef struct Graph { Work *first; int stream; u64 last; } Graph;
 typedef struct { u64 last, done; Work *first, *end; Clock known; int alive, card, recording, spoilt; Work *recorded, *recorded_end; } Stream;
@@ -447,6 +447,18 @@ int cuGraphInstantiateWithFlags(Graph **exec, const Graph *graph, u64 flags) {
     (*exec)->first = copies_of(graph->first);
     LEAVE(OK);
 }
+int cuGraphGetNodes(const Graph *graph, const Work **nodes, size_t *count) {
+    size_t room = nodes ? *count : 0;
+    *count = 0;
+    for (const Work *work = graph->first; work; work = work->next, ++*count) if (*count < room) nodes[*count] = work;
+    return OK;
+}
+int cuGraphNodeGetType(const Work *node, int *type) { *type = node->kind == COPY ? 1 : node->on_host ? 3 : 0; return OK; }
+int cuGraphMemcpyNodeGetParams(const Work *node, int *parameters) {
+    Block *source = block_at(node->from, node->bytes);
+    parameters[8] = source && source->on_card ? 2 : 1; /* srcMemoryType */
+    return OK;
+}
 int cuGraphInstantiate(Graph **exec, const Graph *graph, u64 flags) { return cuGraphInstantiateWithFlags(exec, graph, flags); }
 int cuGraphDestroy(Graph *graph) { if (graph) { forget_all(graph->first); free(graph); } return OK; }
 int cuGraphExecDestroy(Graph *exec) {
@@ -565,6 +577,7 @@ int cuLaunchHostFunc(void *handle, void (*function)(void *), void *argument) {
     Work *work = enqueue(stream, CALL);
     work->function = function;
     work->argument = argument;
+    work->on_host = 1;
     if (!streams[stream].recording) time_passes(stream);
     LEAVE(OK);
 }

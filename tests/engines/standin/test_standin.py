@@ -123,16 +123,17 @@ SIX = {"passes": [1] * 6, "spare_bytes": ROOMY}
 def test_a_pass_is_one_launch_for_each_model(library: Path, planned: Path, wanted: dict[int, str]) -> None:
     """The first pass brings the weights; behind it each size is recorded once. Interrupted, nothing is in use.
 
-    A card that cannot record, or has no memory for it, is said once.
+    A card that cannot record, or has no memory for it, or work that calls the host: said once.
     """
     cases: list[Facts] = [{"passes": AGAIN, "spare_bytes": ROOMY, "environment": mode} for mode in MODES[1:4]]
-    cases += [cases[0] | {"environment": MODES[1] | {"NO_GRAPHS": refusal}} for refusal in (1, 2)]
+    refusals: list[Facts] = [{"NO_GRAPHS": 1}, {"NO_GRAPHS": 2}, {"CALLS_HOST": 1}]
+    cases += [cases[0] | {"environment": MODES[1] | refusal} for refusal in refusals]
     cases += [{"interrupt_at": step, **cases[step % 3]} for step in range(30, 110, 11)]
     for case, facts in zip(cases, ran(library, planned, cases), strict=True):
         assert facts["problems"] == facts["live_bytes"] == facts["pinned_bytes"] == facts["pageable_copies"] == 0, case
         if "interrupt_at" not in case:
             assert facts["loras"] == [wanted[images] for images in AGAIN], case
-            refused = "NO_GRAPHS" in case["environment"]
+            refused = not case["environment"].keys().isdisjoint({"NO_GRAPHS", "CALLS_HOST"})
             assert (facts["graph_launches"], facts["without_graphs"]) == ((0, 1) if refused else (12, 0)), case
 
 
