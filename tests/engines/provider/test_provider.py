@@ -224,11 +224,11 @@ def cpus(run: Run) -> str:
 
 def test_memory_that_runs_out_at_any_allocation(run_all: RunAll, budgets: tuple[int, int], cpus: str) -> None:
     """Of ours, of the provider's, of cuBLAS' and of CUDA's runtime: a smaller plan, the CPU, or one clear error."""
-    cases = failing("FAIL_ALLOC", range(1, 20), budgets, ("cuda", "auto"))
+    cases = failing("FAIL_ALLOC", range(1, 25), budgets, ("cuda", "auto"))
     outcomes = run_all("whole", "int8", cases)
     for case, facts in zip(cases, outcomes, strict=True):
         lora_or_error(facts, case, cpus, {"OutOfDeviceMemory"})
-    assert all(facts["after"]["allocations"] < 19 for facts in outcomes)
+    assert all(facts["after"]["allocations"] < 24 for facts in outcomes)
     assert {facts.get("backend") for facts in outcomes} == {"cpu", "cuda", None}
 
 
