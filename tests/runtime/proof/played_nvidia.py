@@ -53,7 +53,7 @@ def open_played(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
     from i2l.engines.tensorrt import backend as tensorrt_backend
 
     played = part()
-    device: Any = HostDevice(11 << 28)  # 2 GiB stay free; the cuda backend warms up in all the rest
+    device: Any = HostDevice(11 << 28)  # 2 GiB stay free
     device.name, device.index = CARD, 0
     replaced: Any = card
     replaced.CudaDevice = lambda **_: device
