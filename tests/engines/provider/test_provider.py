@@ -96,21 +96,23 @@ def run(run_all: RunAll) -> Run:
     return run_case
 
 
-@pytest.mark.parametrize("precision", ["int8", "fp8", "bf16"])
-def test_everything_computes_on_the_card(run: Run, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("preset", "precision"), [("tiny", "int8"), ("tiny", "fp8"), ("tiny", "bf16"), ("small", "int8"), ("small", "fp8")]
+)
+def test_everything_computes_on_the_card(run: Run, preset: str, precision: str) -> None:
     """But shapes: those are numbers for the host."""
-    facts = run("tiny", precision, passes=[1], spare_bytes=GIB, placement=True)
+    facts = run(preset, precision, passes=[1], spare_bytes=GIB, placement=True)
     assert "CUDAExecutionProvider" in facts["providers"]
     operators = {line.split()[1] for line in facts["elsewhere"]}
     assert operators <= {"Concat", "Shape", "Gather", "Unsqueeze"}, facts["elsewhere"]
     assert len(facts["elsewhere"]) <= 5
 
 
-@pytest.mark.parametrize("order", ORDERS)
-def test_memory_is_the_plan_s_in_every_order_of_passes(run: Run, order: list[int]) -> None:
+@pytest.mark.parametrize(("preset", "order"), [*[("tiny", order) for order in ORDERS], ("small", ORDERS[1])])
+def test_memory_is_the_plan_s_in_every_order_of_passes(run: Run, preset: str, order: list[int]) -> None:
     """At the least budget and with all resident: live bytes never move, and all of them are given back."""
     for spare in (0, GIB):
-        facts = run("tiny", "int8", passes=order, spare_bytes=spare)
+        facts = run(preset, "int8", passes=order, spare_bytes=spare)
         planned = facts["vram"]["planned_peak_bytes"] - facts["parts"]["reserved"]
         assert {row["live_bytes"] for row in facts["passes"]} == {planned}
         assert facts["after"]["peak_bytes"] + facts["parts"]["reserved"] <= facts["budget_bytes"]
