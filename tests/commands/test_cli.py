@@ -740,7 +740,14 @@ def test_planning_needs_no_torch() -> None:
     arguments = ["plan", "--preset", "full", "--precision", "int8", "--vram-budget", "4GiB"]
     result = process(*arguments, before=WITHOUT_TORCH)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == i2l(*arguments).stdout
+    assert planned_of_the_card(result.stdout) == planned_of_the_card(i2l(*arguments).stdout)
+
+
+def planned_of_the_card(text: str) -> list[str]:
+    """Without what follows from the machine's free memory, which changes from one command to the next."""
+    lines = [line for line in text.splitlines() if not line.startswith(("RAM pinned", "link used"))]
+    assert len(lines) > 4
+    return lines
 
 
 @pytest.mark.parametrize("what", ["models", "engines"])

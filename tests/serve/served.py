@@ -143,8 +143,8 @@ import os, sys, time
 from i2l.cli import main
 from i2l.runtime.passes import Passes
 real = Passes._stream
-def slow(self, family):
-    for item in real(self, family):
+def slow(self, *arguments):
+    for item in real(self, *arguments):
         time.sleep(float(os.environ.get("I2L_TEST_STEP_SECONDS", "0.1")))
         yield item
 Passes._stream = slow
