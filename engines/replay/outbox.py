@@ -10,7 +10,7 @@ busy). So a home is used again once nobody holds an array in it.
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +19,15 @@ from numpy.typing import NDArray
 BLOCK_BYTES = 16 << 20
 """The adapter's factors are 40 MB an image."""
 ALIGN = 256
-HELD_HERE = 2
-"""References to a home that only its list and ``getrefcount`` hold; an array in it adds one."""
+
+
+def references(homes: Sequence[NDArray[np.uint8] | None], index: int) -> int:
+    """How often a home is referred to, by its list and by this counting too; an array in it adds one."""
+    return sys.getrefcount(homes[index])
+
+
+HELD_HERE = references([np.empty(0, np.uint8)], 0)
+"""Where nobody else holds it. Counted, not assumed: what counting adds is Python's and differs between versions."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,7 @@ class Outbox:
         """From the first piece again."""
         self._block = self._offset = 0
         for index in range(len(self._homes)):
-            if sys.getrefcount(self._homes[index]) > HELD_HERE:
+            if references(self._homes, index) > HELD_HERE:
                 self._homes[index] = None
 
     def close(self) -> None:
