@@ -30,6 +30,7 @@ from i2l.runtime import making
 from i2l.runtime.jobs import BatchProgress, Job, plan_jobs
 from i2l.runtime.making import run_jobs
 from i2l.runtime.passes import IMAGES_PER_PASS
+from i2l.runtime.pictures.sources import load_squares
 from i2l.runtime.pipeline import Pipeline, open_engines
 
 
@@ -268,7 +269,7 @@ def test_the_next_group_is_read_and_the_last_one_written_while_one_is_computed(
 ) -> None:
     jobs = pictures_of(tmp_path / "in", 3 * IMAGES_PER_PASS)
     read: list[Path] = []
-    save, load, embed = Lora.save, making.load_squares, pipeline.embed
+    save, load, embed = Lora.save, load_squares, pipeline.embed
     second_read, third_begun = threading.Event(), threading.Event()
 
     def loading(images: Sequence[Path], **options: Any) -> Any:
