@@ -420,6 +420,14 @@ def test_wrong_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_looks_like_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-rf.jpg").touch()
+    wanted = f"To name the file, write {tmp_path / '-rf.jpg'}"
+    assert wanted in i2l("run", "-rf.jpg", "--engines", "e", "--output", "o").stderr
+    assert "write" not in i2l("run", "-rg.jpg", "--engines", "e", "--output", "o").stderr
+
+
 @pytest.mark.parametrize("spelling", ["photo.jpg", "./photo.jpg", "link.jpg"])
 def test_the_output_is_an_input(place: Place, monkeypatch: pytest.MonkeyPatch, spelling: str) -> None:
     monkeypatch.chdir(place.folder)
