@@ -39,7 +39,7 @@ demo: $(if $(wildcard $(VENV)/.ready),setup,$(VENV)/.demo-ready)  ## Tiny checkp
 	$(BIN)/i2l run docs/photo.jpg --engines $(DEMO)/engines --output $(DEMO)/photo.safetensors
 	$(BIN)/i2l inspect $(DEMO)/photo.safetensors
 
-test: lint types unit  ## Lint, types and tests; CI runs this and test-cpus
+test: lint types unit  ## Lint, types and tests; .ci/run has what CI runs besides
 
 lint: setup  ## ruff
 	$(BIN)/ruff check .

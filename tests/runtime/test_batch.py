@@ -27,7 +27,7 @@ from i2l.errors import FolderEmpty
 from i2l.lora.lora import Lora
 from i2l.lora.reading import describe_lora
 from i2l.runtime import making
-from i2l.runtime.jobs import BatchProgress, Job, plan_jobs
+from i2l.runtime.jobs import STAGE, BatchProgress, Job, plan_jobs
 from i2l.runtime.making import run_jobs
 from i2l.runtime.passes import IMAGES_PER_PASS
 from i2l.runtime.pictures.sources import load_squares
@@ -118,6 +118,17 @@ def test_progress_never_goes_back_and_ends_at_the_total(jobs: list[tuple[int, bo
     assert all(part <= total for part, total in told)
     if told:
         assert told[-1][0] == told[-1][1] or not jobs[-1][1]
+
+
+def test_what_opening_takes_is_told_too() -> None:
+    """The first opening of fp8 engines converts 8.9 GiB: a batch must be seen to move, too."""
+    told: list[tuple[str, int, int]] = []
+    progress = BatchProgress(lambda *facts: told.append(facts))
+    progress("converting", 3, 10)
+    progress.begin(2)
+    progress.begin_pass(2)
+    progress("siglip2", 1, 2)
+    assert told == [("converting", 3, 10), (STAGE, 50, 200)]
 
 
 # --- doing -------------------------------------------------------------------------------------------------------
