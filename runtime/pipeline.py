@@ -212,7 +212,7 @@ class Pipeline:
 
     @property
     def vram(self) -> dict[str, int] | None:
-        """Bytes of VRAM: the budget, the plan's peak, of a device also its graphs and the measured peak; None on the CPU."""
+        """Bytes of VRAM: the budget, the plan's peak; of a device its graphs and the measured peak; None on the CPU."""
         backend = self._backend
         if not isinstance(backend, Planned):
             return None

@@ -123,18 +123,44 @@ SIX = {"passes": [1] * 6, "spare_bytes": ROOMY}
 def test_a_pass_is_one_launch_for_each_model(library: Path, planned: Path, wanted: dict[int, str]) -> None:
     """The first pass brings the weights; behind it each size is recorded once. Interrupted, nothing is in use.
 
-    A card that cannot record, or has no memory for it, or work that calls the host: said once.
+    A card that cannot record, or has no memory for it, or work that calls the host or copies what the host has written,
+    pinned or managed: said once.
     """
     cases: list[Facts] = [{"passes": AGAIN, "spare_bytes": ROOMY, "environment": mode} for mode in MODES[1:4]]
     refusals: list[Facts] = [{"NO_GRAPHS": 1}, {"NO_GRAPHS": 2}, {"CALLS_HOST": 1}]
+    refusals += [{"COPIES_FROM": allocate} for allocate in ("cuMemHostAlloc", "cuMemAllocManaged")]
     cases += [cases[0] | {"environment": MODES[1] | refusal} for refusal in refusals]
     cases += [{"interrupt_at": step, **cases[step % 3]} for step in range(30, 110, 11)]
     for case, facts in zip(cases, ran(library, planned, cases), strict=True):
         assert facts["problems"] == facts["live_bytes"] == facts["pinned_bytes"] == facts["pageable_copies"] == 0, case
         if "interrupt_at" not in case:
             assert facts["loras"] == [wanted[images] for images in AGAIN], case
-            refused = not case["environment"].keys().isdisjoint({"NO_GRAPHS", "CALLS_HOST"})
+            refused = not case["environment"].keys().isdisjoint({"NO_GRAPHS", "CALLS_HOST", "COPIES_FROM"})
             assert (facts["graph_launches"], facts["without_graphs"]) == ((0, 1) if refused else (12, 0)), case
+
+
+def test_graphs_take_what_the_budget_leaves(library: Path, planned: Path, wanted: dict[int, str]) -> None:
+    """What they take counts, that of the first launch too, and counts no more once they are dropped.
+
+    The one that is too large goes at once, and is the last that was tried: said once, with the numbers.
+    """
+    sizes = (200_000, 1_200_000, 20_000_000)
+    cases: list[Facts] = [
+        {"passes": AGAIN, "spare_bytes": ROOMY, "environment": MODES[1] | {"GRAPH_BYTES": nbytes}} for nbytes in sizes
+    ]
+    cases.append({**SIX, "move_after": 3, "environment": MODES[2] | {"GRAPH_BYTES": 1_200_000}})
+    found = ran(library, planned, cases)
+    for case, facts in zip(cases, found, strict=True):
+        graphs, vram = facts["vram"]["graphs_bytes"], facts["vram"]
+        assert facts["loras"] == [wanted[images] for images in case["passes"]], case
+        assert facts["live_at_last"] == facts["planned_live_bytes"] + graphs, case
+        assert vram["planned_peak_bytes"] + graphs <= vram["budget_bytes"], case
+        assert facts["problems"] == facts["live_bytes"] == facts["pinned_bytes"] == 0, case
+    six, some, none, three = (facts["vram"]["graphs_bytes"] for facts in found)
+    assert (six, none, three) == (6 * sizes[0], 0, 3 * sizes[1])
+    assert some in {n * sizes[1] for n in range(1, 6)}
+    assert [facts["without_graphs"] for facts in found] == [0, 1, 1, 0]
+    assert found[2]["peak_bytes"] <= found[2]["vram"]["measured_peak_bytes"]
 
 
 @pytest.mark.parametrize("mutation", [None, *GRAPH_MUTATIONS])
