@@ -90,10 +90,12 @@ class DeviceBackend:
     def store(self, family: Family) -> DeviceStore:
         """The weights of a model, if its pack is still the one that was opened."""
         require_unchanged(self._maps[family])
+        self._weights.reopen()
         return self._weights.stores[family]
 
     def value(self, array: Array) -> Value:
         """An array at the beginning of the workspace's values; it stays there until the next."""
+        self._weights.reopen()
         if array.nbytes > self._weights.workspace.values_bytes:
             raise ShapeMismatch(self.name, "value", str(list(array.shape)), "fewer images at once")
         return self.device.upload(array, self._weights.workspace.values_address)

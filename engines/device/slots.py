@@ -71,7 +71,17 @@ class DeviceWeights:
         self._plan = plan
         self._allocations: list[int] = []
         self.stores: dict[Family, DeviceStore] = {}
+        """None where memory ran out with the smallest plan."""
         self._open_or_shrink()
+
+    def reopen(self) -> None:
+        """Try again, if memory ran out with the smallest plan; whoever had it may have given it back.
+
+        Raises:
+            OutOfDeviceMemory: there is still not enough.
+        """
+        if not self.stores:
+            self._open_or_shrink()
 
     def shrink(self, cause: OutOfDeviceMemory) -> None:
         """Go on with less memory; chunks that stay are copied again.

@@ -217,6 +217,12 @@ def test_each_shrinking_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(OutOfDeviceMemory, match="fake device has no room for 77 B"):
         weights.shrink(OutOfDeviceMemory(device.name, 77, 0))
     assert device.used_bytes == 0
+    capacity_bytes, device.capacity_bytes = device.capacity_bytes, 0
+    with pytest.raises(OutOfDeviceMemory):
+        weights.reopen()
+    device.capacity_bytes = capacity_bytes  # whoever had it gave it back
+    weights.reopen()
+    assert run_pass(case, weights, device) == steps_of(case)
 
 
 def test_an_error_in_the_middle_leaves_all_slots_free() -> None:
