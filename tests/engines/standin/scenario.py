@@ -175,7 +175,6 @@ def run(
         if pipeline.backend_name != "cpu":
             plan = backend.residency
             facts["planned_live_bytes"] = plan.activation_bytes + plan.value_bytes + plan.weight_bytes
-            facts["planned_values_bytes"] = backend._values_bytes
             driver.give_back()
         facts["backend"] = pipeline.backend_name
     return facts
@@ -316,7 +315,7 @@ def main() -> None:
     opening.choose_backend = choose
     logging.getLogger("i2l").addHandler(Listener(logging.WARNING))
     _put(copy_lane, "Staging", partial(Staging, piece_bytes=PIECE_BYTES))
-    _put(outbox, "BLOCK_BYTES", 4 * PIECE_BYTES)  # so small that results lie in several
+    _put(outbox, "BLOCK_BYTES", 16 * PIECE_BYTES)  # so small that results lie in several
     count_fillings()
     sys.modules["tensorrt_rtx"] = played_tensorrt.Played(None, launch=driver.launch).module
     for case in cases:
