@@ -2,11 +2,12 @@
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -251,7 +252,8 @@ def test_a_slot_that_cannot_be_marked_as_used_is_not_lost(monkeypatch: pytest.Mo
         device = FakeDevice(case.budget_bytes, seed=seed, haste=0.98)
         weights = case.weights(device)
         seen: list[str] = []
-        with closing(stream(weights.stores["dinov3"], case.models["dinov3"].chunks)) as steps:
+        chunks = case.models["dinov3"].chunks
+        with closing(cast("Generator[Any, None, None]", stream(weights.stores["dinov3"], chunks))) as steps:
             for step, values in islice(steps, 2):
                 device.enqueue("compute", compare(case, step, "dinov3", values["weight"], seen))
             monkeypatch.setattr(FakeDevice, "record", refuse)

@@ -173,6 +173,8 @@ def test_the_least_budget_is_what_readme_says(run: Run, precision: str, least_mi
     facts = run("full", precision, NOISE, passes=[], budget_bytes=least_mib << 20)
     assert facts["least_bytes"] <= least_mib << 20 < facts["least_bytes"] + (2 << 20)
     assert str(least_mib) in (ROOT / "docs" / "gpu.md").read_text()
+    (row,) = (line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `cuda` | 1,"))
+    assert f"{least_mib:,} MiB ({precision})" in row
     small = run("full", precision, NOISE, passes=[], budget_bytes=(least_mib - 200) << 20)
     assert small["error"] == "BudgetTooSmall"
     assert small["after"]["live_bytes"] == 0
