@@ -157,7 +157,7 @@ def test_an_image_is_three_launches_where_all_weights_stay(run: Run, precision: 
     taken = [row["live_bytes"] - facts["open"]["live_bytes"] for row in facts["passes"]]
     assert taken == [n * GRAPH_BYTES for n in (0, 3, 6, 6, 6, 6)]
     assert facts["vram"]["graphs_bytes"] == 6 * GRAPH_BYTES
-    assert 0.9 * facts["values_bytes"] < facts["after"]["pinned_peak_bytes"] - RING_BYTES <= facts["values_bytes"]
+    assert 0.8 * facts["values_bytes"] < facts["after"]["pinned_peak_bytes"] - RING_BYTES <= facts["values_bytes"]
     assert facts["after"]["problems"] == facts["after"]["live_bytes"] == facts["after"]["pinned_bytes"] == 0
 
 
