@@ -93,8 +93,8 @@ def values_pinned(adapter: Model, graphs: Mapping[str, GraphMemory]) -> int:
 
     Args:
         adapter: of the manifest; the encoders' one result each is less.
-        graphs: memory of every graph, at the largest batch. Of each step its input is counted too: at full size it comes
-            to 196 MiB for four images, of which 164 were pinned over the stand-ins.
+        graphs: memory of every graph, at the largest batch. Each step's input is counted too: at full size it comes to
+            196 MiB for four images, of which 164 were pinned over the stand-ins.
     """
     results = (graphs[step.graph].value_bytes for chunk in adapter.chunks for step in chunk.steps)
     return BUFFERS * VALUE_BYTES + pinned_for(results)
