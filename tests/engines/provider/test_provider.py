@@ -19,6 +19,7 @@ from hollow import make_hollow
 from standin_libraries import compile_libraries
 
 from conftest import MakeEngines
+from i2l.engines.device.pinned.host_cache import RING_BYTES
 from i2l.export.backends.cuda import build_cuda_graphs
 from i2l.machine.wording import format_bytes
 from i2l.specs import PRESETS
@@ -26,6 +27,7 @@ from i2l.specs import PRESETS
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 GIB = 1 << 30
+GRAPH_BYTES = 20 << 20
 TENTH = 10
 """The plan may leave so small a part of a budget unused."""
 ORDERS = ([1, 4], [4, 2, 3, 1], [2, 1, 4, 3])
@@ -138,10 +140,13 @@ def test_full_size_keeps_and_uses_its_budget(run: Run, precision: str) -> None:
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_an_image_is_three_launches_where_all_weights_stay(run: Run, precision: str) -> None:
-    """What comes from the host is the pixels and the embedding; onnxruntime itself is not asked at all."""
+    """What comes from the host is the pixels and the embedding; onnxruntime itself is not asked at all.
+
+    The card's memory is the plan's and that of the graphs; the host's pinned one the ring's and that of results.
+    """
     spec = PRESETS["full"]
     pixels = sum(3 * encoder.image_size**2 for encoder in (spec.siglip2, spec.dinov3))
-    card = NOISE | {"I2L_STANDIN_BYTES": str(48 * GIB)}
+    card = NOISE | {"I2L_STANDIN_BYTES": str(48 * GIB), "I2L_STANDIN_GRAPH_BYTES": str(GRAPH_BYTES)}
     facts = run("full", precision, card, passes=[4, 4, 1, 1, 4, 1], budget_bytes=40 * GIB)
     last = {row["images"]: row for row in facts["passes"]}
     for images, row in last.items():
@@ -149,13 +154,17 @@ def test_an_image_is_three_launches_where_all_weights_stay(run: Run, precision: 
         assert row["uploaded_bytes"] == 4 * images * (pixels + spec.adapter.embedding)
         assert row["calls"] < 60
     assert facts["passes"][0]["graph_launches"] == 0 < facts["passes"][0]["launches"]
-    assert {row["live_bytes"] for row in facts["passes"]} == {facts["open"]["live_bytes"]}
+    taken = [row["live_bytes"] - facts["open"]["live_bytes"] for row in facts["passes"]]
+    assert taken == [n * GRAPH_BYTES for n in (0, 3, 6, 6, 6, 6)]
+    assert facts["vram"]["graphs_bytes"] == 6 * GRAPH_BYTES
+    assert 0.8 * facts["values_bytes"] < facts["after"]["pinned_peak_bytes"] - RING_BYTES <= facts["values_bytes"]
     assert facts["after"]["problems"] == facts["after"]["live_bytes"] == facts["after"]["pinned_bytes"] == 0
 
 
-def test_a_pass_that_copies_from_the_host_is_not_recorded(run: Run) -> None:
+@pytest.mark.parametrize("function", ["cuMemcpyHtoDAsync", "cuMemcpyAsync"])
+def test_a_pass_that_copies_from_the_host_is_not_recorded(run: Run, function: str) -> None:
     """Nobody promises that the bytes are still there when a graph copies them again."""
-    facts = run("tiny", "int8", passes=[1, 1, 1], spare_bytes=GIB, copies_from_host=True)
+    facts = run("tiny", "int8", passes=[1, 1, 1], spare_bytes=GIB, copies_from_host=function)
     assert [row["graph_launches"] for row in facts["passes"]] == [0, 0, 0]
     assert facts["after"]["problems"] == facts["after"]["pinned_bytes"] == 0
 
@@ -173,6 +182,8 @@ def test_the_least_budget_is_what_readme_says(run: Run, precision: str, least_mi
     facts = run("full", precision, NOISE, passes=[], budget_bytes=least_mib << 20)
     assert facts["least_bytes"] <= least_mib << 20 < facts["least_bytes"] + (2 << 20)
     assert str(least_mib) in (ROOT / "docs" / "gpu.md").read_text()
+    (row,) = (line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `cuda` | 1,"))
+    assert f"{least_mib:,} MiB ({precision})" in row
     small = run("full", precision, NOISE, passes=[], budget_bytes=(least_mib - 200) << 20)
     assert small["error"] == "BudgetTooSmall"
     assert small["after"]["live_bytes"] == 0

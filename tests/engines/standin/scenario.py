@@ -57,6 +57,8 @@ class Driver:
         self._library = ctypes.CDLL("libcuda.so.1")
         self._kept: list[Any] = []
         self._nothing = FUNCTION(lambda _: None)
+        self.hosts = ctypes.c_void_p()
+        """Memory that the host writes, of a played library."""
 
     def __getattr__(self, name: str) -> int:
         function = getattr(self._library, f"standin_{name}")
@@ -79,10 +81,25 @@ class Driver:
         if os.environ.get("I2L_STANDIN_CALLS_HOST"):
             self._library.cuLaunchHostFunc(ctypes.c_void_p(stream), function, None)
             ranges, function = (), self._nothing
+        if allocate := os.environ.get("I2L_STANDIN_COPIES_FROM"):
+            written = next(start for start, nbytes, is_written in ranges if is_written and nbytes)
+            self._copy_from_host(stream, allocate, written)
         launch = self._library.standin_launch
         launch.argtypes = (ctypes.c_void_p, FUNCTION, ctypes.c_int, ctypes.c_void_p)
         if launch(stream, function, len(ranges), ctypes.cast(rows, ctypes.c_void_p)):
             raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS while launching a kernel")
+
+    def _copy_from_host(self, stream: int, allocate: str, address: int) -> None:
+        """As a library does that keeps its kernels' arguments in memory that the host writes, by plain addresses."""
+        if not self.hosts:
+            getattr(self._library, allocate)(ctypes.byref(self.hosts), ctypes.c_size_t(64), 1)
+        self._library.cuMemcpyAsync(ctypes.c_void_p(address), self.hosts, ctypes.c_size_t(1), ctypes.c_void_p(stream))
+
+    def give_back(self) -> None:
+        """What a played library holds."""
+        if self.hosts:
+            self._library.cuMemFreeHost(self.hosts)
+        self.hosts = ctypes.c_void_p()
 
     def reset(self) -> None:
         """As after a start."""
@@ -154,6 +171,11 @@ def run(
                 chunks = backend.device._copies._kept._kept.values()
                 facts["kept"].append(sum(chunk.filled for chunk in chunks))
         facts["vram"] = pipeline.vram
+        facts["live_at_last"] = driver.live_bytes
+        if pipeline.backend_name != "cpu":
+            plan = backend.residency
+            facts["planned_live_bytes"] = plan.activation_bytes + plan.value_bytes + plan.weight_bytes
+            driver.give_back()
         facts["backend"] = pipeline.backend_name
     return facts
 
@@ -293,7 +315,7 @@ def main() -> None:
     opening.choose_backend = choose
     logging.getLogger("i2l").addHandler(Listener(logging.WARNING))
     _put(copy_lane, "Staging", partial(Staging, piece_bytes=PIECE_BYTES))
-    _put(outbox, "BLOCK_BYTES", 4 * PIECE_BYTES)  # so small that results lie in several
+    _put(outbox, "BLOCK_BYTES", 16 * PIECE_BYTES)  # so small that results lie in several
     count_fillings()
     sys.modules["tensorrt_rtx"] = played_tensorrt.Played(None, launch=driver.launch).module
     for case in cases:

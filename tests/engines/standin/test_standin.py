@@ -25,8 +25,12 @@ ROOMY = 10_000_000
 """Bytes above the least budget with which all weights stay."""
 PASSES = [1, 4, 2, 1]
 RING_BYTES = 128 << 20
+"""Planned; so small a part of it is made here that chunks pass in several pieces:"""
+RING_HERE_BYTES = 4 * (16 << 10)
+VALUES_BYTES = (4 << 20) + 3 * (256 << 10)
+"""What goes in, and blocks for the results of four images."""
 ROOM_FOR_ALL = 2 * (RING_BYTES + (16 << 20))
-"""Of the host's memory: half of it is the ring and all weights."""
+"""Of the host's memory: half of it is the ring, values and all weights."""
 MODES: list[dict[str, object]] = [
     {"MODE": "eager"},
     {"MODE": "lazy"},
@@ -123,18 +127,44 @@ SIX = {"passes": [1] * 6, "spare_bytes": ROOMY}
 def test_a_pass_is_one_launch_for_each_model(library: Path, planned: Path, wanted: dict[int, str]) -> None:
     """The first pass brings the weights; behind it each size is recorded once. Interrupted, nothing is in use.
 
-    A card that cannot record, or has no memory for it, or work that calls the host: said once.
+    A card that cannot record, or has no memory for it, or work that calls the host or copies what the host has written,
+    pinned or managed: said once.
     """
     cases: list[Facts] = [{"passes": AGAIN, "spare_bytes": ROOMY, "environment": mode} for mode in MODES[1:4]]
     refusals: list[Facts] = [{"NO_GRAPHS": 1}, {"NO_GRAPHS": 2}, {"CALLS_HOST": 1}]
+    refusals += [{"COPIES_FROM": allocate} for allocate in ("cuMemHostAlloc", "cuMemAllocManaged")]
     cases += [cases[0] | {"environment": MODES[1] | refusal} for refusal in refusals]
     cases += [{"interrupt_at": step, **cases[step % 3]} for step in range(30, 110, 11)]
     for case, facts in zip(cases, ran(library, planned, cases), strict=True):
         assert facts["problems"] == facts["live_bytes"] == facts["pinned_bytes"] == facts["pageable_copies"] == 0, case
         if "interrupt_at" not in case:
             assert facts["loras"] == [wanted[images] for images in AGAIN], case
-            refused = not case["environment"].keys().isdisjoint({"NO_GRAPHS", "CALLS_HOST"})
+            refused = not case["environment"].keys().isdisjoint({"NO_GRAPHS", "CALLS_HOST", "COPIES_FROM"})
             assert (facts["graph_launches"], facts["without_graphs"]) == ((0, 1) if refused else (12, 0)), case
+
+
+def test_graphs_take_what_the_budget_leaves(library: Path, planned: Path, wanted: dict[int, str]) -> None:
+    """What they take counts, that of the first launch too, and counts no more once they are dropped.
+
+    The one that is too large goes at once, and is the last that was tried: said once, with the numbers.
+    """
+    sizes = (200_000, 1_200_000, 20_000_000)
+    cases: list[Facts] = [
+        {"passes": AGAIN, "spare_bytes": ROOMY, "environment": MODES[1] | {"GRAPH_BYTES": nbytes}} for nbytes in sizes
+    ]
+    cases.append({**SIX, "move_after": 3, "environment": MODES[2] | {"GRAPH_BYTES": 1_200_000}})
+    found = ran(library, planned, cases)
+    for case, facts in zip(cases, found, strict=True):
+        graphs, vram = facts["vram"]["graphs_bytes"], facts["vram"]
+        assert facts["loras"] == [wanted[images] for images in case["passes"]], case
+        assert facts["live_at_last"] == facts["planned_live_bytes"] + graphs, case
+        assert vram["planned_peak_bytes"] + graphs <= vram["budget_bytes"], case
+        assert facts["problems"] == facts["live_bytes"] == facts["pinned_bytes"] == 0, case
+    six, some, none, three = (facts["vram"]["graphs_bytes"] for facts in found)
+    assert (six, none, three) == (6 * sizes[0], 0, 3 * sizes[1])
+    assert some in {n * sizes[1] for n in range(1, 6)}
+    assert [facts["without_graphs"] for facts in found] == [0, 1, 1, 0]
+    assert found[2]["peak_bytes"] <= found[2]["vram"]["measured_peak_bytes"]
 
 
 @pytest.mark.parametrize("mutation", [None, *GRAPH_MUTATIONS])
@@ -180,11 +210,16 @@ def test_kept_chunks_are_not_filled_again(library: Path, planned: Path, wanted: 
 
 
 def test_less_can_be_kept_than_was_planned(library: Path, planned: Path, wanted: dict[int, str]) -> None:
-    """As the system refuses, or as the half of what is available is less: some chunks are filled in every pass."""
-    refused: Facts = {"environment": {"MODE": "random", "PINNABLE": 4_600_000}, "host_bytes": ROOM_FOR_ALL}
-    small: Facts = {"environment": MODES[2], "host_bytes": 2 * (RING_BYTES + 300_000)}
-    for facts in ran(library, planned, [case | {"passes": [1, 1, 1, 1]} for case in (refused, small)]):
-        assert facts["loras"] == [wanted[1]] * 4
+    """As the system refuses, or as the half of what is available is less: some chunks are filled in every pass.
+
+    Results of more images come when the cache is full: there is room for them.
+    """
+    refused: Facts = {"environment": {"MODE": "random", "PINNABLE": 6_000_000}, "host_bytes": ROOM_FOR_ALL}
+    small: Facts = {"environment": MODES[2], "host_bytes": 2 * (RING_BYTES + VALUES_BYTES + 2_000_000)}
+    cases = [case | {"passes": [1, 1, 1, 4]} for case in (refused, small)]
+    for case, facts in zip(cases, ran(library, planned, cases), strict=True):
+        assert facts["loras"] == [wanted[1]] * 3 + [wanted[4]]
+        assert facts["pinned_peak_bytes"] - RING_HERE_BYTES <= case["host_bytes"] // 2 - RING_BYTES
         assert facts["problems"] == facts["pinned_bytes"] == facts["pageable_copies"] == 0
         assert 0 < facts["filled_bytes"][-1] < facts["streamed_bytes"]
         assert facts["kept"][-1] > 0
@@ -192,7 +227,7 @@ def test_less_can_be_kept_than_was_planned(library: Path, planned: Path, wanted:
 
 def test_a_smaller_plan_keeps_other_chunks(library: Path, planned: Path, wanted: dict[int, str]) -> None:
     """What was kept is given back, and what stayed on the card is kept now."""
-    host_bytes = 2 * (RING_BYTES + 8_500_000)  # 5.5 MB of weights, 4 MiB for values
+    host_bytes = 2 * (RING_BYTES + VALUES_BYTES + 9_000_000)  # 5.5 MB of weights; a half of what is pinned then
     case = {"passes": [1] * 8, "shrink_after": 4, "spare_bytes": 60_000, "host_bytes": host_bytes}
     (facts,) = ran(library, planned, [case | {"environment": MODES[1]}])
     assert facts["loras"] == [wanted[1]] * 8
