@@ -28,7 +28,7 @@ ELEMENTS = {"tensor(float)": 1, "tensor(uint8)": 2, "tensor(int8)": 3, "tensor(b
 BYTES = {"tensor(float)": 4, "tensor(bfloat16)": 2}
 LARGEST_BATCH = 8
 Fail = Callable[[str], str]
-"""Told ``load``, ``context``, ``size`` or ``run`` before that is done; an error message makes it fail."""
+"""Told ``load``, ``context``, ``size``, ``scratch`` or ``run`` before that is done; an error message makes it fail."""
 Launch = Callable[[int, Callable[[], None], Sequence[tuple[int, int, bool]]], None]
 
 
@@ -233,7 +233,8 @@ class Context:
     def set_device_memory(self, address: int, nbytes: int) -> None:
         assert self._sized, "its parts of the scratch are those of other shapes"
         assert nbytes >= self._played.scratch(self._images)
-        self._scratch = (address, nbytes)
+        if not self._played.fails("scratch"):
+            self._scratch = (address, nbytes)
 
     def get_tensor_shape(self, name: str) -> Iterator[int]:
         return iter(size if isinstance(size, int) else self._images for size in self._engine.tensors[name].shape)

@@ -76,8 +76,14 @@ def ran(library: Path, planned: Path, cases: list[Facts], *mutation: str) -> lis
 
 
 def test_the_lora_is_the_cpus_however_late_the_card_works(library: Path, planned: Path, wanted: dict[int, str]) -> None:
-    """At the least budget, with some chunks resident, and with all; what is copied is pinned, all is given back."""
-    cases = [{"passes": PASSES, "spare_bytes": b, "environment": mode} for b in (0, 60_000, ROOMY) for mode in MODES]
+    """At the least budget, with some chunks resident, and with all; what is copied is pinned, all is given back.
+
+    In other threads than that which opened it, too: CUDA's context is current in each by itself.
+    """
+    cases: list[Facts] = [
+        {"passes": PASSES, "spare_bytes": b, "environment": mode} for b in (0, 60_000, ROOMY) for mode in MODES
+    ]
+    cases.append(cases[1] | {"threads": True})
     for case, facts in zip(cases, ran(library, planned, cases), strict=True):
         assert facts["loras"] == [wanted[images] for images in PASSES], case
         assert facts["problems"] == facts["live_bytes"] == facts["pinned_bytes"] == facts["pageable_copies"] == 0, case
@@ -220,6 +226,7 @@ def test_memory_that_runs_out_at_any_copy(library: Path, planned: Path, wanted: 
         else:
             assert facts["loras"] == [wanted[1]], case
         assert facts["problems"] == facts["live_bytes"] == facts["pinned_bytes"] == 0, case
+        assert ("error" in facts) == (case["spare_bytes"] == 0), case
 
 
 def lora_or_error(facts: Facts, case: Facts, lora: str, errors: set[str]) -> None:
@@ -271,12 +278,14 @@ def test_a_card_that_is_lost_at_any_call(library: Path, planned: Path, wanted: d
     cases = failing_calls([1, 2, *range(3, 40, 6), *range(40, 400, 53)])
     recorded: Facts = {"passes": [1, 1, 1], "spare_bytes": ROOMY}
     cases += [recorded | {"environment": {"FAIL_CALL": number}} for number in range(260, 500, 23)]
-    for case, facts in zip(cases, ran(library, planned, cases), strict=True):
+    outcomes = ran(library, planned, cases)
+    for case, facts in zip(cases, outcomes, strict=True):
         lora_or_error(facts, case, wanted[1], LOST)
         if "error" in facts:
             assert "CUDA_ERROR_ILLEGAL_ADDRESS" in facts["message"] or "finds no GPU" in facts["message"], case
         elif facts["backend"] != "cpu":  # it was lost while things were given back
             assert facts["calls"] >= case["environment"]["FAIL_CALL"] or facts["problems"] == 0, case
+    assert {facts.get("backend") for facts in outcomes} == {None, "cpu", "tensorrt"}
 
 
 @pytest.mark.cuda
@@ -309,13 +318,14 @@ def test_one_of_several_cards(library: Path, planned: Path, wanted: dict[int, st
         }
         for device, visible, _ in rows
     ]
-    for (_, _, card), facts in zip(rows, ran(library, planned, cases), strict=True):
+    for (device, visible, card), facts in zip(rows, ran(library, planned, cases), strict=True):
         if "error" in facts:
             assert facts["error"] == card
             assert facts["error"] != "BackendUnavailable" or "i2l doctor lists them" in facts["message"]
         else:
             assert facts["card"] == card
             assert facts["loras"] == [wanted[1]]
+            assert len(facts["chosen"]) == (device is visible is None)
         assert facts["problems"] == facts["live_bytes"] == 0
 
 
