@@ -74,6 +74,7 @@ class Played:
         scratch: bytes of scratch for a number of images.
         rtx: play TensorRT-RTX, or else TensorRT, which has no runtime cache.
         launch: puts work into a stream: ``(stream, work, [(address, bytes, written)])``; by default the device's lane.
+        ended: called where a context goes.
     """
 
     def __init__(
@@ -84,9 +85,11 @@ class Played:
         scratch: Callable[[int], int] = lambda images: 1000 * images,
         rtx: bool = True,
         launch: "Launch | None" = None,
+        ended: Callable[[], None] = lambda: None,
     ) -> None:
         self.device, self.fail, self.scratch = device, fail, scratch
         self.launch = launch or in_lane(device)
+        self.ended = ended
         self.name = "tensorrt_rtx" if rtx else "tensorrt"
         self.accepts_cache = True
         self.loaded_cache = b""
@@ -219,6 +222,9 @@ class Context:
         self._sized = False
         self._scratch = (0, 0)
         self._addresses: dict[str, int] = {}
+
+    def __del__(self) -> None:
+        self._played.ended()
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert name == self._engine.runner.activation

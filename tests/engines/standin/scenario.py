@@ -85,6 +85,11 @@ class Driver:
         if launch(stream, function, len(ranges), ctypes.cast(rows, ctypes.c_void_p)):
             raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS while launching a kernel")
 
+    def context_ended(self) -> None:
+        """TensorRT's must not go while the card may compute."""
+        if self.unfinished:
+            self._library.standin_problem(b"a context of TensorRT DESTROYED in use")
+
     def reset(self) -> None:
         """As after a start."""
         self._library.standin_reset()
@@ -309,7 +314,7 @@ def main() -> None:
     _put(copy_lane, "Staging", partial(Staging, piece_bytes=PIECE_BYTES))
     _put(outbox, "BLOCK_BYTES", 4 * PIECE_BYTES)  # so small that results lie in several
     count_fillings()
-    sys.modules["tensorrt_rtx"] = played_tensorrt.Played(None, launch=driver.launch).module
+    sys.modules["tensorrt_rtx"] = played_tensorrt.Played(None, launch=driver.launch, ended=driver.context_ended).module
     for case in cases:
         sys.stdout.write(f"{json.dumps(run_case(engines, driver, case))}\n")
 

@@ -107,6 +107,15 @@ def test_each_fault_is_found(library: Path, planned: Path, wanted: dict[int, str
     assert len(found) < len(cases) or any(wrong) or any(facts["problems"] for facts in found)
 
 
+def test_a_fault_is_seen_in_two_ways(library: Path, planned: Path, wanted: dict[int, str]) -> None:
+    """Each alone: what is done at once has the right values and is a race; what is done late has wrong ones."""
+    cases: list[Facts] = [{"passes": [1, 2], "environment": mode} for mode in MODES[:2]]
+    at_once, late = ran(library, planned, cases, "no wait for a slot")
+    right = [wanted[1], wanted[2]]
+    assert at_once["loras"] == right != late["loras"]
+    assert at_once["problems"] > 0
+
+
 @pytest.mark.parametrize("mutation", OF_COPIES)
 def test_each_fault_of_copies_is_found(library: Path, planned: Path, wanted: dict[int, str], mutation: str) -> None:
     case = OF_COPIES[mutation]
@@ -359,7 +368,7 @@ def test_another_program_takes_memory_at_any_call(library: Path, planned: Path, 
     assert least <= enough[0]["peak_bytes"] < roomy
     # While engines open, what others take cannot be told from what the engines took.
     assert {facts.get("backend") for n, facts in zip(numbers, enough, strict=True) if n not in {11, 21}} == {"tensorrt"}
-    assert sum(facts["spilled_bytes"] > 0 for facts in enough) <= 1  # what was free when it looked, and then not
+    assert sum(facts["spilled_bytes"] > 0 for facts in enough) == 1  # what was free when it looked, and then not
 
 
 def test_few_buffers_may_be_pinned(library: Path, planned: Path, wanted: dict[int, str]) -> None:
