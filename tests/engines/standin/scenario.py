@@ -292,7 +292,7 @@ def run_case(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, A
 
 SEEN = (
     "problems", "live_bytes", "peak_bytes", "pinned_bytes", "pinned_peak_bytes", "copies", "pageable_copies", "calls",
-    "graph_launches", "allocations", "spilled_bytes", "contexts", "streams",
+    "uploaded_bytes", "graph_launches", "allocations", "spilled_bytes", "contexts", "streams",
 )  # fmt: skip
 SAID: list[str] = []
 """What is said to the user."""

@@ -19,6 +19,8 @@ from played_tensorrt import own_graphs, write_plans
 from scenario import GRAPH_MUTATIONS, MUTATIONS, digest
 
 from conftest import MakeEngines, lora_of_one_batch, picture
+from i2l.engines.directory.manifest import read_manifest
+from i2l.specs import PRESETS
 
 HERE = Path(__file__).parent
 ROOMY = 10_000_000
@@ -217,9 +219,14 @@ def test_a_smaller_plan_keeps_other_chunks(library: Path, planned: Path, wanted:
 
 
 def test_copies_do_not_hold_up_launches(library: Path, planned: Path, wanted: dict[int, str]) -> None:
+    """Nothing else is copied: each chunk, the pixels and the embedding once, though weights come through slots."""
+    weights = sum(chunk.nbytes for model in read_manifest(planned).models.values() for chunk in model.chunks)
+    siglip2, dinov3, adapter = PRESETS["tiny"]
+    values = 4 * (sum(3 * encoder.image_size**2 for encoder in (siglip2, dinov3)) + adapter.embedding)
     for facts in ran(library, planned, [{"late_copies": True, "environment": mode} for mode in MODES[:2]]):
         assert facts["loras"] == [wanted[1]]
         assert facts["held_up"] is False
+        assert facts["uploaded_bytes"] == weights + values
 
 
 def test_memory_that_runs_out_at_any_copy(library: Path, planned: Path, wanted: dict[int, str]) -> None:
