@@ -16,11 +16,11 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -47,6 +47,7 @@ from i2l.runtime import opening
 from i2l.runtime.pipeline import Pipeline
 from i2l.runtime.proof.choice import Chosen
 
+T = TypeVar("T")
 FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -101,6 +102,11 @@ class Driver:
             self._library.cuMemFreeHost(self.hosts)
         self.hosts = ctypes.c_void_p()
 
+    def context_ended(self) -> None:
+        """TensorRT's must not go while the card may compute."""
+        if self.unfinished:
+            self._library.standin_problem(b"a context of TensorRT DESTROYED in use")
+
     def reset(self) -> None:
         """As after a start."""
         self._library.standin_reset()
@@ -126,14 +132,15 @@ def run(
     device: str | None = None,
     margin_bytes: int | None = None,
     auto: bool = False,
+    threads: bool = False,
     shrink_after: int | None = None,
     move_after: int | None = None,
 ) -> dict[str, Any]:
     """LoRAs of passes of so many images on one pipeline, with so much more than the least budget.
 
     ``interrupt_at``: Ctrl-C comes when progress was told so often. ``margin_bytes``: what is free but for that is the
-    budget. ``auto``: the backend is left to us, and the card was proven. ``shrink_after``: memory runs out behind so
-    many passes; ``move_after``: as much is found again, elsewhere.
+    budget. ``auto``: the backend is left to us, and the card was proven. ``threads``: a new one for each pass, and for
+    closing. ``shrink_after``: memory runs out behind so many passes; ``move_after``: as much is found again, elsewhere.
     """
     budget = None if margin_bytes is not None else least_budget(engines) + spare_bytes
     facts: dict[str, Any] = {"loras": [], "budget_bytes": budget, "filled_bytes": [], "kept": []}
@@ -164,7 +171,8 @@ def run(
                 with moved(backend) if number == move_after else nullcontext():
                     backend.shrink(OutOfDeviceMemory(backend.device.name, 1, 0))
             FILLED.clear()
-            lora = pipeline.lora_from_images([picture(90, 70, seed=seed) for seed in range(images)])
+            pictures = [picture(90, 70, seed=seed) for seed in range(images)]
+            lora = in_thread(threads, partial(pipeline.lora_from_images, pictures))
             facts["loras"].append(digest(lora))
             facts["filled_bytes"].append(sum(FILLED))
             if pipeline.backend_name != "cpu":
@@ -177,7 +185,16 @@ def run(
             facts["planned_live_bytes"] = plan.activation_bytes + plan.value_bytes + plan.weight_bytes
             driver.give_back()
         facts["backend"] = pipeline.backend_name
+        in_thread(threads, pipeline.close)
     return facts
+
+
+def in_thread(new: bool, work: Callable[[], T]) -> T:
+    """What it gives, done here or in a new thread."""
+    if not new:
+        return work()
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
 
 
 @contextmanager
@@ -288,6 +305,7 @@ def run_case(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, A
     except I2LError as error:
         facts |= {"error": type(error).__name__, "message": str(error)}
     facts["without_graphs"] = sum("without CUDA graphs" in line for line in SAID)
+    facts["chosen"] = [line for line in SAID if "has the most free memory" in line]
     SAID.clear()
     for name in environment:
         del os.environ[name]
@@ -296,10 +314,10 @@ def run_case(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, A
 
 SEEN = (
     "problems", "live_bytes", "peak_bytes", "pinned_bytes", "pinned_peak_bytes", "copies", "pageable_copies", "calls",
-    "graph_launches", "allocations", "spilled_bytes", "contexts", "streams",
+    "uploaded_bytes", "graph_launches", "allocations", "spilled_bytes", "contexts", "streams",
 )  # fmt: skip
 SAID: list[str] = []
-"""Warnings."""
+"""What is said to the user."""
 
 
 class Listener(logging.Handler):
@@ -313,11 +331,12 @@ def main() -> None:
         (MUTATIONS | GRAPH_MUTATIONS)[sys.argv[3]]()
     driver = Driver()
     opening.choose_backend = choose
-    logging.getLogger("i2l").addHandler(Listener(logging.WARNING))
+    logging.getLogger("i2l").addHandler(Listener())
+    logging.getLogger("i2l").setLevel(logging.INFO)
     _put(copy_lane, "Staging", partial(Staging, piece_bytes=PIECE_BYTES))
     _put(outbox, "BLOCK_BYTES", 16 * PIECE_BYTES)  # so small that results lie in several
     count_fillings()
-    sys.modules["tensorrt_rtx"] = played_tensorrt.Played(None, launch=driver.launch).module
+    sys.modules["tensorrt_rtx"] = played_tensorrt.Played(None, launch=driver.launch, ended=driver.context_ended).module
     for case in cases:
         sys.stdout.write(f"{json.dumps(run_case(engines, driver, case))}\n")
 
