@@ -79,14 +79,14 @@ def main() -> None:
 
 
 def operators_ms(engines: Path, manifest: Manifest, embeddings: np.ndarray) -> dict[str, float]:
-    """Milliseconds per operator of one pass; the first of two warms up."""
+    """Milliseconds per operator of one pass by one thread; the first of two warms up."""
     chunks = manifest.models["adapter"].chunks
     backend = CpuBackend(engines, manifest)
     totals: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         graphs = {step.graph for chunk in chunks for step in chunk.steps}
         paths = {graph: engines / manifest.build / manifest.graphs[graph] for graph in graphs}
-        sessions = {graph: profiled(path, default_threads(), folder) for graph, path in paths.items()}
+        sessions = {graph: profiled(path, 1, folder) for graph, path in paths.items()}
         value = ort.OrtValue.ortvalue_from_numpy(embeddings)
         for _ in range(2):
             for step, weights in stream(backend.store("adapter"), chunks):

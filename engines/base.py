@@ -50,6 +50,11 @@ class WeightStore(Protocol):
         ...
 
     @property
+    def abreast(self) -> int:
+        """How many chunks may be used at a time, each by a thread, where their steps need nothing of each other."""
+        ...
+
+    @property
     def resident(self) -> AbstractSet[Chunk]:
         """Chunks that stay once they came; they take no slot."""
         ...

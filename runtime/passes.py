@@ -24,7 +24,7 @@ from ..specs import AdapterSpec, EncoderSpec, Family
 from .errors import EmbeddingNotFinite
 from .lanes import Lanes
 from .opening import OpenEngines
-from .streamer import stream
+from .streamer import side_by_side, stream
 from .trace import CountedStore, Trace, TracedEngine, TracedStore
 
 Observer: TypeAlias = Callable[[str, dict[str, Array]], None]
@@ -61,6 +61,13 @@ def require_finite(what: str, values: Array) -> None:
     """
     if not (finite := np.isfinite(values)).all():
         raise EmbeddingNotFinite(what, int(finite.size - np.count_nonzero(finite)))
+
+
+def finite_factors(step: Step, outputs: dict[str, Array]) -> dict[str, Array]:
+    """The factors of a step, which :func:`require_finite` has seen."""
+    for name, values in outputs.items():
+        require_finite(f"{step.name}.{name}", values)
+    return outputs
 
 
 def joined(parts: Sequence[Array]) -> Array:
@@ -160,22 +167,27 @@ class Passes:
         most = 1 if self._open.alone else IMAGES_PER_PASS
         starts = range(0, len(embeddings), most)
         groups = [np.ascontiguousarray(embeddings[i : i + most], np.float32) for i in starts]
+        steps = self._steps("adapter")
         factors: dict[str, tuple[Array, Array]] = {}
         with self.timings.stage("adapter"):
-            graphs = self._graphs("adapter")
-            rows: list[Iterable[dict[str, Array]]]
-            if len(groups) == 1:
-                rows = [self._computed("adapter", groups[0], self._adapter_steps, graphs)]
-            elif graphs is not None:  # each to its end, as the next one's results go where this one's are
-                rows = [list(self._computed("adapter", group, self._adapter_steps, graphs)) for group in groups]
-            else:
-                rows = [list(row) for row in zip(*self._shared_rows(groups), strict=True)]
-            for step, *parts in zip(self._steps("adapter"), *rows, strict=True):
+            for step, parts in zip(steps, self._rows(steps, groups), strict=True):
                 outputs = {name: joined([part[name] for part in parts]) for name in parts[0]}
-                for name, values in outputs.items():
-                    require_finite(f"{step.name}.{name}", values)
                 factors |= factors_by_module(step.name, outputs)
         return factors
+
+    def _rows(self, steps: Sequence[Step], groups: Sequence[Array]) -> Iterator[Sequence[dict[str, Array]]]:
+        """For every step the factors of each group, all of them numbers."""
+        graphs = self._graphs("adapter")
+        rows: list[Iterable[dict[str, Array]]]
+        if len(groups) == 1 and self._backend.store("adapter").abreast == 1:
+            rows = [self._computed("adapter", groups[0], self._adapter_steps, graphs)]
+        elif graphs is not None:  # each to its end, as the next one's results go where this one's are
+            rows = [list(self._computed("adapter", group, self._adapter_steps, graphs)) for group in groups]
+        else:
+            yield from self._shared_rows(groups)
+            return
+        for step, *parts in zip(steps, *rows, strict=True):
+            yield [finite_factors(step, part) for part in parts]
 
     def _adapter_steps(self, embedding: Value, report: Report) -> list[Fetched]:
         """The factors of every step, of images that share a pass."""
@@ -183,10 +195,20 @@ class Passes:
         return [self._backend.later(engine.run(embedding, weights)) for _, engine, weights in steps]
 
     def _shared_rows(self, groups: Sequence[Array]) -> Iterator[list[dict[str, Array]]]:
-        """For every step the factors of each group, in one pass over the weights."""
-        for _, engine, weights in self._stream("adapter", self._report):
-            values = map(self._backend.value, groups)
-            yield [self._backend.later(engine.run(value, weights))() for value in values]
+        """For every step the factors of each group, in one pass over the weights, chunks side by side."""
+        store, chunks = self._store("adapter"), self._open.running.models["adapter"].chunks
+        total = len(self._steps("adapter"))
+        engines = {step.graph: self._backend.engine(step.graph) for step in self._steps("adapter")}  # before threads
+
+        def work(step: Step, weights: Mapping[str, Value]) -> list[dict[str, Array]]:
+            engine, values = self._traced(engines[step.graph], step), map(self._backend.value, groups)
+            taken = (self._backend.later(engine.run(value, weights))() for value in values)
+            return [finite_factors(step, outputs) for outputs in taken]
+
+        for done, row in enumerate(side_by_side(store, chunks, work)):
+            self._report("adapter", done, total)
+            yield row
+        self._report("adapter", total, total)
 
     def _computed(
         self,
@@ -221,11 +243,14 @@ class Passes:
         chunks = self._open.running.models[family].chunks
         for done, (step, weights) in enumerate(stream(self._store(family), chunks)):
             report(family, done, total)
-            engine = self._backend.engine(step.graph)
-            if self._trace:
-                engine = TracedEngine(engine, (self._lanes or self._trace).span, step.name)
-            yield step, engine, weights
+            yield step, self._traced(self._backend.engine(step.graph), step), weights
         report(family, total, total)
+
+    def _traced(self, engine: Engine, step: Step) -> Engine:
+        """The engine; its run a span of that step, if a trace was asked for."""
+        if self._trace is None:
+            return engine
+        return TracedEngine(engine, (self._lanes or self._trace).span, step.name)
 
     def _steps(self, family: Family) -> list[Step]:
         """Of a model, in order."""

@@ -4,9 +4,13 @@ The file is Chrome's trace format, which Perfetto (ui.perfetto.dev) and ``chrome
 ``prefetch`` asks for a chunk, ``acquire`` waits for it, ``run`` computes, by the host's clock. On a device ``copy`` and
 ``run`` are what its lanes did, by its own clock (:mod:`.lanes`). Nothing is wrapped and nothing costs if no trace was
 asked for.
+
+Where several threads work at a time, what meets in a lane goes side by side: ``compute``, ``compute 2``.
 """
 
+import itertools
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
@@ -38,24 +42,32 @@ class Trace:
     def __init__(self) -> None:
         self._start = time.perf_counter_ns()
         self._held: dict[Chunk, None] = {}
-        self.events: list[dict[str, Any]] = [
-            {"ph": "M", "name": "thread_name", "pid": 1, "tid": lane, "args": {"name": name}}
-            for lane, name in enumerate(LANES, 1)
-        ]
+        self._lock = threading.Lock()
+        self._busy: set[int] = set()
+        self._named: set[int] = set()
+        self.events: list[dict[str, Any]] = []
+        for lane in LANES:
+            self._name(lane, 0)
 
     @contextmanager
     def span(self, lane: Lane, name: str, **facts: object) -> Iterator[None]:
-        """Time the body."""
+        """Time the body, beside what another thread is doing in that lane."""
+        with self._lock:
+            place = next(place for place in itertools.count() if _number(lane, place) not in self._busy)
+            number = _number(lane, place)
+            self._busy.add(number)
+            self._name(lane, place)
         begin = self.now()
         try:
             yield
         finally:
-            self.add(lane, name, begin, self.now() - begin, **facts)
+            self._add(number, name, begin, self.now() - begin, facts)
+            with self._lock:
+                self._busy.remove(number)
 
     def add(self, lane: Lane, name: str, begin_us: float, duration_us: float, **facts: object) -> None:
         """A span that was timed elsewhere."""
-        event = {"ph": "X", "name": name, "pid": 1, "tid": LANES.index(lane) + 1, "ts": begin_us}
-        self.events.append({**event, "dur": duration_us, "args": facts})
+        self._add(_number(lane, 0), name, begin_us, duration_us, facts)
 
     def count(self, name: str, **values: int) -> None:
         """Values of a counter from now on."""
@@ -63,13 +75,15 @@ class Trace:
 
     def hold(self, chunk: Chunk) -> None:
         """A chunk's memory is held from now on."""
-        self._held[chunk] = None
-        self._memory()
+        with self._lock:
+            self._held[chunk] = None
+            self._memory()
 
     def drop(self, chunk: Chunk) -> None:
         """A chunk's memory was given back."""
-        self._held.pop(chunk, None)
-        self._memory()
+        with self._lock:
+            self._held.pop(chunk, None)
+            self._memory()
 
     def save(self, path: Path) -> None:
         """Write the JSON file.
@@ -81,12 +95,29 @@ class Trace:
         with output_path(path, TRACE) as temporary:
             temporary.write_text(json.dumps(values), encoding="utf-8")
 
+    def _name(self, lane: Lane, place: int) -> None:
+        number = _number(lane, place)
+        if number not in self._named:
+            self._named.add(number)
+            name = f"{lane} {place + 1}" if place else lane
+            event = {"ph": "M", "name": "thread_name", "pid": 1, "tid": number, "args": {"name": name}}
+            self.events.append(event)
+
+    def _add(self, number: int, name: str, begin_us: float, duration_us: float, facts: dict[str, object]) -> None:
+        event = {"ph": "X", "name": name, "pid": 1, "tid": number, "ts": begin_us}
+        self.events.append({**event, "dur": duration_us, "args": facts})
+
     def _memory(self) -> None:
         self.count("memory", weights=sum(chunk.nbytes for chunk in self._held))
 
     def now(self) -> float:
         """Microseconds since the trace was made."""
         return (time.perf_counter_ns() - self._start) / 1000
+
+
+def _number(lane: Lane, place: int) -> int:
+    """A lane's number in the file."""
+    return 1 + LANES.index(lane) + place * len(LANES)
 
 
 class CountedStore:
@@ -99,6 +130,10 @@ class CountedStore:
     @property
     def slots(self) -> int:
         return self._store.slots
+
+    @property
+    def abreast(self) -> int:
+        return self._store.abreast
 
     @property
     def resident(self) -> AbstractSet[Chunk]:

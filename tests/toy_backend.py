@@ -26,7 +26,7 @@ class ToyEngine:
 
 
 class ToyStore:
-    slots, resident = 1, frozenset[Chunk]()
+    slots, abreast, resident = 1, 1, frozenset[Chunk]()
 
     def __init__(self, pack: Path, model: Model) -> None:
         self._pack, self._model = pack, model

@@ -32,6 +32,8 @@ from .readahead import ReadAhead
 AHEAD_BYTES = (512 << 20, 2 << 30)
 """How far the disk reads ahead, at least and at most; between them a quarter of the memory that is available. SigLIP2
 computes longer than its pack is read; the disk uses that time for DINOv3's, where it is the other way round."""
+ABREAST_BYTES = 256 << 20
+"""Of chunks that are in use at a time by steps that need nothing of each other: 5 of the adapter's at full width."""
 
 
 class CpuBackend:
@@ -56,15 +58,21 @@ class CpuBackend:
         following = None
         for family in reversed([family for family in FAMILIES if family in manifest.models]):
             model, kept = manifest.models[family], (resident or {}).get(family, frozenset())
-            following = MappedPack(folder / model.pack, model, self._reader, ahead_bytes, kept, following)
+            following = MappedPack(
+                folder / model.pack, model, self._reader, self._threads, ahead_bytes, kept, following
+            )
             self._stores[family] = following
+        adapter = manifest.models.get("adapter")
+        self._abreast = {step.graph for chunk in adapter.chunks for step in chunk.steps} if adapter else set()
+        """Graphs that several threads run at a time."""
         self._engines: dict[str, OrtEngine] = {}
         self._manifest = manifest
         self.fingerprint = fingerprint(directory, [store.opened for store in self._stores.values()])
 
     def engine(self, graph: str) -> "OrtEngine":
         if graph not in self._engines:
-            engine = OrtEngine(graph, self._graphs[graph], self._threads)
+            threads = 1 if graph in self._abreast else self._threads
+            engine = OrtEngine(graph, self._graphs[graph], threads)
             require_fitting(graph, engine.inputs, engine.outputs, self._manifest)
             self._engines[graph] = engine
         return self._engines[graph]
@@ -138,6 +146,7 @@ class MappedPack:
         path: the pack.
         model: what is in it.
         reader: one worker that reads ahead.
+        threads: that compute.
         ahead_bytes: how far it may be ahead.
         resident: chunks that are not given back.
         following: the pack that is used after this one; its first chunks are read behind the last ones of this.
@@ -148,6 +157,7 @@ class MappedPack:
         path: Path,
         model: Model,
         reader: Executor,
+        threads: int,
         ahead_bytes: int,
         resident: frozenset[Chunk],
         following: "MappedPack | None",
@@ -160,7 +170,9 @@ class MappedPack:
         self._chunks = model.chunks
         self._following = following
         self.resident = resident
-        self.slots = max(2, ahead_bytes // max(chunk.nbytes for chunk in model.chunks))
+        largest = max(chunk.nbytes for chunk in model.chunks)
+        self.slots = max(2, ahead_bytes // largest)
+        self.abreast = max(1, min(threads, ABREAST_BYTES // largest))
 
     def prefetch(self, chunk: Chunk) -> None:
         self._ahead.begin(chunk.offset, chunk.nbytes)

@@ -146,6 +146,7 @@ class DeviceStore:
         self.span: Span = untimed
         """Put around every copy; for a trace."""
         self.slots = len(slots)
+        self.abreast = 1
         self.resident = places.keys()
         self._device = device
         self._chunks = len(model.chunks)

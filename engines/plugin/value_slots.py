@@ -77,6 +77,7 @@ class PluginStore:
         self._pack = pack
         self._places = places
         self.slots = slots
+        self.abreast = 1
         staying = [model.chunks[index] for index in resident]
         self._resident = {chunk: new_slot(device, self._places[chunk]) for chunk in staying}
         self.resident = self._resident.keys()

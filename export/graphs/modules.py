@@ -182,17 +182,16 @@ class AdapterBlock(nn.Module):
         self.spec = spec
         self.targets = targets
         self.proj_in = precision.linear("proj_in", spec.embedding)
-        names = [f"{target}.{factor}" for target, _, _ in targets for factor in "AB"]
-        self.proj_out = precision.linears(names, spec.compress)
+        self.names = [f"{target}.{factor}" for target, _, _ in targets for factor in "AB"]
+        self.proj_out = precision.linears(self.names, spec.compress)
 
     def forward(self, embedding: Tensor, weights: Weights) -> dict[str, Tensor]:
         compressed = self.proj_in(embedding, weights).view(-1, 2 * len(self.targets), self.spec.compress)
-        outputs = iter([y.to(embedding.dtype) for y in self.proj_out(compressed, weights)])
-        factors = {}
-        for target, in_features, out_features in self.targets:
-            factors[f"{target}.A"] = next(outputs).view(-1, self.spec.rank, in_features)
-            factors[f"{target}.B"] = next(outputs).view(-1, out_features, self.spec.rank)
-        return factors
+        rank = self.spec.rank
+        shapes = {f"{target}.A": (rank, in_features) for target, in_features, _ in self.targets}
+        shapes |= {f"{target}.B": (out_features, rank) for target, _, out_features in self.targets}
+        outputs = self.proj_out(compressed, weights, [shapes[name] for name in self.names])
+        return {name: y.to(embedding.dtype) for name, y in zip(self.names, outputs, strict=True)}
 
 
 def rotary_tables(spec: EncoderSpec) -> tuple[Tensor, Tensor]:

@@ -95,10 +95,20 @@ class BalancedInt8Linear(BalancedLinear):
 
     def multiply(self, levels: Tensor, steps: Tensor, weights: Weights) -> Tensor:
         """``[B, out]`` of what :func:`panel_levels` gave for ``[B, in]``."""
+        return self.joined(self.sums(levels, steps, weights), weights)
+
+    def shaped(self, levels: Tensor, steps: Tensor, weights: Weights, shape: tuple[int, ...]) -> Tensor:
+        """``[B, *shape]`` of one panel and without a bias: what changes the shape last copies what it gives."""
+        y = self.sums(levels, steps, weights)
+        y = y.view(y.shape[1], -1, y.shape[4]).transpose(0, 1).reshape(-1, *shape)
+        return y * self.scale(weights).view(shape)
+
+    def sums(self, levels: Tensor, steps: Tensor, weights: Weights) -> Tensor:
+        """The panels' products ``[P, Q, B, 1, q]``, without the weights' scales."""
         matrix = self.weight(weights)
         shape = (*matrix.shape[:2], levels.shape[2], 1, matrix.shape[4])
         sums = torch.onnx.ops.symbolic("MatMulInteger", [levels, matrix], dtype=torch.int32, shape=shape)
-        return self.joined(steps @ sums.to(torch.float32).view(*shape[:2], -1, 2, shape[4]), weights)
+        return steps @ sums.to(torch.float32).view(*shape[:2], -1, 2, shape[4])
 
 
 class BalancedInt8Linears(Linears):
@@ -110,11 +120,13 @@ class BalancedInt8Linears(Linears):
         super().__init__([BalancedInt8Linear(name, in_features) for name in names])
         self.register_buffer("rotation", balanced_rotation(in_features))
 
-    def forward(self, x: Tensor, weights: Weights) -> list[Tensor]:
+    def forward(self, x: Tensor, weights: Weights, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
         panels, _, _, width, _ = weights[f"{self.linears[0].name}.weight"].shape
         together = panel_levels(x.flatten(1), self.rotation, len(self.linears) * panels, width)
-        parts = zip(self.linears, *(torch.split(part, panels) for part in together), strict=True)
-        return [linear.multiply(*part, weights) for linear, *part in parts]
+        parts = zip(self.linears, *(torch.split(part, panels) for part in together), shapes, strict=True)
+        if panels == 1:
+            return [linear.shaped(*part, weights, shape) for linear, *part, shape in parts]
+        return [linear.multiply(*part, weights).view(-1, *shape) for linear, *part, shape in parts]
 
 
 def panel_levels(x: Tensor, rotation: Tensor, panels: int, width: int) -> tuple[Tensor, Tensor]:

@@ -97,14 +97,15 @@ class Linear(nn.Module):
 
 
 class Linears(nn.Module):
-    """``(x [rows, linears, in], weights) -> [rows, out]`` of each: linear i sees ``x[:, i]``."""
+    """``(x [rows, linears, in], weights, shapes) -> [rows, *shapes[i]]`` of each: linear i sees ``x[:, i]``."""
 
     def __init__(self, linears: Sequence[Linear]) -> None:
         super().__init__()
         self.linears = nn.ModuleList(linears)
 
-    def forward(self, x: Tensor, weights: Weights) -> list[Tensor]:
-        return [linear(part, weights) for linear, part in zip(self.linears, x.unbind(1), strict=True)]
+    def forward(self, x: Tensor, weights: Weights, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+        each = zip(self.linears, x.unbind(1), shapes, strict=True)
+        return [linear(part, weights).view(-1, *shape) for linear, part, shape in each]
 
 
 class Kept:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ...engines.backends import cpu_part, offer_of
-from ...engines.base import Array, Limits, Opened
-from ...engines.directory.manifest import Chunk, Manifest, Model
+from ...engines.base import Array, Backend, Limits, Opened, Value
+from ...engines.directory.manifest import Chunk, Manifest, Model, Step
 from ...specs import Family
-from ..streamer import stream
+from ..streamer import side_by_side, stream
 from .activations import seeded_activation
 from .judging import FormOutcome, stretch
 
@@ -54,17 +54,26 @@ def outputs(
     seconds: dict[Family, float] = {}
     for family, model in opened.running.models.items():
         start = time.perf_counter()
-        value = backend.value(inputs[family])
-        for step, weights in stream(backend.store(family), part_of(model.chunks, most)):
-            if family == "adapter":  # its steps do not follow each other
-                given = backend.engine(step.graph).run(backend.value(inputs[family]), weights)
-                results += [backend.array(factor) for factor in given.values()]
-            else:
+        chunks = part_of(model.chunks, most)
+        if family == "adapter":
+            results += factors(backend, chunks, inputs[family])
+        else:
+            value = backend.value(inputs[family])
+            for step, weights in stream(backend.store(family), chunks):
                 (value,) = backend.engine(step.graph).run(value, weights).values()
-        if family != "adapter":
             results.append(backend.array(value))
         seconds[family] = time.perf_counter() - start
     return results, seconds
+
+
+def factors(backend: Backend, chunks: Sequence[Chunk], embedding: Array) -> list[Array]:
+    """What the adapter's steps give; they do not follow each other."""
+    engines = {step.graph: backend.engine(step.graph) for chunk in chunks for step in chunk.steps}  # before threads
+
+    def work(step: Step, weights: Mapping[str, Value]) -> list[Array]:
+        return list(map(backend.array, engines[step.graph].run(backend.value(embedding), weights).values()))
+
+    return [factor for given in side_by_side(backend.store("adapter"), chunks, work) for factor in given]
 
 
 def pass_time(opened: Opened, inputs: Mapping[Family, Array], seconds: Mapping[Family, float]) -> dict[str, Any]:

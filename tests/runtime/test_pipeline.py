@@ -5,6 +5,7 @@ import importlib.util
 import mmap
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -24,7 +25,7 @@ from i2l.engines.directory.manifest import Chunk, Step, read_manifest
 from i2l.errors import BackendUnavailable, BudgetTooSmall, EnginesMissing, NoImages, PipelineClosed, ShapeMismatch
 from i2l.machine.platforms.mapping import give_back, read_ahead
 from i2l.runtime.pipeline import Pipeline, open_engines
-from i2l.runtime.streamer import stream
+from i2l.runtime.streamer import side_by_side, stream
 from i2l.specs import Family
 
 SIZES = [(320, 240), (240, 700), (150, 40), (64, 64)]
@@ -409,20 +410,23 @@ class FakeStore:
     slots = 2
     resident: frozenset[Chunk] = frozenset()
 
-    def __init__(self, chunks: Sequence[Chunk], fail_at: int = -1) -> None:
+    def __init__(self, chunks: Sequence[Chunk], fail_at: int = -1, abreast: int = 1) -> None:
+        self.abreast = abreast
         self.chunks = {step.name: chunk for chunk in chunks for step in chunk.steps}
         self.held: list[Chunk] = []
         self.prefetched: list[Chunk] = []
         self.acquired: list[Chunk] = []
         self.released: list[Chunk] = []
         self.requests = 0
+        self.lock = threading.Lock()
         self.fail_at = fail_at
         self.most_held = 0
 
     def request(self) -> None:
-        self.requests += 1
-        if self.requests == self.fail_at:
-            raise Cut
+        with self.lock:
+            self.requests += 1
+            if self.requests == self.fail_at:
+                raise Cut
 
     def prefetch(self, chunk: Chunk) -> None:
         self.request()
@@ -514,6 +518,37 @@ def test_a_store_that_fails_holds_nothing(chunks: list[Chunk], fail_at: int) -> 
         list(stream(store, chunks))
     assert store.held == []
     assert store.released == store.prefetched
+
+
+@settings(max_examples=200)
+@given(chunk_lists(), st.integers(1, 36), st.integers(1, 3), st.sets(st.integers(0, 24), max_size=2))
+def test_steps_side_by_side_are_worked_once_each_and_nothing_stays_held(
+    chunks: list[Chunk], fail_at: int, abreast: int, bad: set[int]
+) -> None:
+    store = FakeStore(chunks, fail_at, abreast)
+    steps = [step for chunk in chunks for step in chunk.steps]
+
+    def work(step: Step, weights: Mapping[str, object]) -> str:
+        assert weights == {step.name: step}
+        if steps.index(step) in bad:
+            raise Cut
+        return step.name
+
+    requests = sum(2 + len(chunk.steps) for chunk in chunks)
+    if fail_at <= requests or any(index < len(steps) for index in bad):
+        with pytest.raises(Cut):
+            list(side_by_side(store, chunks, work))
+    else:
+        assert list(side_by_side(store, chunks, work)) == [step.name for step in steps]
+        assert sorted(store.released, key=chunks.index) == chunks
+    assert store.held == []
+    assert store.most_held <= store.slots
+
+
+def test_chunks_are_used_at_the_same_time() -> None:
+    chunks = [Chunk(index * 4096, 4096, (Step(f"step.{index}", "graph"),)) for index in range(4)]
+    meeting = threading.Barrier(2, timeout=60)  # passed by two at a time or not at all
+    assert len(list(side_by_side(FakeStore(chunks, abreast=2), chunks, lambda *_: meeting.wait()))) == 4
 
 
 def test_one_image_needs_no_list(pipeline: Pipeline, tmp_path: Path) -> None:
