@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from planted_faults import GRAPH_MUTATIONS, MUTATIONS
 from played_tensorrt import own_graphs, write_plans
-from scenario import GRAPH_MUTATIONS, MUTATIONS, digest
+from scenario import digest
 
 from conftest import MakeEngines, lora_of_one_batch, picture
 from i2l.engines.directory.manifest import read_manifest
