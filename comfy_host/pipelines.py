@@ -3,12 +3,14 @@
 ComfyUI knows nothing of memory that onnxruntime or TensorRT hold: its memory management counts and unloads only what
 stands in its list of loaded models. So an open pipeline enters that list as a model without weights, and whatever
 unloads models (the button, ``/free``, another model that does not fit) closes the pipeline. The next run opens it
-again. Before it opens on a card, ComfyUI is asked for the memory, as for a model of its own.
+again. Before anything is taken of a card, to prove it or to open there, ComfyUI is asked for the memory, as for a model
+of its own. For a card that is passed over, as it was proven slower than the CPU, nothing is asked.
 """
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,7 @@ from .folders import embeddings_folder
 from .requirements import pack_requirements
 
 if TYPE_CHECKING:
+    from ..engines.base import CardFacts
     from ..runtime.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
@@ -75,11 +78,12 @@ class OpenPipelines:
                 with pack_requirements():
                     from ..runtime.pipeline import Pipeline  # noqa: PLC0415 - onnxruntime
                 self._report = opening
-                make_room(manifest, backend, vram_budget_bytes)
+                packs_bytes = sum(manifest.files[model.pack].nbytes for model in manifest.models.values())
                 self._pipeline = Pipeline(
                     engines,
                     backend=backend,
                     vram_budget_bytes=vram_budget_bytes,
+                    before_card=partial(make_room, packs_bytes, vram_budget_bytes),
                     report=self._tell,
                     cache=embeddings_folder(),
                 )
@@ -115,23 +119,19 @@ class OpenPipelines:
         load_models_gpu([self._patcher])
 
 
-def make_room(manifest: Manifest, backend: str, vram_budget_bytes: int | None) -> None:
-    """Let ComfyUI unload as many of its models as a card's backend wants VRAM, if there is a card that may be taken.
+def make_room(packs_bytes: int, vram_budget_bytes: int | None, card: "CardFacts") -> None:
+    """Let ComfyUI unload as many of its models as a backend wants VRAM, before it takes anything of a card.
 
     torch keeps what they leave, and ComfyUI counts that as free; to others it is not before the cache is emptied.
 
     Args:
-        manifest: of the engines; without a budget all their weights are to find room, beside what ``auto`` leaves free.
-        backend: ``auto`` or a backend's name.
-        vram_budget_bytes: what it may take.
+        packs_bytes: without a budget all weights are to find room, beside what ``auto`` leaves free.
+        vram_budget_bytes: what the backend may take.
+        card: of the backend.
     """
-    from ..engines.backends import detect_backends  # noqa: PLC0415 - onnxruntime
-    from ..engines.base import MARGIN_BYTES  # noqa: PLC0415
+    from ..engines.base import MARGIN_BYTES  # noqa: PLC0415 - numpy
 
-    cards = [card for status in detect_backends() if backend in {"auto", status.name} for card in status.cards]
     device = get_torch_device()
-    if device.type == "cpu" or all(card.software for card in cards):
-        return
-    packs_bytes = sum(manifest.files[model.pack].nbytes for model in manifest.models.values())
-    free_memory(vram_budget_bytes or packs_bytes + MARGIN_BYTES, device)
-    soft_empty_cache()
+    if device.type != "cpu" and not card.software:
+        free_memory(vram_budget_bytes or packs_bytes + MARGIN_BYTES, device)
+        soft_empty_cache()

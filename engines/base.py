@@ -162,6 +162,8 @@ class Limits:
     """Which of the offer's ``forms`` of graphs; None takes the first."""
     report: Report = silent
     """Told of work that the first opening does once."""
+    before_card: "Callable[[CardFacts], None]" = lambda _: None
+    """Called with a card before anything is taken of it, to prove it or to open there."""
 
 
 @dataclass(frozen=True)

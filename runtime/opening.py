@@ -84,6 +84,8 @@ class OpenEngines:
         if self.name == "cpu" and limits.vram.budget_bytes is not None:
             budget = format_bytes(limits.vram.budget_bytes)
             log.warning("a VRAM budget of %s has no effect: the backend is cpu (%s)", budget, self.reason)
+        if chosen.card is not None:
+            limits.before_card(chosen.card)
         try:
             self._enter(self._open(self.name))
         except (OutOfDeviceMemory, DeviceFailed, BackendUnavailable) as error:

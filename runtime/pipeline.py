@@ -1,6 +1,6 @@
 """The pipeline: an opened engines directory that turns images into LoRAs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
@@ -8,7 +8,7 @@ from typing import NoReturn, Self
 import numpy as np
 from PIL import Image
 
-from ..engines.base import MARGIN_BYTES, Array, Backend, Limits, VramBudget
+from ..engines.base import MARGIN_BYTES, Array, Backend, CardFacts, Limits, VramBudget
 from ..engines.device.backend import DeviceBackend
 from ..engines.device.residency import Planned
 from ..engines.directory.manifest import Manifest, content_id
@@ -46,6 +46,7 @@ class Pipeline:
             webgpu the first.
         prove: with ``auto``, let a card that was not proven with these engines prove itself now, in a process of its
             own (:mod:`.proof`); without it such a card is passed over.
+        before_card: called with a card before anything is taken of it; a program that has it full makes room then.
         report: told the steps done of the running stage; while the first opening of fp8 engines on the cpu backend
             converts them, MiB of packs; while a card proves itself, the phases.
         cache: a folder that keeps the embeddings of images that were seen, as :mod:`.cache` says; None keeps nothing.
@@ -69,6 +70,7 @@ class Pipeline:
         vram_margin_bytes: int = MARGIN_BYTES,
         device: str | None = None,
         prove: bool = True,
+        before_card: Callable[[CardFacts], None] = lambda _: None,
         report: Report = silent,
         cache: Path | None = None,
         trace: Trace | None = None,
@@ -85,6 +87,7 @@ class Pipeline:
                 vram=VramBudget(vram_budget_bytes, vram_margin_bytes),
                 device=device,
                 report=report,
+                before_card=before_card,
             ),
             prove=prove,
         )
@@ -198,9 +201,8 @@ class Pipeline:
     ) -> Lora:
         """Join what :meth:`factors` gave; the metadata says what of."""
         lora = lora_from_factors(factors, strength, weights)
-        adapter = self._adapter
-        lora.metadata |= MODEL_METADATA[adapter.diffusion_model]
-        lora.metadata |= self.origin.marks(lora.rank // adapter.rank, strength, weights)
+        images = lora.rank // self._adapter.rank
+        lora.metadata |= MODEL_METADATA[self._adapter.diffusion_model] | self.origin.marks(images, strength, weights)
         return lora
 
     @property
@@ -210,13 +212,14 @@ class Pipeline:
 
     @property
     def vram(self) -> dict[str, int] | None:
-        """VRAM in bytes: the budget, the peak by the plan and, where the device tells, as measured; None on the CPU."""
+        """Bytes of VRAM: the budget, the plan's peak; of a device its graphs and the measured peak; None on the CPU."""
         backend = self._backend
         if not isinstance(backend, Planned):
             return None
         plan = backend.residency
         facts = {"budget_bytes": plan.budget_bytes, "planned_peak_bytes": plan.peak_bytes}
         if isinstance(backend, DeviceBackend):
+            facts |= backend.graph_facts
             facts["measured_peak_bytes"] = backend.peak_bytes
         return facts
 
@@ -281,7 +284,6 @@ def open_engines(
     ``cache`` names a folder for embeddings. Unlike the command line, Python keeps none unless it is told where:
     a library does not write into a home directory by itself.
     """
-    folder = None if cache is None else Path(cache).expanduser()
     return Pipeline(
         Path(engines).expanduser(),
         backend=backend,
@@ -292,5 +294,5 @@ def open_engines(
         prove=prove,
         device=device,
         report=report,
-        cache=folder,
+        cache=None if cache is None else Path(cache).expanduser(),
     )

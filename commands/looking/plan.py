@@ -94,12 +94,13 @@ def predicted(
     models: "dict[Family, Model]", budget: int, links: Sequence[float], tflops: float, images: int
 ) -> list[dict[str, Any]]:
     """The facts of one budget, one row per link."""
+    from ...engines.device.pinned.host_cache import values_pinned  # noqa: PLC0415
     from ...engines.device.predict import LARGEST_BATCH, Card, graph_memory, predict  # noqa: PLC0415
     from ...engines.device.residency import plan_residency  # noqa: PLC0415
 
     graphs = graph_memory(models, min(images, LARGEST_BATCH))
     residency = plan_residency({family: model.chunks for family, model in models.items()}, graphs, budget)
-    rows, host = [], pinned(models, residency)
+    rows, host = [], pinned(models, residency, values_pinned(models["adapter"], graphs))
     for link in links:
         prediction = predict(models, residency, Card(link, tflops), images)
         rows.append(
@@ -119,19 +120,20 @@ def predicted(
     return rows
 
 
-def pinned(models: "dict[Family, Model]", residency: "Residency") -> dict[str, Any]:
+def pinned(models: "dict[Family, Model]", residency: "Residency", values_bytes: int) -> dict[str, Any]:
     """What CUDA's backends would pin of this machine's memory, and the share of links that is expected with it."""
     from ...engines.device.pinned.host_cache import FILL_GBPS, link_share, plan_host_cache  # noqa: PLC0415
     from ...machine.memory import available_bytes  # noqa: PLC0415
 
     chunks, resident = {family: model.chunks for family, model in models.items()}, residency.resident
     available = available_bytes()
-    plan = plan_host_cache(chunks, resident, available)
+    plan = plan_host_cache(chunks, resident, available, values_bytes=values_bytes)
     share = partial(link_share, chunks, resident, fill_gbps=FILL_GBPS)
     return {
         "available_bytes": available,
         "cache_bytes": plan.cache_bytes,
         "ring_bytes": plan.ring_bytes,
+        "values_bytes": plan.values_bytes,
         "cached_chunks": {family: sum(place[0] == family for place in plan.kept) for family in chunks},
         "fill_gbps": FILL_GBPS,
         "link_share": {f"{link:g}": share(plan.kept, link_gbps=link) for link in PCIE_GBPS},
@@ -149,8 +151,10 @@ def details(row: dict[str, Any]) -> Iterator[str]:
     )
     yield f"chunks that stay: {', '.join(stays)}"
     yield f"copied per pass: {format_bytes(row['streamed_bytes'])}; once before: {row['load_seconds']:.2f} s of loading"
-    if row["streamed_bytes"]:
-        yield from pinned_lines(row["host"])
+    if not row["streamed_bytes"]:
+        left = format_bytes(row["budget_bytes"] - row["peak_bytes"])
+        yield f"left for CUDA graphs, one for each model and number of images: {left} (their size shows on the card)"
+    yield from pinned_lines(row["host"], streamed=bool(row["streamed_bytes"]))
     yield (
         f"images {row['images']}, passes {row['passes']}: {row['seconds']:.3f} s, "
         f"{1000 * row['seconds_per_image']:.0f} ms per image "
@@ -158,14 +162,16 @@ def details(row: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def pinned_lines(host: dict[str, Any]) -> Iterator[str]:
-    """What is pinned and what it is for, for people."""
+def pinned_lines(host: dict[str, Any], *, streamed: bool) -> Iterator[str]:
+    """What is pinned and what it is for, for people; the cache and the link matter where chunks are streamed."""
     known = host["available_bytes"]
     of = f"{format_bytes(known)} are available here" if known is not None else "what is available here is unknown"
-    yield (
-        f"RAM pinned by cuda and tensorrt: ring {format_bytes(host['ring_bytes'])}, cache from the second pass on "
-        f"{format_bytes(host['cache_bytes'])} ({of}; half of it at most)"
-    )
+    ring, values, cache = (format_bytes(host[f"{part}_bytes"]) for part in ("ring", "values", "cache"))
+    always = f"RAM pinned by cuda and tensorrt: ring {ring}, inputs and results {values}"
+    if not streamed:
+        yield always
+        return
+    yield f"{always}, cache from the second pass on {cache} ({of}; with the cache half of it at most)"
     for when, key in (("with the cache filled", "link_share"), ("before", "link_share_first_pass")):
         shares = (f"{100 * share:.0f} % of {link}" for link, share in host[key].items())
         yield f"link used {when}, GB/s: {', '.join(shares)}"

@@ -17,7 +17,7 @@ from ..directory.manifest import Manifest
 from ..errors import OutOfDeviceMemory, ShapeMismatch
 from ..replay.model_graphs import ModelGraphs, Recording
 from .device import Device, Workspace, finish_at_last
-from .pinned.host_cache import plan_host_cache
+from .pinned.host_cache import plan_host_cache, values_pinned
 from .residency import GraphMemory, Residency, plan_residency
 from .slots import DeviceStore, DeviceWeights
 
@@ -59,10 +59,11 @@ class DeviceBackend:
         self._maps = {family: open_mapped(folder / model.pack) for family, model in manifest.models.items()}
         self.fingerprint = fingerprint(directory, [pack.opened for pack in self._maps.values()])
         self._chunks = {family: model.chunks for family, model in manifest.models.items()}
+        self._values_bytes = values_pinned(manifest.models["adapter"], graphs)
         packs = {family: memoryview(pack) for family, pack in self._maps.items()}
         plan = partial(plan_residency, self._chunks, graphs)
         self._weights = DeviceWeights(device, manifest.models, packs, plan, budget_bytes, workspace)
-        self.graphs = ModelGraphs(device) if isinstance(device, Recording) else None
+        self.graphs = ModelGraphs(device, self._left_bytes) if isinstance(device, Recording) else None
         """Of whole models, where the device can record them."""
         self.keep_on_host()
 
@@ -76,6 +77,11 @@ class DeviceBackend:
         """The most that the device saw in use."""
         return self.device.peak_bytes
 
+    @property
+    def graph_facts(self) -> dict[str, int]:
+        """What CUDA graphs have of the device's memory, beside the plan; nothing where none can be made."""
+        return {} if self.graphs is None else {"graphs_bytes": self.graphs.taken_bytes}
+
     def engine(self, graph: str) -> Engine:
         if graph not in self._engines:
             self._engines[graph] = self._make_engine(graph)
@@ -84,10 +90,12 @@ class DeviceBackend:
     def store(self, family: Family) -> DeviceStore:
         """The weights of a model, if its pack is still the one that was opened."""
         require_unchanged(self._maps[family])
+        self._weights.reopen()
         return self._weights.stores[family]
 
     def value(self, array: Array) -> Value:
         """An array at the beginning of the workspace's values; it stays there until the next."""
+        self._weights.reopen()
         if array.nbytes > self._weights.workspace.values_bytes:
             raise ShapeMismatch(self.name, "value", str(list(array.shape)), "fewer images at once")
         return self.device.upload(array, self._weights.workspace.values_address)
@@ -106,7 +114,8 @@ class DeviceBackend:
     def keep_on_host(self) -> None:
         """Tell the device which chunks will come in every pass, as far as the host's memory is for them."""
         self.device.keep_on_host((), 0)  # what is kept already is not available
-        plan = plan_host_cache(self._chunks, self.residency.resident, available_bytes())
+        resident, values = self.residency.resident, self._values_bytes
+        plan = plan_host_cache(self._chunks, resident, available_bytes(), values_bytes=values)
         kept = ((self._maps[family], self._chunks[family][index]) for family, index in plan.kept)
         regions = [memoryview(pack)[chunk.offset : chunk.offset + chunk.nbytes] for pack, chunk in kept]
         self.device.keep_on_host(regions, plan.floor_bytes)
@@ -120,6 +129,10 @@ class DeviceBackend:
         with contextlib.suppress(BufferError):  # an error's traceback still holds weights: the maps go when they go
             for pack in self._maps.values():
                 pack.close()
+
+    def _left_bytes(self) -> int:
+        """Of the budget beside the plan: graphs may take it."""
+        return self.residency.budget_bytes - self.residency.peak_bytes
 
     def _drop_graphs(self) -> None:
         if self.graphs is not None:

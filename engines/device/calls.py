@@ -147,10 +147,29 @@ class CudaGraph:
             kind = call("cuGraphNodeGetType", node)
             if kind == driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_HOST:
                 raise WorkNotRepeatable("a library's work calls the host")
-            if kind == driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMCPY:
-                copy = call("cuGraphMemcpyNodeGetParams", node)
-                if copy.srcMemoryType == driver.CUmemorytype.CU_MEMORYTYPE_HOST:
-                    raise WorkNotRepeatable("a library's work copies from the host's memory")
+            copies = kind == driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_MEMCPY
+            if copies and not self._from_card(call("cuGraphMemcpyNodeGetParams", node)):
+                raise WorkNotRepeatable("a library's work copies from the host's memory")
+
+    def _from_card(self, copy: Any) -> bool:
+        """Whether the source of a copy is memory of the card, and none that the host writes too.
+
+        A copy that was asked for by plain addresses (``cuMemcpyAsync``) calls its source unified, wherever it lies.
+        Memory that CUDA moves between host and card (managed) is told by an attribute of its own.
+        """
+        kinds, attributes = self._call._driver.CUmemorytype, self._call._driver.CUpointer_attribute  # noqa: SLF001
+        if copy.srcMemoryType not in {kinds.CU_MEMORYTYPE_DEVICE, kinds.CU_MEMORYTYPE_UNIFIED}:
+            return False
+
+        def asked(attribute: Any) -> int:
+            return int(self._call("cuPointerGetAttribute", attribute, copy.srcDevice))
+
+        try:
+            lies_in = asked(attributes.CU_POINTER_ATTRIBUTE_MEMORY_TYPE)
+            managed = asked(attributes.CU_POINTER_ATTRIBUTE_IS_MANAGED)
+        except DeviceFailed:  # it knows no such memory: the host's, pageable
+            return False
+        return lies_in == kinds.CU_MEMORYTYPE_DEVICE and not managed
 
     def launch(self) -> None:
         """Enqueue it all."""

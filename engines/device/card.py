@@ -26,6 +26,7 @@ from ..replay.outbox import Outbox, Piece
 from .calls import CudaEvent, CudaGraph, DriverCalls
 from .device import Event, Lane
 from .pinned.copy_lane import CopyLane
+from .pinned.host_cache import VALUE_BYTES
 from .pinned.staging import Staging
 from .tensor import DeviceTensor
 
@@ -33,8 +34,6 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 NON_BLOCKING = 1
 LANES: tuple[Lane, ...] = ("copy", "compute")
-VALUE_BYTES = 1 << 20
-"""Of a buffer for what goes in and comes out; pixels of four pictures and the adapter's factors are a few MB."""
 
 
 class CudaDevice:
@@ -81,11 +80,11 @@ class CudaDevice:
 
     @property
     def used_bytes(self) -> int:
-        return self._free_at_start - self.free_bytes()
+        return self._look()
 
     @property
     def peak_bytes(self) -> int:
-        """The most by which free memory fell since this device was opened, seen at allocations and when asked here.
+        """The most by which free memory fell since this device was opened, seen at allocations and whenever asked.
 
         Other programs count too; CUDA's context does not, as it was there before. It is not asked after every pass:
         the driver takes its time to answer, and what libraries take they keep.
@@ -240,5 +239,8 @@ class CudaDevice:
             self._call.give_back("cuStreamDestroy", stream)
         self._call.close()
 
-    def _look(self) -> None:
-        self._peak_bytes = max(self._peak_bytes, self.used_bytes)
+    def _look(self) -> int:
+        """What is taken now; the most is remembered."""
+        used = self._free_at_start - self.free_bytes()
+        self._peak_bytes = max(self._peak_bytes, used)
+        return used

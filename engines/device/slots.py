@@ -20,7 +20,7 @@ from ...machine.wording import format_bytes
 from ...specs import Family
 from ..base import Value
 from ..directory.manifest import Chunk, Model, Step, inputs_of
-from ..errors import OutOfDeviceMemory
+from ..errors import DeviceFailed, OutOfDeviceMemory
 from .device import Device, Event, Lane, Workspace, aligned, finish_at_last
 from .residency import Residency
 
@@ -71,7 +71,17 @@ class DeviceWeights:
         self._plan = plan
         self._allocations: list[int] = []
         self.stores: dict[Family, DeviceStore] = {}
+        """None where memory ran out with the smallest plan."""
         self._open_or_shrink()
+
+    def reopen(self) -> None:
+        """Try again, if memory ran out with the smallest plan; whoever had it may have given it back.
+
+        Raises:
+            OutOfDeviceMemory: there is still not enough.
+        """
+        if not self.stores:
+            self._open_or_shrink()
 
     def shrink(self, cause: OutOfDeviceMemory) -> None:
         """Go on with less memory; chunks that stay are copied again.
@@ -190,8 +200,14 @@ class DeviceStore:
     def release(self, chunk: Chunk) -> None:
         if slot := self._held.pop(chunk, None):
             self._ready.pop(chunk, None)
-            slot.consumed = self._device.record("compute")
-            self._free.append(slot)
+            slot.consumed = None
+            try:
+                slot.consumed = self._device.record("compute")
+            except (DeviceFailed, OutOfDeviceMemory):  # what cannot be marked is waited for: the slot is not lost
+                finish_at_last(self._device)
+                raise
+            finally:
+                self._free.append(slot)
 
     def _copy(self, chunk: Chunk, address: int) -> None:
         with self.span("copy", f"copy {chunk.steps[0].name}", nbytes=chunk.nbytes):

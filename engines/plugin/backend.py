@@ -21,7 +21,7 @@ from ...specs import Family
 from ..base import Array, Limits, Opened
 from ..device.residency import GraphMemory, Residency, Slots, plan_residency
 from ..directory.integrity import fingerprint, require_unchanged
-from ..directory.manifest import INTERMEDIATES, Chunk, Manifest
+from ..directory.manifest import INTERMEDIATES, Chunk, Manifest, Model
 from ..errors import BackendUnavailable, EngineFileDamaged, OutOfDeviceMemory, ShapeMismatch
 from .graph_paths import graph_paths
 from .plugin_device import DeviceValue, PluginDevice
@@ -198,21 +198,10 @@ class PluginBackend:
         self._opened.close()
 
     def _plan(self, budget_bytes: int | None) -> Residency:
-        models = self._build.manifest.models
         memory = {
             graph: GraphMemory(0, engine.input_bytes, engine.memory_bytes) for graph, engine in self._engines.items()
         }
-        chunks = {family: model.chunks for family, model in models.items()}
-        kinds = {(family, i): kind_of(chunk) for family, row in chunks.items() for i, chunk in enumerate(row)}
-        # Opening reads every value back, through a buffer of its size that is kept (measured).
-        largest_read = max(info.nbytes for model in models.values() for info in model.tensors.values())
-        plan = partial(
-            plan_residency,
-            chunks,
-            memory,
-            slots=Slots(kinds=kinds, staged=True),
-            reserved_bytes=self.device.reserved_bytes + largest_read,
-        )
+        plan = partial(plan_plugin, self._build.manifest.models, memory, self.device.reserved_bytes)
         return plan(plan(1 << 62).least_bytes if budget_bytes is None else budget_bytes)
 
     def _places(self) -> dict[Family, dict[Chunk, Places]]:
@@ -232,6 +221,28 @@ class PluginBackend:
             format_bytes(self.residency.streamed_bytes),
             format_bytes(old.streamed_bytes),
         )
+
+
+def plan_plugin(
+    models: Mapping[Family, Model], graphs: Mapping[str, GraphMemory], reserved_bytes: int, budget_bytes: int
+) -> Residency:
+    """The plan of a budget behind a plugin provider. Pure.
+
+    Args:
+        models: of the manifest.
+        graphs: memory of every graph.
+        reserved_bytes: what the provider takes beside the tensors.
+        budget_bytes: for everything.
+
+    Raises:
+        BudgetTooSmall: these engines need more.
+    """
+    chunks = {family: model.chunks for family, model in models.items()}
+    kinds = {(family, i): kind_of(chunk) for family, row in chunks.items() for i, chunk in enumerate(row)}
+    # Opening reads every value back, through a buffer of its size that is kept (measured).
+    largest_read = max(info.nbytes for model in models.values() for info in model.tensors.values())
+    slots = Slots(kinds=kinds, staged=True)
+    return plan_residency(chunks, graphs, budget_bytes, slots=slots, reserved_bytes=reserved_bytes + largest_read)
 
 
 def open_plugin(provider: Provider, engines: Path, manifest: Manifest, limits: Limits) -> Opened:

@@ -10,7 +10,7 @@ busy). So a home is used again once nobody holds an array in it.
 
 import ctypes
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,3 +91,17 @@ class Outbox:
         self._homes.clear()
         while self._blocks:
             self._unpin(self._blocks.pop()[0])
+
+
+def pinned_for(sizes: Iterable[int]) -> int:
+    """The bytes of the blocks that pieces of these sizes, taken one after another, will lie in."""
+    blocks: list[int] = []
+
+    def count(nbytes: int) -> int:
+        blocks.append(nbytes)
+        return 0
+
+    outbox = Outbox(count, lambda _: None)
+    for nbytes in sizes:
+        outbox.take(nbytes)
+    return sum(blocks)

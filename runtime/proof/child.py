@@ -163,7 +163,7 @@ def _do(task: Task, tell: Tell) -> FormOutcome:
 def _task_to_dict(task: Task) -> dict[str, Any]:
     module = BACKENDS[task.backend]
     limits = {**vars(replace(task.limits)), "vram": asdict(task.limits.vram)}
-    del limits["report"]
+    del limits["report"], limits["before_card"]
     return {
         "path": sys.path, "root": str(ROOT), "init": str(ROOT / "__init__.py"), "module": module,
         "engines": str(task.engines.absolute()), "backend": task.backend, "limits": limits,

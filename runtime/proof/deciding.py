@@ -27,7 +27,7 @@ class Decider:
     Args:
         engines: the directory, whose files were checked.
         manifest: its manifest.
-        limits: what a backend may take; ``report`` is told of proofs.
+        limits: what a backend may take; ``report`` is told of proofs, ``before_card`` asked before each.
         fallback: the folder for records where the directory cannot be written.
         time_limits: when a proof is taken for hung.
     """
@@ -80,6 +80,7 @@ class Decider:
 
     def _prove(self, subject: Subject) -> Record:
         self._cpu = self._cpu or self._prover.cpu_time()
+        self.limits.before_card(subject.card)
         record = self._prover.prove(subject, self._cpu)
         if record.lasting:
             self.records.keep(record)

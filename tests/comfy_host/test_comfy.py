@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from comfy_standins import EnumWeightTarget, Host, InterruptProcessingException, ModelPatcher
 from comfyui.server import prompt_from_workflow
 from conftest import ADOBE, MakeEngines, MakeModels, graphs_once, matrix_profile, picture
+from i2l import __version__
 from i2l.comfy_host.errors import (
     MODEL_FILES,
     AdapterUnfit,
@@ -43,7 +45,8 @@ from i2l.engines.backends import BACKENDS
 from i2l.engines.base import BackendStatus, CardFacts
 from i2l.engines.cpu.backend import OrtEngine
 from i2l.engines.cpu.converted import CPU_FOLDER
-from i2l.errors import BackendUnavailable, CheckpointMissing, ImageAbsurd, ImageUnreadable
+from i2l.engines.directory.manifest import MANIFEST, read_manifest
+from i2l.errors import BackendUnavailable, CheckpointMissing, I2LError, ImageAbsurd, ImageUnreadable
 from i2l.export.precisions.base import Precision
 from i2l.lora.lora import Lora
 from i2l.lora.norms import norm_table
@@ -51,6 +54,9 @@ from i2l.lora.reading import describe_lora, read_lora
 from i2l.machine.wording import format_bytes
 from i2l.runtime.cache import FOLDER_VARIABLE, default_cache_folder
 from i2l.runtime.pipeline import Pipeline
+from i2l.runtime.proof.judging import FormOutcome
+from i2l.runtime.proof.proving import Prover
+from i2l.runtime.proof.records import Record, Records, Subject
 from i2l.specs import PRESETS, Spec
 
 ROOT = Path(__file__).parents[2]
@@ -426,32 +432,67 @@ def test_freeing_memory_closes_the_pipeline(
     assert len([r for r in caplog.records if r.message.startswith("i2l: opened")]) == 2
 
 
+CARDS = {"cuda": CardFacts("a card"), "webgpu": CardFacts("a renderer", software=True)}
+PACKS = object()
+"""Room for all weights, and the margin."""
+
+
+@pytest.mark.parametrize(
+    ("backend", "budget_gib", "proven_ms", "asked"),
+    [
+        ("auto", 0.0, 49.0, [PACKS, 0]),
+        ("auto", 0.0, 51.0, []),  # slower than the CPU: it is passed over
+        ("auto", 1.5, None, [3 << 29, 0, 3 << 29, 0]),  # it proves itself, and is opened
+        ("cuda", 1.5, None, [3 << 29, 0]),
+        ("webgpu", 1.5, None, []),
+        ("cpu", 1.5, 49.0, []),
+    ],
+)
 def test_a_cards_memory_is_asked_of_comfyui(
-    nodes: ModuleType, apply: Callable[..., Any], host: Host, monkeypatch: pytest.MonkeyPatch
+    apply: Callable[..., Any],
+    host: Host,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    budget_gib: float,
+    proven_ms: float | None,
+    asked: list[object],
 ) -> None:
-    """Before anything is opened there, the budget or room for all weights; of a machine without a card nothing."""
-    apply()
-    assert host.asked == []
-    manifest = nodes.open_pipelines._pipeline.manifest
-    packs = sum(manifest.files[model.pack].nbytes for model in manifest.models.values())
-    cards = (CardFacts("a card"),)
-    found = BackendStatus("cuda", works=True, reason="it is played", cards=cards)
-    monkeypatch.setattr("i2l.engines.backends.detect_backends", lambda: (found,))
+    """Before a card proves itself or is opened, and of that card alone; which backends there are is asked once."""
+    engines = home / "models" / "I2L" / "engines"
+    shared = engines.resolve()
+    engines.unlink()
+    shutil.copytree(shared, engines)  # the record lies beside them
+    (directory,) = (path.parent for path in engines.rglob(MANIFEST))
+    manifest = read_manifest(directory)
+    cpu = BackendStatus("cpu", works=True, reason="it is there")
+    played = (BackendStatus(name, works=True, reason="played", cards=(card,)) for name, card in CARDS.items())
+    found, looked = (cpu, *played), []
+
+    def detect() -> tuple[BackendStatus, ...]:
+        looked.append(len(host.asked))
+        return found
+
+    def record(subject: Subject, milliseconds: float) -> Record:
+        return Record(subject, (FormOutcome(None, ms_per_image=milliseconds),), 50.0, False, 1.0, "today")
+
+    def prove(_: Prover, subject: Subject, __: object) -> Record:
+        assert host.asked
+        return record(subject, 49.0)
+
+    for module in ("engines.backends", "runtime.proof.deciding"):
+        monkeypatch.setattr(f"i2l.{module}.detect_backends", detect)
     monkeypatch.setattr("i2l.comfy_host.pipelines.get_torch_device", lambda: torch.device("cuda"))
-    opened = Pipeline.__init__
-
-    def opens(*arguments: Any, **options: Any) -> None:
-        assert host.asked == [packs + (2 << 30), 0]
-        opened(*arguments, **options)
-
-    monkeypatch.setattr(Pipeline, "__init__", opens)
-    host.unload_all_models()
-    apply()
-    make_room = importlib.import_module("i2l.comfy_host.pipelines").make_room
-    for backend, budget, asked in (("cuda", 5, [5, 0]), ("cpu", 5, []), ("webgpu", 5, [])):
-        host.asked.clear()
-        make_room(manifest, backend, budget)
-        assert host.asked == asked
+    monkeypatch.setattr(Prover, "prove", prove)
+    monkeypatch.setattr(Prover, "cpu_time", lambda _: None)
+    if proven_ms is not None:
+        subject = Subject("cuda", CARDS["cuda"], manifest.build, __version__)
+        Records(directory, manifest.build, home).keep(record(subject, proven_ms))
+    with suppress(I2LError):  # there is no card
+        apply(backend=backend, vram_budget_gib=budget_gib)
+    packs = sum(manifest.files[model.pack].nbytes for model in manifest.models.values())
+    assert host.asked == [packs + (2 << 30) if what is PACKS else what for what in asked]
+    assert looked == [0]
 
 
 @pytest.mark.parametrize("moves", [1, 4, 9])

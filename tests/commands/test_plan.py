@@ -1,6 +1,7 @@
 """Sizes as typed, predictions against cases that can be worked out by hand, and the command."""
 
 import json
+import re
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -12,13 +13,13 @@ from hypothesis import strategies as st
 
 from conftest import MakeEngines
 from i2l.cli import main
-from i2l.engines.device.predict import Card, overlapped, predict
+from i2l.engines.device.predict import Card, graph_memory, overlapped, predict
 from i2l.engines.device.residency import Residency, estimated_memory, plan_residency
 from i2l.engines.directory.manifest import Model
 from i2l.export.packs.planning import planned_model
 from i2l.machine import memory
 from i2l.machine.sizes import LARGEST, parse_budget, parse_size
-from i2l.machine.wording import GIB
+from i2l.machine.wording import GIB, format_bytes
 from i2l.specs import PRESETS, Family
 
 # --- sizes -------------------------------------------------------------------------------------------------------
@@ -158,19 +159,31 @@ def test_what_is_pinned_of_this_machine_and_what_it_is_for(monkeypatch: pytest.M
     arguments = ("--preset", "full", "--vram-budget", "2GiB")
     monkeypatch.setattr(memory, "available_bytes", lambda: 8 * GIB)
     host = json.loads(run(*arguments, "--json"))["host"]
-    assert 3.5 * GIB < host["cache_bytes"] <= 4 * GIB - host["ring_bytes"]
+    assert 3.5 * GIB < host["cache_bytes"] <= 4 * GIB - host["ring_bytes"] - host["values_bytes"]
+    assert 40 << 20 < host["values_bytes"] < 80 << 20  # the factors of an image are 40 MB
     for link, share in host["link_share"].items():
         assert host["link_share_first_pass"][link] <= share <= 1
     assert host["link_share_first_pass"]["50"] == pytest.approx(host["fill_gbps"] / 50, rel=0.01)
     text = run(*arguments)
-    assert "ring 128.0 MiB, cache from the second pass on 3.8" in text
-    assert "(8.00 GiB are available here; half of it at most)" in text
+    values = format_bytes(host["values_bytes"])
+    assert f"ring 128.0 MiB, inputs and results {values}, cache from the second pass on 3.8" in text
+    assert "(8.00 GiB are available here; with the cache half of it at most)" in text
+    assert "CUDA graphs" not in text
     assert f"before, GB/s: {100 * host['link_share_first_pass']['12']:.0f} % of 12, " in text
     monkeypatch.setattr(memory, "available_bytes", lambda: None)
-    assert "cache from the second pass on 0 B (what is available here is unknown; half of it at most)" in run(
-        *arguments
-    )
-    assert "pinned" not in run("--preset", "full", "--vram-budget", "24GiB")
+    unknown = "cache from the second pass on 0 B (what is available here is unknown; with the cache half of it at most)"
+    assert unknown in run(*arguments)
+
+
+def test_where_all_weights_stay_graphs_take_what_is_left(full: dict[Family, Model]) -> None:
+    """No cache is planned there, and no link is in use; what results pass through is pinned all the same."""
+    text = run("--preset", "full", "--vram-budget", "24GiB")
+    plan = plan_residency({f: model.chunks for f, model in full.items()}, graph_memory(full, 1), 24 * GIB)
+    left = format_bytes(24 * GIB - plan.peak_bytes)
+    assert f"\nleft for CUDA graphs, one for each model and number of images: {left} (" in text
+    (pinned,) = (line for line in text.splitlines() if "pinned" in line)
+    assert re.fullmatch(r"RAM pinned by cuda and tensorrt: ring 128.0 MiB, inputs and results \d+\.\d MiB", pinned)
+    assert "link used" not in text
 
 
 def test_a_table(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ that runs at the speed of the host's memory, shared by all its readers (benchmar
 give the ring time to fill, so they are spread evenly; the first of every model is among them, as there the ring is
 empty. The set is fixed: what is used in a circle is always thrown out just before it comes round again.
 
-Pinned memory is taken from everybody else until it is given back, so cache and ring together are at most half of what
-is available when the weights are laid out, and none is taken once less than half of that is left, whoever took it:
-several pipelines that open at once share the half.
+Pinned memory is taken from everybody else until it is given back. The ring, and what inputs and results pass through,
+are wanted in any case; the cache takes what these leave of half of the memory that is available when the weights are
+laid out, and nothing once less than that half is left, whoever took it: several pipelines that open at once share it.
 
 This is about CUDA. Plugin providers such as webgpu take pageable memory and stage it themselves.
 """
@@ -17,8 +17,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ....specs import Family
-from ...directory.manifest import Chunk
-from ..residency import Place, spread
+from ...directory.manifest import Chunk, Model
+from ...replay.outbox import pinned_for
+from ..residency import GraphMemory, Place, spread
 
 SHARE = 2
 """One part in so many of what is available may be pinned."""
@@ -27,6 +28,8 @@ BUFFERS = 4
 PIECE_BYTES = 32 << 20
 """Large enough that a copy runs at the link's speed, small enough that the first one begins at once."""
 RING_BYTES = BUFFERS * PIECE_BYTES
+VALUE_BYTES = 1 << 20
+"""Of a buffer for what goes in; pixels of four pictures are a few MB."""
 FILL_GBPS = 10.0
 """At which a ring is filled from a pack in the page cache: a Zen 4 core did 10.1 (``benchmarks/fill.py``)."""
 
@@ -41,6 +44,8 @@ class HostCache:
     """Of kept chunks."""
     ring_bytes: int
     """What the others pass through, and those that stay on the card once."""
+    values_bytes: int
+    """What inputs and results pass through."""
     streamed_bytes: int
     """Of all chunks that come in every pass."""
     floor_bytes: int
@@ -52,19 +57,22 @@ def plan_host_cache(
     resident: Mapping[Family, Collection[int]],
     available_bytes: int | None,
     ring_bytes: int = RING_BYTES,
+    *,
+    values_bytes: int,
 ) -> HostCache:
-    """Fill half of the available memory with chunks, beside the ring.
+    """Fill half of the available memory with chunks, beside what is pinned in any case.
 
     Args:
         chunks: of each model, in the order of running.
         resident: indices of those that stay on the card.
         available_bytes: of the host's memory; None, where the system does not tell, keeps nothing.
         ring_bytes: of the buffers that the others pass through.
+        values_bytes: of those that inputs and results pass through, see :func:`values_pinned`.
     """
     rows = [[(family, i) for i in range(len(row)) if i not in resident[family]] for family, row in chunks.items()]
     sizes = {(family, i): pages(chunks[family][i].nbytes) for row in rows for family, i in row}
     available = available_bytes or 0
-    room = available // SHARE - ring_bytes
+    room = available // SHARE - ring_bytes - values_bytes
     kept, cache_bytes = [], 0
     for place in preference(rows):
         if cache_bytes + sizes[place] <= room:
@@ -74,9 +82,22 @@ def plan_host_cache(
         kept=tuple(kept),
         cache_bytes=cache_bytes,
         ring_bytes=ring_bytes,
+        values_bytes=values_bytes,
         streamed_bytes=sum(chunks[family][i].nbytes for family, i in sizes),
         floor_bytes=available - available // SHARE,
     )
+
+
+def values_pinned(adapter: Model, graphs: Mapping[str, GraphMemory]) -> int:
+    """What inputs and results pass through at most: the factors of all steps of the adapter are fetched together.
+
+    Args:
+        adapter: of the manifest; the encoders' one result each is less.
+        graphs: memory of every graph, at the largest batch. Each step's input is counted too: at full size it comes to
+            196 MiB for four images, of which 164 were pinned over the stand-ins.
+    """
+    results = (graphs[step.graph].value_bytes for chunk in adapter.chunks for step in chunk.steps)
+    return BUFFERS * VALUE_BYTES + pinned_for(results)
 
 
 def preference(rows: Sequence[Sequence[Place]]) -> Iterator[Place]:

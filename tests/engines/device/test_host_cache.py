@@ -1,6 +1,7 @@
 """Which chunks are kept in the host's memory, how much of the link that fills, and how pipelines share the memory."""
 
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from i2l.engines.device.pinned import kept, staging
-from i2l.engines.device.pinned.host_cache import PAGE_BYTES, HostCache, link_share, pages, plan_host_cache
+from i2l.engines.device.pinned.host_cache import (
+    PAGE_BYTES,
+    RING_BYTES,
+    HostCache,
+    link_share,
+    pages,
+    plan_host_cache,
+    values_pinned,
+)
 from i2l.engines.device.pinned.kept import KeptChunks
+from i2l.engines.device.predict import graph_memory
 from i2l.engines.directory.manifest import Chunk
 from i2l.errors import OutOfDeviceMemory
 from i2l.export.packs.planning import planned_model
@@ -34,23 +44,23 @@ rows = st.fixed_dictionaries(
 """Of each model's chunks the size, and whether it stays on the card."""
 
 
-@given(rows, st.none() | st.integers(0, 64 * GIB), st.integers(1, GIB))
+@given(rows, st.none() | st.integers(0, 64 * GIB), st.integers(1, GIB), st.integers(0, GIB))
 def test_no_more_than_half_is_pinned_and_nothing_that_fits_is_left_out(
-    made: dict[Family, list[tuple[int, bool]]], available: int | None, ring_bytes: int
+    made: dict[Family, list[tuple[int, bool]]], available: int | None, ring_bytes: int, values_bytes: int
 ) -> None:
     chunks: Chunks = {family: chunk_row([size for size, _ in row]) for family, row in made.items()}
     resident = {family: [i for i, (_, stays) in enumerate(row) if stays] for family, row in made.items()}
-    plan = plan_host_cache(chunks, resident, available, ring_bytes)
-    assert plan == plan_host_cache(chunks, resident, available, ring_bytes)
+    plan = plan_host_cache(chunks, resident, available, ring_bytes, values_bytes=values_bytes)
+    assert plan == plan_host_cache(chunks, resident, available, ring_bytes, values_bytes=values_bytes)
     streamed = {(f, i): row[i].nbytes for f, row in chunks.items() for i in range(len(row)) if i not in resident[f]}
     assert plan.streamed_bytes == sum(streamed.values())
-    assert plan.ring_bytes == ring_bytes
+    assert (plan.ring_bytes, plan.values_bytes) == (ring_bytes, values_bytes)
     assert len(set(plan.kept)) == len(plan.kept)
     assert set(plan.kept) <= streamed.keys()
     assert plan.cache_bytes == sum(pages(streamed[place]) for place in plan.kept)
-    assert plan.cache_bytes == 0 or 2 * (plan.cache_bytes + plan.ring_bytes) <= (available or 0)
+    assert plan.cache_bytes == 0 or 2 * (plan.cache_bytes + ring_bytes + values_bytes) <= (available or 0)
     assert 2 * plan.floor_bytes >= (available or 0)
-    left = (available or 0) // 2 - ring_bytes - plan.cache_bytes
+    left = (available or 0) // 2 - ring_bytes - values_bytes - plan.cache_bytes
     assert all(pages(size) > left for place, size in streamed.items() if place not in plan.kept)
 
 
@@ -58,7 +68,7 @@ def test_the_first_of_every_model_then_an_even_spread() -> None:
     """Of equal chunks: no stretch without a kept one is longer than twice another."""
     chunks: Chunks = {family: chunk_row([PAGE_BYTES] * 20) for family in FAMILIES}
     resident: dict[Family, tuple[int, ...]] = {"siglip2": (0,), "dinov3": (0, 7), "adapter": ()}
-    plan = plan_host_cache(chunks, resident, 2 * (15 * PAGE_BYTES + 100), 100)
+    plan = plan_host_cache(chunks, resident, 2 * (15 * PAGE_BYTES + 100), 90, values_bytes=10)
     assert plan.kept[:3] == (("siglip2", 1), ("dinov3", 1), ("adapter", 0))
     order = [(family, i) for family in FAMILIES for i in range(20) if i not in resident[family]]
     others = [place for place in order if place not in plan.kept[:3]]
@@ -122,19 +132,22 @@ def test_the_share_is_between_its_bounds_and_grows_with_the_cache(
 
 def test_full_size() -> None:
     """8.2 GiB are streamed at 2 GiB of VRAM: with 24 GiB available all of them are kept, with 8 not half."""
-    chunks: Chunks = {spec.family: planned_model(spec, "int8").chunks for spec in PRESETS["full"]}
+    models = {spec.family: planned_model(spec, "int8") for spec in PRESETS["full"]}
+    chunks: Chunks = {family: model.chunks for family, model in models.items()}
     resident: dict[Family, tuple[int, ...]] = dict.fromkeys(chunks, ())
+    values = values_pinned(models["adapter"], graph_memory(models, 4))
 
     def planned(gib: int) -> tuple[HostCache, float]:
-        plan = plan_host_cache(chunks, resident, gib * GIB)
+        plan = plan_host_cache(chunks, resident, gib * GIB, values_bytes=values)
         return plan, link_share(chunks, resident, plan.kept, link_gbps=25, fill_gbps=10)
 
     (all_kept, best), (some, better), (none, least) = map(planned, (24, 8, 0))
     assert len(all_kept.kept) == sum(map(len, chunks.values()))
-    assert 3.5 * GIB < some.cache_bytes < 4 * GIB
+    assert 3.5 * GIB < some.cache_bytes <= 4 * GIB - RING_BYTES - values
     assert none.cache_bytes == 0
     assert best == pytest.approx(1)
     assert least == pytest.approx(0.4, rel=0.02)
+    assert 160 * MIB < values < 200 * MIB  # 40 MB an image, and a block that is not full
     assert least / (1 - some.cache_bytes / some.streamed_bytes) == pytest.approx(better, rel=0.05)
 
 
@@ -233,8 +246,15 @@ def test_a_buffer_is_filled_whole_by_threads_that_come_late(
     monkeypatch.setattr(staging, "default_threads", lambda: threads)
     ring = staging.Staging(host)  # type: ignore[arg-type]
     ring._pool.shutdown()
-    ring._pool = ThreadPoolExecutor(max(1, threads - 1), initializer=time.sleep, initargs=(0.02,))
+    helpers: list[int] = []
+
+    def begin() -> None:
+        helpers.append(threading.get_ident())
+        time.sleep(0.02)
+
+    ring._pool = ThreadPoolExecutor(max(1, threads - 1), initializer=begin)
     source, target = np.random.default_rng(nbytes).integers(1, 256, nbytes, np.uint8), np.zeros(nbytes + 8, np.uint8)
     ring._fill(target.ctypes.data, source.ctypes.data, nbytes)
     assert np.array_equal(target, np.append(source, np.zeros(8, np.uint8)))
+    assert bool(helpers) == (threads > 1 and nbytes > MIB)
     ring.close()

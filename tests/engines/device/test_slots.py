@@ -2,21 +2,24 @@
 
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fake_device import DeviceTensor, FakeDevice
+from fake_device import DeviceTensor, FakeDevice, Mark
+from i2l.engines.device.device import Lane
 from i2l.engines.device.residency import GraphMemory, Residency, plan_residency
 from i2l.engines.device.slots import DeviceStore, DeviceWeights
 from i2l.engines.directory.manifest import Chunk, Model, Step
 from i2l.engines.directory.tensorfile import TensorInfo
-from i2l.errors import BudgetTooSmall, OutOfDeviceMemory
+from i2l.errors import BudgetTooSmall, DeviceFailed, I2LError, OutOfDeviceMemory
 from i2l.runtime.streamer import stream
 from i2l.specs import FAMILIES, PRESETS, Family
 
@@ -85,26 +88,26 @@ delays = st.builds(
 )
 
 
+def compare(case: Case, step: Step, family: Family, tensor: DeviceTensor, seen: list[str]) -> Callable[[], None]:
+    """Work that compares the weights it sees, when the device comes to it."""
+    info = case.models[family].tensors[f"{step.name}.weight"]
+    wanted = case.packs[family][info.offset : info.offset + info.nbytes]
+
+    def work() -> None:
+        assert tensor.read() == wanted, f"{step.name} sees other bytes than its own"
+        seen.append(step.name)
+
+    return work
+
+
 def run_pass(case: Case, weights: DeviceWeights, device: FakeDevice) -> int:
-    """Every step of every model compares the weights it sees, when the device comes to it; how many did."""
-    seen = 0
-
-    def compute(step: Step, family: Family, tensor: DeviceTensor) -> Callable[[], None]:
-        info = case.models[family].tensors[f"{step.name}.weight"]
-        wanted = case.packs[family][info.offset : info.offset + info.nbytes]
-
-        def work() -> None:
-            nonlocal seen
-            assert tensor.read() == wanted, f"{step.name} sees other bytes than its own"
-            seen += 1
-
-        return work
-
+    """Every step of every model compares; how many did."""
+    seen: list[str] = []
     for family, model in case.models.items():
         for step, values in stream(weights.stores[family], model.chunks):
-            device.enqueue("compute", compute(step, family, values["weight"]))
+            device.enqueue("compute", compare(case, step, family, values["weight"], seen))
     device.finish()
-    return seen
+    return len(seen)
 
 
 def steps_of(case: Case) -> int:
@@ -215,6 +218,12 @@ def test_each_shrinking_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(OutOfDeviceMemory, match="fake device has no room for 77 B"):
         weights.shrink(OutOfDeviceMemory(device.name, 77, 0))
     assert device.used_bytes == 0
+    capacity_bytes, device.capacity_bytes = device.capacity_bytes, 0
+    with pytest.raises(OutOfDeviceMemory):
+        weights.reopen()
+    device.capacity_bytes = capacity_bytes  # whoever had it gave it back
+    weights.reopen()
+    assert run_pass(case, weights, device) == steps_of(case)
 
 
 def test_an_error_in_the_middle_leaves_all_slots_free() -> None:
@@ -225,3 +234,29 @@ def test_an_error_in_the_middle_leaves_all_slots_free() -> None:
     for _ in range(5):
         list(islice(stream(weights.stores["dinov3"], case.models["dinov3"].chunks), 2))
     assert run_pass(case, weights, device) == steps_of(case)
+
+
+@pytest.mark.parametrize("error", [OutOfDeviceMemory("fake device", 0, 0), DeviceFailed("fake device", "no event")])
+def test_a_slot_that_cannot_be_marked_as_used_is_not_lost(monkeypatch: pytest.MonkeyPatch, error: I2LError) -> None:
+    """A pass is interrupted while there is no memory for events. What still reads the slots does so to its end."""
+    made = {family: make_model(family, [[800]] * 5, seed) for seed, family in enumerate(FAMILIES)}
+    case = Case({f: m for f, (m, _) in made.items()}, {f: p for f, (_, p) in made.items()}, 0.0, 2)
+    real = FakeDevice.record
+
+    def refuse(self: FakeDevice, lane: Lane, *, timed: bool = False) -> Mark:
+        if lane == "compute":
+            raise error
+        return real(self, lane, timed=timed)
+
+    for seed in range(20):
+        device = FakeDevice(case.budget_bytes, seed=seed, haste=0.98)
+        weights = case.weights(device)
+        seen: list[str] = []
+        chunks = case.models["dinov3"].chunks
+        with closing(cast("Generator[Any, None, None]", stream(weights.stores["dinov3"], chunks))) as steps:
+            for step, values in islice(steps, 2):
+                device.enqueue("compute", compare(case, step, "dinov3", values["weight"], seen))
+            monkeypatch.setattr(FakeDevice, "record", refuse)
+        monkeypatch.undo()
+        assert run_pass(case, weights, device) == steps_of(case)
+        assert len(seen) == 2

@@ -31,7 +31,7 @@ from i2l.runtime.proof.choice import Chosen
 EACH_PASS = (
     "copies", "copied_bytes", "uploaded_bytes", "pageable_copies", "launches", "graph_launches", "calls", "inside_ns",
 )  # fmt: skip
-COUNTED = ("problems", "live_bytes", "peak_bytes", "pinned_bytes", "allocations", *EACH_PASS)
+COUNTED = ("problems", "live_bytes", "peak_bytes", "pinned_bytes", "pinned_peak_bytes", "allocations", *EACH_PASS)
 HANGS_SECONDS = 120
 
 
@@ -62,8 +62,8 @@ def run(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, Any]:
     with Pipeline(engines, backend=case.get("backend", "cuda"), vram_budget_bytes=budget, threads=1) as pipeline:
         backend = pipeline._open.backend
         facts["open"] = driver.seen() | {"seconds": time.perf_counter() - begin}
-        if case.get("copies_from_host"):
-            copy_in_each_run(backend)
+        if function := case.get("copies_from_host"):
+            copy_in_each_run(backend, function)
         for images in case["passes"]:
             pixels = pipeline.pixels(pictures[:images])
             before, begin = driver.seen(), time.thread_time()
@@ -77,7 +77,7 @@ def run(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, Any]:
             del factors  # as whoever saves each LoRA: its memory is used again
             facts["passes"].append(row | steps)
         if case.get("stranger"):
-            facts["stranger_bytes"] = stranger_bytes(engines, driver)
+            facts |= stranger(engines, driver, backend)
         if isinstance(backend, DeviceBackend):
             plan = backend.residency
             facts |= {
@@ -85,6 +85,7 @@ def run(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, Any]:
                 "parts": plan.parts,
                 "streamed_bytes": plan.streamed_bytes,
                 "least_bytes": plan.least_bytes,
+                "values_bytes": backend._values_bytes,
             }
             if case.get("placement"):
                 facts["elsewhere"] = elsewhere(backend._engines)
@@ -102,7 +103,7 @@ def digest(factors: Mapping[str, tuple[Array, Array]]) -> str:
     return found.hexdigest()
 
 
-def copy_in_each_run(backend: Any) -> None:
+def copy_in_each_run(backend: Any, function: str) -> None:
     """As a library would that keeps arguments of its kernels on the host."""
     from i2l.engines.cuda.session import OrtDeviceEngine  # imports onnxruntime
 
@@ -112,7 +113,7 @@ def copy_in_each_run(backend: Any) -> None:
     def copying(self: Any, *arguments: Any) -> Any:
         outputs = run(self, *arguments)
         address = next(iter(outputs.values())).data_ptr()
-        device._call("cuMemcpyHtoDAsync", address, pinned, 256, device._streams["compute"])
+        device._call(function, address, pinned, 256, device._streams["compute"])
         return outputs
 
     def close() -> None:
@@ -122,18 +123,21 @@ def copy_in_each_run(backend: Any) -> None:
     OrtDeviceEngine.run, device.close = copying, close  # type: ignore[assignment, method-assign]
 
 
-def stranger_bytes(engines: Path, driver: Driver) -> int:
-    """What a session of somebody else, who shares allocators too, takes of the card beside an open pipeline."""
+def stranger(engines: Path, driver: Driver, backend: Any) -> dict[str, int]:
+    """What a session of somebody else, who shares allocators too, takes of the card and of an open pipeline's arena."""
     import onnxruntime as ort  # here, so that it is not imported before the fork
 
     options = ort.SessionOptions()
     options.add_session_config_entry("session.use_env_allocators", "1")
     before = driver.seen()["live_bytes"]
-    graph = next(engines.glob("cuda/*/dinov3.block.onnx"))
+    backend._arena.most_bytes = 0
+    graph = next(engines.glob("cuda/*/dinov3.head.onnx"))
     session = ort.InferenceSession(graph, options, providers=["CUDAExecutionProvider"])
+    shapes = {put.name: [size if isinstance(size, int) else 1 for size in put.shape] for put in session.get_inputs()}
+    session.run(None, {name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
     taken = driver.seen()["live_bytes"] - before
     del session
-    return taken
+    return {"stranger_bytes": taken, "lent_bytes": backend._arena.most_bytes}
 
 
 def elsewhere(engines: Mapping[str, Any]) -> list[str]:

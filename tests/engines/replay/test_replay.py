@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 from i2l.engines.base import Array
 from i2l.engines.replay.model_graphs import ModelGraphs
-from i2l.engines.replay.outbox import BLOCK_BYTES, Outbox
+from i2l.engines.replay.outbox import BLOCK_BYTES, Outbox, pinned_for
 from i2l.errors import DeviceFailed
+
+LEFT = 100
+"""Bytes of the budget beside the plan."""
 
 
 class Recorder:
@@ -23,7 +26,8 @@ class Recorder:
 
     def __init__(self, error: float = 1) -> None:
         self.error = error
-        self.refuses = self.finished = False
+        self.graph_bytes, self.used_bytes, self.gives_back = 0, 1000, True
+        self.refuses = self.finished = self.lost = False
         self.held = np.zeros(1, np.float32)
         self.told: list[int] = []
 
@@ -39,19 +43,34 @@ class Recorder:
         self.held = 2 * value
         return [lambda: {"out": self.held.copy()}]
 
-    def record_work(self, enqueue: Callable[[], Any]) -> tuple["Recorder", Any]:
+    def record_work(self, enqueue: Callable[[], Any]) -> tuple["Recorded", Any]:
         if self.refuses:
             raise DeviceFailed(self.name, "it does not record")
         before = self.held
         given = enqueue()
         self.held = before  # recorded, not done
-        return self, given
-
-    def launch(self) -> None:
-        self.held = 2 * self.held * np.float32(self.error)
+        return Recorded(self), given
 
     def finish(self) -> None:
         self.finished = True
+        if self.lost:
+            raise DeviceFailed(self.name, "it is lost")
+
+
+class Recorded:
+    """A graph: it has a half of its memory from the beginning, and the other from its first launch."""
+
+    def __init__(self, device: Recorder) -> None:
+        self.device, self.launched = device, False
+        device.used_bytes += device.graph_bytes // 2
+
+    def launch(self) -> None:
+        self.device.held = 2 * self.device.held * np.float32(self.device.error)
+        self.device.used_bytes += 0 if self.launched else self.device.graph_bytes // 2
+        self.launched = True
+
+    def __del__(self) -> None:
+        self.device.used_bytes -= self.device.graph_bytes if self.device.gives_back else 0
 
 
 def passed(graphs: ModelGraphs, device: Recorder, value: float, key: object = 1) -> float:
@@ -63,7 +82,7 @@ def passed(graphs: ModelGraphs, device: Recorder, value: float, key: object = 1)
 
 def test_a_graph_is_made_behind_the_first_pass_and_used_from_the_second() -> None:
     device = Recorder()
-    graphs = ModelGraphs(device)
+    graphs = ModelGraphs(device, lambda: LEFT)
     assert [passed(graphs, device, value) for value in (1, 2, 3)] == [2, 4, 6]
     assert passed(graphs, device, 4, key=2) == 8
     assert len(device.told) == 2
@@ -78,7 +97,7 @@ def test_a_graph_that_is_wrong_by_a_bit_is_not_used(caplog: pytest.LogCaptureFix
     """Nor is one where the device does not record; both are said once."""
     device = Recorder(1 + 2**-23)
     device.refuses = refuses
-    graphs = ModelGraphs(device)
+    graphs = ModelGraphs(device, lambda: LEFT)
     assert [passed(graphs, device, value) for value in (1, 2, 3)] == [2, 4, 6]
     assert len(device.told) == 3
     reason = "it does not record" if refuses else "another result"
@@ -87,10 +106,62 @@ def test_a_graph_that_is_wrong_by_a_bit_is_not_used(caplog: pytest.LogCaptureFix
 
 def test_what_is_no_number_is_the_same_both_times() -> None:
     device = Recorder()
-    graphs = ModelGraphs(device)
+    graphs = ModelGraphs(device, lambda: LEFT)
     passed(graphs, device, float("nan"))
     assert passed(graphs, device, 2) == 4
     assert len(device.told) == 1
+
+
+def test_a_graph_that_the_budget_does_not_hold_goes_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Those before stay; none is begun again, whatever its size."""
+    device = Recorder()
+    graphs = ModelGraphs(device, lambda: LEFT)
+    for device.graph_bytes, key, taken_bytes in ((40, 1, 40), (62, 2, 40), (10, 3, 40)):
+        assert passed(graphs, device, 1, key) == passed(graphs, device, 1, key) == 2
+        assert (graphs.taken_bytes, device.used_bytes) == (taken_bytes, 1000 + taken_bytes)
+        assert (key in graphs) == (key == 1)
+    (said,) = (record.message for record in caplog.records)
+    assert "other passes" in said
+    assert "one takes 62 B, the VRAM budget leaves 60 B" in said
+
+
+def test_none_is_begun_where_less_is_left_than_the_largest_takes(caplog: pytest.LogCaptureFixture) -> None:
+    device = Recorder()
+    graphs = ModelGraphs(device, lambda: LEFT)
+    device.graph_bytes = 60
+    passed(graphs, device, 1)
+    device.refuses = True  # it would be said
+    passed(graphs, device, 1, key=2)
+    assert ["one takes 60 B, the VRAM budget leaves 40 B" in record.message for record in caplog.records] == [True]
+
+
+def test_nothing_left_is_no_graph(caplog: pytest.LogCaptureFixture) -> None:
+    device = Recorder()
+    graphs = ModelGraphs(device, lambda: 0)
+    assert passed(graphs, device, 1) == passed(graphs, device, 1) == 2
+    (said,) = (record.message for record in caplog.records)
+    assert "takes memory of the card, the VRAM budget leaves 0 B" in said
+
+
+@pytest.mark.parametrize("gives_back", [True, False])
+def test_what_graphs_took_counts_until_it_is_given_back(*, gives_back: bool) -> None:
+    device = Recorder()
+    graphs = ModelGraphs(device, lambda: LEFT)
+    device.graph_bytes, device.gives_back = 30, gives_back
+    for key in (1, 2):
+        passed(graphs, device, 1, key)
+    assert graphs.taken_bytes == 60
+    graphs.drop()
+    assert graphs.taken_bytes == (0 if gives_back else 60)
+
+
+def test_dropping_the_graphs_of_a_lost_card_raises_nothing() -> None:
+    device = Recorder()
+    graphs = ModelGraphs(device, lambda: LEFT)
+    passed(graphs, device, 1)
+    device.lost = True
+    graphs.drop()
+    assert 1 not in graphs
 
 
 # --- the outbox ---------------------------------------------------------------------------------------------------
@@ -120,6 +191,7 @@ def test_the_same_pieces_lie_at_the_same_addresses(sizes: list[int], others: lis
     pins = Pins()
     outbox = Outbox(pins.pin, pins.unpin)
     first = [outbox.take(nbytes) for nbytes in sizes]
+    assert pinned_for(sizes) == sum(block.nbytes for block in pins.blocks.values())
     ends = sorted((piece.address, piece.address + piece.nbytes) for piece in first)
     assert all(end <= start for (_, end), (start, _) in pairwise(ends))
     outbox.begin()

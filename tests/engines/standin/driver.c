@@ -19,6 +19,7 @@
  *   I2L_STANDIN_FAIL_COPY=n     the n-th copy, counted from 1, finds no memory
  *   I2L_STANDIN_PINNABLE=n      so much of the host's memory can be pinned
  *   I2L_STANDIN_NO_GRAPHS=1     a stream cannot be recorded; =2: it can, and then there is no memory for the graph
+ *   I2L_STANDIN_GRAPH_BYTES=n   a graph takes so much of the card, half of it not before its first launch
  *
  * A stream that is recorded keeps its work; each launch of the graph does it again, with whatever lies there then.
  *
@@ -43,13 +44,13 @@ enum Kind { COPY, CALL, RECORD, WAIT };
 typedef struct { u64 done_before[STREAMS]; } Clock; /* by stream: the number of its last work that is known to be done */
 typedef struct Event { int stream; u64 number; Clock known; int timed; double when; } Event;
 typedef struct Work {
-    enum Kind kind; u64 number; char *to; const char *from; size_t bytes; char *staged; int to_card;
+    enum Kind kind; u64 number; char *to; const char *from; size_t bytes; char *staged; int to_card, unified;
     void (*function)(void *); void *argument; int of_stream; u64 of_number; Event *event; struct Work *next;
     int on_host, ranges; u64 (*range)[3]; /* of a kernel: {address, bytes, written} */
 } Work;
-typedef struct Graph { Work *first; int stream; u64 last; } Graph;
+typedef struct Graph { Work *first; int stream, card, launched; u64 last; size_t bytes; } Graph;
 typedef struct { u64 last, done; Work *first, *end; Clock known; int alive, card, recording, spoilt; Work *recorded, *recorded_end; } Stream;
-typedef struct { char *start; size_t bytes; int on_card, card; } Block;
+typedef struct { char *start; size_t bytes; int on_card, card, managed; } Block;
 typedef struct { const char *start, *end; int write, stream; u64 number; } Access;
 
 static pthread_mutex_t lock = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
@@ -141,7 +142,7 @@ static int allocate(void **out, size_t bytes, int on_card) {
     void *start = mmap(NULL, bytes, hollow ? PROT_NONE : PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (start == MAP_FAILED) return OUT_OF_MEMORY;
     if (!hollow) memset(start, 0xA5, bytes); /* what was there before: noise */
-    blocks[block_count++] = (Block){start, bytes, on_card, here()};
+    blocks[block_count++] = (Block){start, bytes, on_card, here(), 0};
     if (on_card) live_bytes += bytes, live_on[here()] += bytes; else pinned_bytes += bytes;
     if (live_bytes > peak_bytes) peak_bytes = live_bytes;
     if (pinned_bytes > pinned_peak_bytes) pinned_peak_bytes = pinned_bytes;
@@ -259,7 +260,7 @@ static int stream_of(void *handle) {
     if (number < 1 || number >= (u64)stream_count || !streams[number].alive) { problem("no such stream", handle, 0); return -1; }
     return (int)number;
 }
-static int copy(char *to, const char *from, size_t bytes, void *handle, int synchronous) {
+static int copy(char *to, const char *from, size_t bytes, void *handle, int synchronous, int unified) {
     int stream = stream_of(handle);
     if (stream < 0) return INVALID_HANDLE;
     Block *target = block_at(to, bytes), *source = block_at(from, bytes);
@@ -270,7 +271,7 @@ static int copy(char *to, const char *from, size_t bytes, void *handle, int sync
     int pageable = !target || !source;
     if (copies + 1 == setting("I2L_STANDIN_FAIL_COPY", 0)) { copies++; return OUT_OF_MEMORY; }
     Work *work = enqueue(stream, COPY);
-    work->to = to, work->from = from, work->bytes = bytes, work->to_card = to_card;
+    work->to = to, work->from = from, work->bytes = bytes, work->to_card = to_card, work->unified = unified;
     if (streams[stream].recording) return pageable ? spoils(stream, NOT_RECORDABLE) : OK;
     accounts_for(work, stream);
     if (to_card && pageable) { /* the driver takes the bytes along, and may return before they are on the card */
@@ -302,6 +303,11 @@ u64 standin_spilled_bytes(void) { return spilled_bytes; }
 u64 standin_contexts(void) { return retained; }
 u64 standin_streams(void) { u64 count = 0; for (int i = 1; i < stream_count; i++) count += streams[i].alive; return count; }
 u64 standin_inside_ns(void) { return inside_ns; } /* processor time spent in here, which is not the host side's */
+u64 standin_unfinished(void) { /* work that the host does not know to be done; a card that is lost does no more of it */
+    u64 lost_from = setting("I2L_STANDIN_FAIL_CALL", 0), count = 0;
+    for (int i = 1; i < stream_count; i++) count += streams[i].alive ? streams[i].last - host.done_before[i] : 0;
+    return lost_from && calls >= lost_from ? 0 : count;
+}
 void standin_problem(const char *what) { problem(what, NULL, 0); }
 /* As after a start: what was left of a card that was lost goes, and the counting begins again. */
 void standin_reset(void) {
@@ -313,6 +319,8 @@ void standin_reset(void) {
     stream_count = 1;
     access_count = 0;
     while (block_count) release(blocks[0].start);
+    memset(live_on, 0, sizeof live_on);
+    live_bytes = 0;
     problems = copies = copied_bytes = uploaded_bytes = pageable_copies = allocations = calls = launches = graph_launches = peak_bytes = pinned_peak_bytes = spilled_bytes = retained = 0;
     pthread_mutex_unlock(&lock);
 }
@@ -438,13 +446,21 @@ int cuStreamEndCapture(void *handle, Graph **graph) {
     s->recording = s->spoilt = 0;
     LEAVE(spoilt ? RECORDING_SPOILT : OK);
 }
+static void grows(Graph *exec, size_t bytes) {
+    exec->bytes += bytes, live_bytes += bytes, live_on[exec->card] += bytes;
+    if (live_bytes > peak_bytes) peak_bytes = live_bytes;
+}
 int cuGraphInstantiateWithFlags(Graph **exec, const Graph *graph, u64 flags) {
     (void)flags;
     ENTER;
     NEEDS_CONTEXT;
     if (setting("I2L_STANDIN_NO_GRAPHS", 0) == 2) LEAVE(OUT_OF_MEMORY);
+    size_t half = setting("I2L_STANDIN_GRAPH_BYTES", 0) / 2;
+    if (half > free_on(here())) LEAVE(OUT_OF_MEMORY);
     *exec = calloc(1, sizeof **exec);
     (*exec)->first = copies_of(graph->first);
+    (*exec)->card = here();
+    grows(*exec, half);
     LEAVE(OK);
 }
 int cuGraphGetNodes(const Graph *graph, const Work **nodes, size_t *count) {
@@ -456,7 +472,8 @@ int cuGraphGetNodes(const Graph *graph, const Work **nodes, size_t *count) {
 int cuGraphNodeGetType(const Work *node, int *type) { *type = node->kind == COPY ? 1 : node->on_host ? 3 : 0; return OK; }
 int cuGraphMemcpyNodeGetParams(const Work *node, int *parameters) {
     Block *source = block_at(node->from, node->bytes);
-    parameters[8] = source && source->on_card ? 2 : 1; /* srcMemoryType */
+    parameters[8] = node->unified ? 4 : source && source->on_card ? 2 : 1; /* srcMemoryType: UNIFIED, DEVICE, HOST */
+    memcpy(parameters + (parameters[8] == 1 ? 10 : 12), &node->from, sizeof node->from); /* srcHost, srcDevice */
     return OK;
 }
 int cuGraphInstantiate(Graph **exec, const Graph *graph, u64 flags) { return cuGraphInstantiateWithFlags(exec, graph, flags); }
@@ -464,6 +481,7 @@ int cuGraphDestroy(Graph *graph) { if (graph) { forget_all(graph->first); free(g
 int cuGraphExecDestroy(Graph *exec) {
     ENTER_TO_GIVE_BACK;
     if (host.done_before[exec->stream] < exec->last) problem("a graph DESTROYED in use", exec, 0);
+    live_bytes -= exec->bytes, live_on[exec->card] -= exec->bytes;
     LEAVE(cuGraphDestroy(exec));
 }
 int cuGraphLaunch(Graph *exec, void *handle) {
@@ -471,6 +489,9 @@ int cuGraphLaunch(Graph *exec, void *handle) {
     NEEDS_CONTEXT;
     int stream = stream_of(handle);
     if (stream < 0) LEAVE(INVALID_HANDLE);
+    size_t half = exec->launched++ ? 0 : setting("I2L_STANDIN_GRAPH_BYTES", 0) / 2;
+    if (half > free_on(here())) LEAVE(OUT_OF_MEMORY);
+    grows(exec, half);
     Work *next, *work = copies_of(exec->first);
     graph_launches++;
     for (; work; work = next) {
@@ -549,19 +570,28 @@ int cuMemAlloc_v2(void **address, size_t bytes) { ENTER; NEEDS_CONTEXT; LEAVE(al
 int cuMemFree_v2(void *address) { ENTER; NEEDS_CONTEXT; LEAVE(release(address)); }
 int cuMemAllocHost_v2(void **address, size_t bytes) { ENTER; NEEDS_CONTEXT; LEAVE(allocate(address, bytes, 0)); }
 int cuMemHostAlloc(void **address, size_t bytes, unsigned flags) { (void)flags; return cuMemAllocHost_v2(address, bytes); }
+int cuMemAllocManaged(void **address, size_t bytes, unsigned flags) {
+    (void)flags;
+    ENTER;
+    NEEDS_CONTEXT;
+    int status = allocate(address, bytes, 0);
+    if (status == OK) block_at(*address, bytes)->managed = 1;
+    LEAVE(status);
+}
 int cuPointerGetAttribute(void *value, int attribute, u64 address) {
     Block *block = block_at((void *)address, 1);
-    if (attribute != 2 || !block) return INVALID_VALUE; /* its type: host or device */
-    *(int *)value = block->on_card ? 2 : 1;
+    if ((attribute != 2 && attribute != 8) || !block) return INVALID_VALUE; /* its type, host or device; whether it is managed */
+    if (attribute == 8) *(char *)value = block->managed;
+    else *(int *)value = block->on_card || block->managed ? 2 : 1;
     return OK;
 }
 int cuMemFreeHost(void *address) { ENTER; NEEDS_CONTEXT; LEAVE(release(address)); }
-int cuMemcpyHtoDAsync_v2(char *to, const void *from, size_t bytes, void *stream) { ENTER; NEEDS_CONTEXT; LEAVE(copy(to, from, bytes, stream, 0)); }
-int cuMemcpyHtoD_v2(char *to, const void *from, size_t bytes) { ENTER; NEEDS_CONTEXT; LEAVE(copy(to, from, bytes, NULL, 1)); }
-int cuMemcpyDtoHAsync_v2(void *to, const char *from, size_t bytes, void *stream) { ENTER; NEEDS_CONTEXT; LEAVE(copy(to, from, bytes, stream, 0)); }
-int cuMemcpyDtoH_v2(void *to, const char *from, size_t bytes) { ENTER; NEEDS_CONTEXT; LEAVE(copy(to, from, bytes, NULL, 1)); }
-int cuMemcpyAsync(void *to, const void *from, size_t bytes, void *stream) { ENTER; NEEDS_CONTEXT; LEAVE(copy(to, from, bytes, stream, 0)); }
-int cuMemcpy(void *to, const void *from, size_t bytes) { ENTER; NEEDS_CONTEXT; LEAVE(copy(to, from, bytes, NULL, 1)); }
+int cuMemcpyHtoDAsync_v2(char *to, const void *from, size_t bytes, void *stream) { ENTER; NEEDS_CONTEXT; LEAVE(copy(to, from, bytes, stream, 0, 0)); }
+int cuMemcpyHtoD_v2(char *to, const void *from, size_t bytes) { ENTER; NEEDS_CONTEXT; LEAVE(copy(to, from, bytes, NULL, 1, 0)); }
+int cuMemcpyDtoHAsync_v2(void *to, const char *from, size_t bytes, void *stream) { ENTER; NEEDS_CONTEXT; LEAVE(copy(to, from, bytes, stream, 0, 0)); }
+int cuMemcpyDtoH_v2(void *to, const char *from, size_t bytes) { ENTER; NEEDS_CONTEXT; LEAVE(copy(to, from, bytes, NULL, 1, 0)); }
+int cuMemcpyAsync(void *to, const void *from, size_t bytes, void *stream) { ENTER; NEEDS_CONTEXT; LEAVE(copy(to, from, bytes, stream, 0, 1)); }
+int cuMemcpy(void *to, const void *from, size_t bytes) { ENTER; NEEDS_CONTEXT; LEAVE(copy(to, from, bytes, NULL, 1, 1)); }
 int cuMemsetD8Async(void *address, unsigned char value, size_t bytes, void *stream) { /* its bytes are set at once: nobody reads them */
     u64 range[1][3] = {{(u64)address, bytes, 1}};
     int status = standin_launch(stream, NULL, 1, range);

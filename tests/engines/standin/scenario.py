@@ -16,11 +16,11 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -47,6 +47,7 @@ from i2l.runtime import opening
 from i2l.runtime.pipeline import Pipeline
 from i2l.runtime.proof.choice import Chosen
 
+T = TypeVar("T")
 FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -57,6 +58,8 @@ class Driver:
         self._library = ctypes.CDLL("libcuda.so.1")
         self._kept: list[Any] = []
         self._nothing = FUNCTION(lambda _: None)
+        self.hosts = ctypes.c_void_p()
+        """Memory that the host writes, of a played library."""
 
     def __getattr__(self, name: str) -> int:
         function = getattr(self._library, f"standin_{name}")
@@ -79,10 +82,30 @@ class Driver:
         if os.environ.get("I2L_STANDIN_CALLS_HOST"):
             self._library.cuLaunchHostFunc(ctypes.c_void_p(stream), function, None)
             ranges, function = (), self._nothing
+        if allocate := os.environ.get("I2L_STANDIN_COPIES_FROM"):
+            written = next(start for start, nbytes, is_written in ranges if is_written and nbytes)
+            self._copy_from_host(stream, allocate, written)
         launch = self._library.standin_launch
         launch.argtypes = (ctypes.c_void_p, FUNCTION, ctypes.c_int, ctypes.c_void_p)
         if launch(stream, function, len(ranges), ctypes.cast(rows, ctypes.c_void_p)):
             raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS while launching a kernel")
+
+    def _copy_from_host(self, stream: int, allocate: str, address: int) -> None:
+        """As a library does that keeps its kernels' arguments in memory that the host writes, by plain addresses."""
+        if not self.hosts:
+            getattr(self._library, allocate)(ctypes.byref(self.hosts), ctypes.c_size_t(64), 1)
+        self._library.cuMemcpyAsync(ctypes.c_void_p(address), self.hosts, ctypes.c_size_t(1), ctypes.c_void_p(stream))
+
+    def give_back(self) -> None:
+        """What a played library holds."""
+        if self.hosts:
+            self._library.cuMemFreeHost(self.hosts)
+        self.hosts = ctypes.c_void_p()
+
+    def context_ended(self) -> None:
+        """TensorRT's must not go while the card may compute."""
+        if self.unfinished:
+            self._library.standin_problem(b"a context of TensorRT DESTROYED in use")
 
     def reset(self) -> None:
         """As after a start."""
@@ -109,14 +132,15 @@ def run(
     device: str | None = None,
     margin_bytes: int | None = None,
     auto: bool = False,
+    threads: bool = False,
     shrink_after: int | None = None,
     move_after: int | None = None,
 ) -> dict[str, Any]:
     """LoRAs of passes of so many images on one pipeline, with so much more than the least budget.
 
     ``interrupt_at``: Ctrl-C comes when progress was told so often. ``margin_bytes``: what is free but for that is the
-    budget. ``auto``: the backend is left to us, and the card was proven. ``shrink_after``: memory runs out behind so
-    many passes; ``move_after``: as much is found again, elsewhere.
+    budget. ``auto``: the backend is left to us, and the card was proven. ``threads``: a new one for each pass, and for
+    closing. ``shrink_after``: memory runs out behind so many passes; ``move_after``: as much is found again, elsewhere.
     """
     budget = None if margin_bytes is not None else least_budget(engines) + spare_bytes
     facts: dict[str, Any] = {"loras": [], "budget_bytes": budget, "filled_bytes": [], "kept": []}
@@ -147,15 +171,30 @@ def run(
                 with moved(backend) if number == move_after else nullcontext():
                     backend.shrink(OutOfDeviceMemory(backend.device.name, 1, 0))
             FILLED.clear()
-            lora = pipeline.lora_from_images([picture(90, 70, seed=seed) for seed in range(images)])
+            pictures = [picture(90, 70, seed=seed) for seed in range(images)]
+            lora = in_thread(threads, partial(pipeline.lora_from_images, pictures))
             facts["loras"].append(digest(lora))
             facts["filled_bytes"].append(sum(FILLED))
             if pipeline.backend_name != "cpu":
                 chunks = backend.device._copies._kept._kept.values()
                 facts["kept"].append(sum(chunk.filled for chunk in chunks))
         facts["vram"] = pipeline.vram
+        facts["live_at_last"] = driver.live_bytes
+        if pipeline.backend_name != "cpu":
+            plan = backend.residency
+            facts["planned_live_bytes"] = plan.activation_bytes + plan.value_bytes + plan.weight_bytes
+            driver.give_back()
         facts["backend"] = pipeline.backend_name
+        in_thread(threads, pipeline.close)
     return facts
+
+
+def in_thread(new: bool, work: Callable[[], T]) -> T:
+    """What it gives, done here or in a new thread."""
+    if not new:
+        return work()
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
 
 
 @contextmanager
@@ -266,6 +305,7 @@ def run_case(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, A
     except I2LError as error:
         facts |= {"error": type(error).__name__, "message": str(error)}
     facts["without_graphs"] = sum("without CUDA graphs" in line for line in SAID)
+    facts["chosen"] = [line for line in SAID if "has the most free memory" in line]
     SAID.clear()
     for name in environment:
         del os.environ[name]
@@ -274,10 +314,10 @@ def run_case(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, A
 
 SEEN = (
     "problems", "live_bytes", "peak_bytes", "pinned_bytes", "pinned_peak_bytes", "copies", "pageable_copies", "calls",
-    "graph_launches", "allocations", "spilled_bytes", "contexts", "streams",
+    "uploaded_bytes", "graph_launches", "allocations", "spilled_bytes", "contexts", "streams",
 )  # fmt: skip
 SAID: list[str] = []
-"""Warnings."""
+"""What is said to the user."""
 
 
 class Listener(logging.Handler):
@@ -291,11 +331,12 @@ def main() -> None:
         (MUTATIONS | GRAPH_MUTATIONS)[sys.argv[3]]()
     driver = Driver()
     opening.choose_backend = choose
-    logging.getLogger("i2l").addHandler(Listener(logging.WARNING))
+    logging.getLogger("i2l").addHandler(Listener())
+    logging.getLogger("i2l").setLevel(logging.INFO)
     _put(copy_lane, "Staging", partial(Staging, piece_bytes=PIECE_BYTES))
-    _put(outbox, "BLOCK_BYTES", 4 * PIECE_BYTES)  # so small that results lie in several
+    _put(outbox, "BLOCK_BYTES", 16 * PIECE_BYTES)  # so small that results lie in several
     count_fillings()
-    sys.modules["tensorrt_rtx"] = played_tensorrt.Played(None, launch=driver.launch).module
+    sys.modules["tensorrt_rtx"] = played_tensorrt.Played(None, launch=driver.launch, ended=driver.context_ended).module
     for case in cases:
         sys.stdout.write(f"{json.dumps(run_case(engines, driver, case))}\n")
 

@@ -19,14 +19,20 @@ from played_tensorrt import own_graphs, write_plans
 from scenario import GRAPH_MUTATIONS, MUTATIONS, digest
 
 from conftest import MakeEngines, lora_of_one_batch, picture
+from i2l.engines.directory.manifest import read_manifest
+from i2l.specs import PRESETS
 
 HERE = Path(__file__).parent
 ROOMY = 10_000_000
 """Bytes above the least budget with which all weights stay."""
 PASSES = [1, 4, 2, 1]
 RING_BYTES = 128 << 20
+"""Planned; so small a part of it is made here that chunks pass in several pieces:"""
+RING_HERE_BYTES = 4 * (16 << 10)
+VALUES_BYTES = (4 << 20) + 3 * (256 << 10)
+"""What goes in, and blocks for the results of four images."""
 ROOM_FOR_ALL = 2 * (RING_BYTES + (16 << 20))
-"""Of the host's memory: half of it is the ring and all weights."""
+"""Of the host's memory: half of it is the ring, values and all weights."""
 MODES: list[dict[str, object]] = [
     {"MODE": "eager"},
     {"MODE": "lazy"},
@@ -76,8 +82,14 @@ def ran(library: Path, planned: Path, cases: list[Facts], *mutation: str) -> lis
 
 
 def test_the_lora_is_the_cpus_however_late_the_card_works(library: Path, planned: Path, wanted: dict[int, str]) -> None:
-    """At the least budget, with some chunks resident, and with all; what is copied is pinned, all is given back."""
-    cases = [{"passes": PASSES, "spare_bytes": b, "environment": mode} for b in (0, 60_000, ROOMY) for mode in MODES]
+    """At the least budget, with some chunks resident, and with all; what is copied is pinned, all is given back.
+
+    In other threads than that which opened it, too: CUDA's context is current in each by itself.
+    """
+    cases: list[Facts] = [
+        {"passes": PASSES, "spare_bytes": b, "environment": mode} for b in (0, 60_000, ROOMY) for mode in MODES
+    ]
+    cases.append(cases[1] | {"threads": True})
     for case, facts in zip(cases, ran(library, planned, cases), strict=True):
         assert facts["loras"] == [wanted[images] for images in PASSES], case
         assert facts["problems"] == facts["live_bytes"] == facts["pinned_bytes"] == facts["pageable_copies"] == 0, case
@@ -99,6 +111,15 @@ def test_each_fault_is_found(library: Path, planned: Path, wanted: dict[int, str
     found = ran(library, planned, cases, mutation)
     wrong = (facts["loras"] != [wanted[images] for images in (1, 2)] for facts in found[:2])
     assert len(found) < len(cases) or any(wrong) or any(facts["problems"] for facts in found)
+
+
+def test_a_fault_is_seen_in_two_ways(library: Path, planned: Path, wanted: dict[int, str]) -> None:
+    """Each alone: what is done at once has the right values and is a race; what is done late has wrong ones."""
+    cases: list[Facts] = [{"passes": [1, 2], "environment": mode} for mode in MODES[:2]]
+    at_once, late = ran(library, planned, cases, "no wait for a slot")
+    right = [wanted[1], wanted[2]]
+    assert at_once["loras"] == right != late["loras"]
+    assert at_once["problems"] > 0
 
 
 @pytest.mark.parametrize("mutation", OF_COPIES)
@@ -123,18 +144,44 @@ SIX = {"passes": [1] * 6, "spare_bytes": ROOMY}
 def test_a_pass_is_one_launch_for_each_model(library: Path, planned: Path, wanted: dict[int, str]) -> None:
     """The first pass brings the weights; behind it each size is recorded once. Interrupted, nothing is in use.
 
-    A card that cannot record, or has no memory for it, or work that calls the host: said once.
+    A card that cannot record, or has no memory for it, or work that calls the host or copies what the host has written,
+    pinned or managed: said once.
     """
     cases: list[Facts] = [{"passes": AGAIN, "spare_bytes": ROOMY, "environment": mode} for mode in MODES[1:4]]
     refusals: list[Facts] = [{"NO_GRAPHS": 1}, {"NO_GRAPHS": 2}, {"CALLS_HOST": 1}]
+    refusals += [{"COPIES_FROM": allocate} for allocate in ("cuMemHostAlloc", "cuMemAllocManaged")]
     cases += [cases[0] | {"environment": MODES[1] | refusal} for refusal in refusals]
     cases += [{"interrupt_at": step, **cases[step % 3]} for step in range(30, 110, 11)]
     for case, facts in zip(cases, ran(library, planned, cases), strict=True):
         assert facts["problems"] == facts["live_bytes"] == facts["pinned_bytes"] == facts["pageable_copies"] == 0, case
         if "interrupt_at" not in case:
             assert facts["loras"] == [wanted[images] for images in AGAIN], case
-            refused = not case["environment"].keys().isdisjoint({"NO_GRAPHS", "CALLS_HOST"})
+            refused = not case["environment"].keys().isdisjoint({"NO_GRAPHS", "CALLS_HOST", "COPIES_FROM"})
             assert (facts["graph_launches"], facts["without_graphs"]) == ((0, 1) if refused else (12, 0)), case
+
+
+def test_graphs_take_what_the_budget_leaves(library: Path, planned: Path, wanted: dict[int, str]) -> None:
+    """What they take counts, that of the first launch too, and counts no more once they are dropped.
+
+    The one that is too large goes at once, and is the last that was tried: said once, with the numbers.
+    """
+    sizes = (200_000, 1_200_000, 20_000_000)
+    cases: list[Facts] = [
+        {"passes": AGAIN, "spare_bytes": ROOMY, "environment": MODES[1] | {"GRAPH_BYTES": nbytes}} for nbytes in sizes
+    ]
+    cases.append({**SIX, "move_after": 3, "environment": MODES[2] | {"GRAPH_BYTES": 1_200_000}})
+    found = ran(library, planned, cases)
+    for case, facts in zip(cases, found, strict=True):
+        graphs, vram = facts["vram"]["graphs_bytes"], facts["vram"]
+        assert facts["loras"] == [wanted[images] for images in case["passes"]], case
+        assert facts["live_at_last"] == facts["planned_live_bytes"] + graphs, case
+        assert vram["planned_peak_bytes"] + graphs <= vram["budget_bytes"], case
+        assert facts["problems"] == facts["live_bytes"] == facts["pinned_bytes"] == 0, case
+    six, some, none, three = (facts["vram"]["graphs_bytes"] for facts in found)
+    assert (six, none, three) == (6 * sizes[0], 0, 3 * sizes[1])
+    assert some in {n * sizes[1] for n in range(1, 6)}
+    assert [facts["without_graphs"] for facts in found] == [0, 1, 1, 0]
+    assert found[2]["peak_bytes"] <= found[2]["vram"]["measured_peak_bytes"]
 
 
 @pytest.mark.parametrize("mutation", [None, *GRAPH_MUTATIONS])
@@ -180,11 +227,16 @@ def test_kept_chunks_are_not_filled_again(library: Path, planned: Path, wanted: 
 
 
 def test_less_can_be_kept_than_was_planned(library: Path, planned: Path, wanted: dict[int, str]) -> None:
-    """As the system refuses, or as the half of what is available is less: some chunks are filled in every pass."""
-    refused: Facts = {"environment": {"MODE": "random", "PINNABLE": 4_600_000}, "host_bytes": ROOM_FOR_ALL}
-    small: Facts = {"environment": MODES[2], "host_bytes": 2 * (RING_BYTES + 300_000)}
-    for facts in ran(library, planned, [case | {"passes": [1, 1, 1, 1]} for case in (refused, small)]):
-        assert facts["loras"] == [wanted[1]] * 4
+    """As the system refuses, or as the half of what is available is less: some chunks are filled in every pass.
+
+    Results of more images come when the cache is full: there is room for them.
+    """
+    refused: Facts = {"environment": {"MODE": "random", "PINNABLE": 6_000_000}, "host_bytes": ROOM_FOR_ALL}
+    small: Facts = {"environment": MODES[2], "host_bytes": 2 * (RING_BYTES + VALUES_BYTES + 2_000_000)}
+    cases = [case | {"passes": [1, 1, 1, 4]} for case in (refused, small)]
+    for case, facts in zip(cases, ran(library, planned, cases), strict=True):
+        assert facts["loras"] == [wanted[1]] * 3 + [wanted[4]]
+        assert facts["pinned_peak_bytes"] - RING_HERE_BYTES <= case["host_bytes"] // 2 - RING_BYTES
         assert facts["problems"] == facts["pinned_bytes"] == facts["pageable_copies"] == 0
         assert 0 < facts["filled_bytes"][-1] < facts["streamed_bytes"]
         assert facts["kept"][-1] > 0
@@ -192,7 +244,7 @@ def test_less_can_be_kept_than_was_planned(library: Path, planned: Path, wanted:
 
 def test_a_smaller_plan_keeps_other_chunks(library: Path, planned: Path, wanted: dict[int, str]) -> None:
     """What was kept is given back, and what stayed on the card is kept now."""
-    host_bytes = 2 * (RING_BYTES + 8_500_000)  # 5.5 MB of weights, 4 MiB for values
+    host_bytes = 2 * (RING_BYTES + VALUES_BYTES + 9_000_000)  # 5.5 MB of weights; a half of what is pinned then
     case = {"passes": [1] * 8, "shrink_after": 4, "spare_bytes": 60_000, "host_bytes": host_bytes}
     (facts,) = ran(library, planned, [case | {"environment": MODES[1]}])
     assert facts["loras"] == [wanted[1]] * 8
@@ -202,9 +254,14 @@ def test_a_smaller_plan_keeps_other_chunks(library: Path, planned: Path, wanted:
 
 
 def test_copies_do_not_hold_up_launches(library: Path, planned: Path, wanted: dict[int, str]) -> None:
+    """Nothing else is copied: each chunk, the pixels and the embedding once, though weights come through slots."""
+    weights = sum(chunk.nbytes for model in read_manifest(planned).models.values() for chunk in model.chunks)
+    siglip2, dinov3, adapter = PRESETS["tiny"]
+    values = 4 * (sum(3 * encoder.image_size**2 for encoder in (siglip2, dinov3)) + adapter.embedding)
     for facts in ran(library, planned, [{"late_copies": True, "environment": mode} for mode in MODES[:2]]):
         assert facts["loras"] == [wanted[1]]
         assert facts["held_up"] is False
+        assert facts["uploaded_bytes"] == weights + values
 
 
 def test_memory_that_runs_out_at_any_copy(library: Path, planned: Path, wanted: dict[int, str]) -> None:
@@ -220,6 +277,7 @@ def test_memory_that_runs_out_at_any_copy(library: Path, planned: Path, wanted: 
         else:
             assert facts["loras"] == [wanted[1]], case
         assert facts["problems"] == facts["live_bytes"] == facts["pinned_bytes"] == 0, case
+        assert ("error" in facts) == (case["spare_bytes"] == 0), case
 
 
 def lora_or_error(facts: Facts, case: Facts, lora: str, errors: set[str]) -> None:
@@ -271,12 +329,14 @@ def test_a_card_that_is_lost_at_any_call(library: Path, planned: Path, wanted: d
     cases = failing_calls([1, 2, *range(3, 40, 6), *range(40, 400, 53)])
     recorded: Facts = {"passes": [1, 1, 1], "spare_bytes": ROOMY}
     cases += [recorded | {"environment": {"FAIL_CALL": number}} for number in range(260, 500, 23)]
-    for case, facts in zip(cases, ran(library, planned, cases), strict=True):
+    outcomes = ran(library, planned, cases)
+    for case, facts in zip(cases, outcomes, strict=True):
         lora_or_error(facts, case, wanted[1], LOST)
         if "error" in facts:
             assert "CUDA_ERROR_ILLEGAL_ADDRESS" in facts["message"] or "finds no GPU" in facts["message"], case
         elif facts["backend"] != "cpu":  # it was lost while things were given back
             assert facts["calls"] >= case["environment"]["FAIL_CALL"] or facts["problems"] == 0, case
+    assert {facts.get("backend") for facts in outcomes} == {None, "cpu"}
 
 
 @pytest.mark.cuda
@@ -309,13 +369,14 @@ def test_one_of_several_cards(library: Path, planned: Path, wanted: dict[int, st
         }
         for device, visible, _ in rows
     ]
-    for (_, _, card), facts in zip(rows, ran(library, planned, cases), strict=True):
+    for (device, visible, card), facts in zip(rows, ran(library, planned, cases), strict=True):
         if "error" in facts:
             assert facts["error"] == card
             assert facts["error"] != "BackendUnavailable" or "i2l doctor lists them" in facts["message"]
         else:
             assert facts["card"] == card
             assert facts["loras"] == [wanted[1]]
+            assert len(facts["chosen"]) == (device is visible is None)
         assert facts["problems"] == facts["live_bytes"] == 0
 
 
@@ -349,7 +410,7 @@ def test_another_program_takes_memory_at_any_call(library: Path, planned: Path, 
     assert least <= enough[0]["peak_bytes"] < roomy
     # While engines open, what others take cannot be told from what the engines took.
     assert {facts.get("backend") for n, facts in zip(numbers, enough, strict=True) if n not in {11, 21}} == {"tensorrt"}
-    assert sum(facts["spilled_bytes"] > 0 for facts in enough) <= 1  # what was free when it looked, and then not
+    assert sum(facts["spilled_bytes"] > 0 for facts in enough) == 1  # what was free when it looked, and then not
 
 
 def test_few_buffers_may_be_pinned(library: Path, planned: Path, wanted: dict[int, str]) -> None:
