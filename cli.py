@@ -107,7 +107,8 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except click.NoSuchOption as error:
             if files := [word for word in words if word[:1] == "-" and os.path.exists(word)]:  # noqa: PTH110 - never raises
-                error.message += f" To name the file, write {command_path(Path(files[0]).absolute())}"
+                hint = f"{error.format_message()} To name the file, write {command_path(Path(files[0]).absolute())}"
+                raise click.UsageError(hint, error.ctx) from error
             raise
         except (KeyboardInterrupt, BrokenPipeError) as error:
             if isinstance(error, BrokenPipeError):
