@@ -39,7 +39,7 @@ demo: $(if $(wildcard $(VENV)/.ready),setup,$(VENV)/.demo-ready)  ## Tiny checkp
 	$(BIN)/i2l run docs/photo.jpg --engines $(DEMO)/engines --output $(DEMO)/photo.safetensors
 	$(BIN)/i2l inspect $(DEMO)/photo.safetensors
 
-test: lint types unit  ## Lint, types and tests; CI runs this and test-cpus
+test: lint types unit  ## Lint, types and tests; .ci/run has what CI runs besides
 
 lint: setup  ## ruff
 	$(BIN)/ruff check .
@@ -51,8 +51,8 @@ types: setup  ## mypy, strict; our own code also as Windows and macOS see it
 	$(BIN)/mypy -p i2l --platform win32 --config-file .ci/mypy-elsewhere.ini --cache-dir .mypy_cache/win32
 	$(BIN)/mypy -p i2l --platform darwin --config-file .ci/mypy-elsewhere.ini --cache-dir .mypy_cache/darwin
 
-unit: setup  ## pytest
-	$(BIN)/python -m pytest
+unit: setup  ## pytest, in a process for each core
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 soak: setup  ## Kills at every file-system call, signals, a full disk, 500 LoRAs of one pipeline: docs/reliability.md
 	I2L_FAULTS=long $(BIN)/python -m pytest tests/faults/test_crashes.py tests/faults/test_soak.py

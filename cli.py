@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import traceback
+from pathlib import Path
 from typing import Any, TextIO
 
 import click
@@ -31,6 +32,7 @@ from .commands.options import DEBUG
 from .commands.run import run
 from .commands.serve import serve
 from .machine.errors import I2LError, StandardOutputUnwritable, SystemRefused
+from .machine.wording import command_path
 
 LOOKING = frozenset({"plan", "inspect", "verify", "doctor", "--help", "-h", "--version"})
 """Commands and options whose work is what they print."""
@@ -100,8 +102,13 @@ class Commands(click.Group):
             sys.exit(ending.code or not LOOKING.isdisjoint(sys.argv[1:2] + sys.argv[-1:]))
 
     def invoke(self, ctx: click.Context) -> Any:
+        words = list(ctx.args)
         try:
             return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            if files := [word for word in words if word[:1] == "-" and os.path.exists(word)]:  # noqa: PTH110 - never raises
+                error.message += f" To name the file, write {command_path(Path(files[0]).absolute())}"
+            raise
         except (KeyboardInterrupt, BrokenPipeError) as error:
             if isinstance(error, BrokenPipeError):
                 raise  # click ends quietly

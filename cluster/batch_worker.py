@@ -21,21 +21,17 @@ from ..machine.errors import I2LError
 from ..runtime.cache import default_cache_folder
 from ..runtime.jobs import BatchProgress
 from ..runtime.making import Form, make_loras
+from ..runtime.opening import PipelineOptions
 from ..runtime.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What every worker is opened with; as :class:`Pipeline` has it."""
+    """What every worker is opened with."""
 
     engines: Path
     """On the worker's machine."""
-    backend: str
-    threads: int | None
-    ram_budget_bytes: int | None
-    vram_budget_bytes: int | None
-    vram_margin_bytes: int
-    prove: bool
+    options: PipelineOptions
     use_cache: bool
     """The worker's own: each machine keeps embeddings for itself."""
 
@@ -95,12 +91,7 @@ class BatchWorker:
         try:
             self._pipeline = Pipeline(
                 own.engines,
-                backend=own.backend,
-                threads=own.threads,
-                ram_budget_bytes=own.ram_budget_bytes,
-                vram_budget_bytes=own.vram_budget_bytes,
-                vram_margin_bytes=own.vram_margin_bytes,
-                prove=own.prove,
+                **own.options,
                 report=self._progress,
                 cache=default_cache_folder() if own.use_cache else None,
             )

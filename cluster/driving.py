@@ -58,7 +58,7 @@ def run_on_ray(
         DiskFull: there is no room for a LoRA.
     """
     with connected(address) as machines:
-        seats, why = plan_seats(machines, settings.backend, settings.threads)
+        seats, why = plan_seats(machines, settings.options["backend"], settings.options["threads"])
         log.info("%d worker%s on %d machine%s: %s", len(seats), "s" * (len(seats) != 1), len(machines),
                  "s" * (len(machines) != 1), why)  # fmt: skip
         crew = Crew(seats, settings, form)

@@ -35,6 +35,7 @@ from .telling import counted, is_quiet, quiet_option, tell
 
 if TYPE_CHECKING:
     from ..runtime.jobs import Plan
+    from ..runtime.opening import PipelineOptions
 
 HERE = "here"
 """Stands for no address: Ray is started on this machine."""
@@ -118,7 +119,7 @@ def batch(
     more: dict[str, Any] = {}
     with show_progress("steps", quiet=as_json or is_quiet()) as report:
         progress = BatchProgress(report)
-        options: dict[str, Any] = {
+        options: PipelineOptions = {
             "backend": backend,
             "threads": threads,
             "ram_budget_bytes": ram_budget_bytes,
@@ -138,7 +139,7 @@ def batch(
             from ..cluster.batch_worker import WorkerSettings  # noqa: PLC0415
             from ..cluster.driving import run_on_ray  # noqa: PLC0415
 
-            settings = WorkerSettings(engines.absolute(), **options, use_cache=not no_cache)
+            settings = WorkerSettings(engines.absolute(), options, use_cache=not no_cache)
             address = None if ray_address == HERE else ray_address
             result, shares = run_on_ray(address, settings, plan.jobs, form, progress)
             more["workers"] = [asdict(share) for share in shares]

@@ -19,12 +19,15 @@ EXTRAS: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
         ("torch", "onnx", "onnxscript", "onnx_ir"),
     ),
     "plot": (("plot", "plot-trace"), ("matplotlib",)),
+    "serve": (("serve",), ("fastapi", "uvicorn", "prometheus_client", "python_multipart")),
+    "ray": (("batch --ray",), ("ray",)),
+    "pictures": (("HEIC and JPEG XL pictures",), ("pillow_heif", "pillow_jxl")),
 }
-"""``extra -> (commands that need it, what it installs)``."""
+"""``extra -> (what needs it, the modules that it installs)``; those of a backend stand in its row."""
 
 
 def diagnose() -> dict[str, Any]:
-    """The machine: backends, what the commands that need more than the core can do here, cores and memory."""
+    """The machine: backends, which extras are installed, cores and memory."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -40,7 +43,7 @@ def diagnose() -> dict[str, Any]:
             }
             for status in detect_backends()
         ],
-        "extras": [_extra_facts(name, commands, modules) for name, (commands, modules) in EXTRAS.items()],
+        "extras": [_extra_facts(name, users, modules) for name, (users, modules) in EXTRAS.items()],
     }
 
 
@@ -58,10 +61,10 @@ def diagnosis_lines(facts: Mapping[str, Any]) -> Iterator[str]:
             yield f"  card {number}: {card_text(CardFacts(**card))}{never}"
     for extra in facts["extras"]:
         lacks = f"no ({', '.join(extra['missing'])} missing); {extra['remedy']}"
-        yield f"{', '.join(extra['commands'])}: {lacks if extra['missing'] else 'works'}"
+        yield f"{', '.join(extra['for'])}: {lacks if extra['missing'] else 'works'}"
 
 
-def _extra_facts(name: str, commands: Sequence[str], modules: Sequence[str]) -> dict[str, Any]:
+def _extra_facts(name: str, users: Sequence[str], modules: Sequence[str]) -> dict[str, Any]:
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     remedy = f'pip install "i2l-engines[{name}]"' if missing else ""
-    return {"name": name, "commands": list(commands), "missing": missing, "remedy": remedy}
+    return {"name": name, "for": list(users), "missing": missing, "remedy": remedy}

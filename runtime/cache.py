@@ -75,8 +75,10 @@ class EmbeddingCache:
         self._writable = True
         self._swept = False
 
-    def embed(self, squares: Sequence[Image.Image], encode: Encode) -> tuple[Array, list[bool]]:
-        """The embeddings of squares, only the unknown ones computed, in one call, each different square once.
+    def embed(self, squares: Sequence[Image.Image], encode: Encode, together: int) -> tuple[Array, list[bool]]:
+        """The embeddings of squares, only the unknown ones computed, each different square once.
+
+        At most ``together`` are computed in a call and kept at once: whoever stops a long run loses one call.
 
         Returns:
             float32 ``[squares, 5632]``, and for each square whether it came from the cache.
@@ -86,9 +88,10 @@ class EmbeddingCache:
         known = {content: found for content, found in kept.items() if found is not None}
         missing = {content: square for content, square in zip(contents, squares, strict=True) if content not in known}
         computed: dict[str, Array] = {}
-        if missing:
-            computed = dict(zip(missing, encode(list(missing.values())), strict=True))
-            for content, path in self._paths(missing).items():
+        for start in range(0, len(missing), together):
+            piece = list(missing)[start : start + together]
+            computed |= zip(piece, encode([missing[content] for content in piece]), strict=True)
+            for content, path in self._paths(piece).items():
                 self._write(path, computed[content])
         return np.stack([(known | computed)[content] for content in contents]), [c in known for c in contents]
 

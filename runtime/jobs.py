@@ -125,7 +125,13 @@ class BatchProgress:
         self._report(STAGE, self._done + int(images * UNITS), self._total)
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """A stage of the pass has come so far. The two encoders take about the same time, the adapter hardly any."""
+        """A stage of the pass has come so far. The two encoders take about the same time, the adapter hardly any.
+
+        Before there are images it is what opening takes, such as the conversion of fp8 engines: told as it is.
+        """
+        if not self._total:
+            self._report(stage, done, total)
+            return
         before = [str(family) for family in ENCODERS].index(stage) if stage in ENCODERS else len(ENCODERS)
         share = min(1.0, (before + done / max(total, 1)) / len(ENCODERS))
         self._report(STAGE, self._done + int(share * self._images * UNITS), self._total)

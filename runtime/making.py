@@ -2,11 +2,16 @@
 
 A finished output is known by what stands in its own header (the contents of its images, strength, weights, engines,
 dtype and keys), so there is no state beside the files: deleting one makes it again, and so does changing its image.
+
+A fast card would wait for pictures to be read and files to be written: both are done by a thread each, one group ahead
+and one behind.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +32,8 @@ from .pictures.errors import ImageError
 from .pictures.sources import ICC_KEY, colours_mark, images_mark, load_squares
 from .pipeline import Pipeline
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Form:
@@ -45,7 +52,7 @@ class Loaded:
     job: Job
     squares: Sequence[Image.Image]
     marks: Mapping[str, str]
-    """What the header of its output must say."""
+    """What the header of its output says of the images; of the engines it says what made it in the end."""
 
 
 def run_jobs(
@@ -57,18 +64,46 @@ def run_jobs(
         StrengthInvalid, DiskFull, EnginesError: nothing further can be done; every file that is there is whole.
     """
     progress, result = progress or BatchProgress(), BatchResult()
-    for group in unfinished_groups(jobs, lambda: pipeline.origin, form, progress, result):
-        squares = [loaded.squares for loaded in group]
-        loras, from_cache = make_loras(pipeline, squares, form.strength, progress)
-        result.from_cache += from_cache
-        for loaded, lora in zip(group, loras, strict=True):
-            lora.metadata |= loaded.marks
-            output = loaded.job.output
-            try:
-                result.written.append(lora.save(output, dtype=form.dtype, key_format=form.key_format))
-            except (LoraNotFinite, OutputUnwritable) as error:
-                result.failed.append((output, str(error)))
+    groups = unfinished_groups(jobs, lambda: pipeline.origin, form, progress, result)
+    saves: list[tuple[Path, Future[Path]]] = []
+    with ThreadPoolExecutor(1, thread_name_prefix="i2l-save") as saving:  # what is made is saved, whatever fails then
+        try:
+            for group in one_ahead(groups):
+                squares = [loaded.squares for loaded in group]
+                loras, from_cache = make_loras(pipeline, squares, form.strength, progress)
+                result.from_cache += from_cache
+                made = list(zip(group, loras, strict=True))
+                _note(saves, result)
+                saves = [(loaded.job.output, saving.submit(_save, loaded, lora, form)) for loaded, lora in made]
+            _note(saves, result)
+        except KeyboardInterrupt:  # the file that is being written becomes whole; the next run makes the others
+            for _, save in saves:
+                save.cancel()
+            raise
     return result
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The items, each of which a thread takes while the one before is in use."""
+    with ThreadPoolExecutor(1, thread_name_prefix="i2l-ahead") as thread:
+        coming = thread.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = thread.submit(next, items, None)
+            yield item
+
+
+def _save(loaded: Loaded, lora: Lora, form: Form) -> Path:
+    lora.metadata |= loaded.marks
+    return lora.save(loaded.job.output, dtype=form.dtype, key_format=form.key_format)
+
+
+def _note(saves: Sequence[tuple[Path, Future[Path]]], result: BatchResult) -> None:
+    """Wait for files that are being written, and note what became of them."""
+    for output, save in saves:
+        try:
+            result.written.append(save.result())
+        except (LoraNotFinite, OutputUnwritable) as error:
+            result.failed.append((output, str(error)))
 
 
 def unfinished_groups(
@@ -86,8 +121,8 @@ def unfinished_groups(
         try:
             squares, hashes = load_squares(job.images, ignore_icc=form.ignore_icc)
             marks = images_mark(hashes) | colours_mark(ignore_icc=form.ignore_icc)
-            loaded = Loaded(job, squares, origin().marks(len(squares), form.strength, None) | marks)
-            finished = _is_finished(job.output, loaded.marks, form)
+            expected = origin().marks(len(squares), form.strength, None) | marks
+            finished = _is_finished(job.output, expected, form)
         except (ImageError, OutputUnwritable) as error:
             result.failed.append((job.output, str(error)))
             progress.leave_out(len(job.images))
@@ -96,6 +131,7 @@ def unfinished_groups(
             result.finished_before.append(job.output)
             progress.leave_out(len(job.images))
             continue
+        loaded = Loaded(job, squares, marks)
         if group and images_of(group) + len(squares) > IMAGES_PER_PASS:
             yield group
             group = []

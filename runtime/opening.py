@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypedDict, TypeVar
 
 from ..engines.backends import offer_of
 from ..engines.base import Backend, Limits, Opened
@@ -26,6 +26,17 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 REBUILDS = 20
 """So many in a row may take a build away before it is opened."""
+
+
+class PipelineOptions(TypedDict):
+    """What a batch's own pipeline and those of its workers are both opened with; see :class:`.pipeline.Pipeline`."""
+
+    backend: str
+    threads: int | None
+    ram_budget_bytes: int | None
+    vram_budget_bytes: int | None
+    vram_margin_bytes: int
+    prove: bool
 
 
 class OpenEngines:

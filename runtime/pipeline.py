@@ -160,7 +160,7 @@ class Pipeline:
             if self.cache is None:
                 self.from_cache = [False] * len(squares)
                 return self._embed_squares(squares)
-            embeddings, self.from_cache = self.cache.embed(squares, self._embed_squares)
+            embeddings, self.from_cache = self.cache.embed(squares, self._embed_squares, IMAGES_PER_PASS)
             return embeddings
 
     def _embed_squares(self, squares: Sequence[Image.Image]) -> Array:

@@ -1,15 +1,23 @@
-"""Shared fixtures: synthetic checkpoints, engines built from them once per session, and pictures."""
+"""Shared fixtures: synthetic checkpoints, engines built from them once per session, and pictures.
 
+torch and onnx are imported inside functions: processes that tests start take pictures from here, and need neither.
+"""
+
+import hashlib
+import os
+import pickle
 import signal
 import struct
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
 import pytest
+from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -19,16 +27,19 @@ from i2l.engines.plugin.loading import library_of
 from i2l.engines.plugin.presence import find_plugin
 from i2l.engines.plugin.providers import WEBGPU
 from i2l.engines.tensorrt.library import build_plan
-from i2l.export.build import build_engines
-from i2l.export.checkpoints.synthetic import make_checkpoints
-from i2l.export.graphs.graphs import export_graphs
-from i2l.export.precisions.base import Precision
 from i2l.lora.lora import Lora
 from i2l.runtime.pipeline import Pipeline
 from i2l.specs import Spec
 
+if TYPE_CHECKING:
+    import onnx
+
+    from i2l.export.precisions.base import Precision
+
 MakeModels = Callable[..., Path]
 MakeEngines = Callable[..., Path]
+EXPORTED: list[Path] = []
+"""The folder of this session's graphs, which its processes share."""
 
 
 @pytest.fixture(autouse=True)
@@ -38,26 +49,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 def pytest_configure() -> None:
-    """A shell's background job ignores Ctrl-C, and so would the processes that tests start to interrupt.
-
-    torch makes its table of operators anew at every export, 0.8 s each time; nothing here changes the table.
-    """
+    """A shell's background job ignores Ctrl-C, and so would the processes that tests start to interrupt."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
 
 
 def pytest_report_header() -> str:
-    import onnx
     import onnxruntime
-    import torch
-    import transformers
 
-    return (
-        f"torch {torch.__version__}, onnx {onnx.__version__}, onnxruntime {onnxruntime.__version__} "
-        f"({', '.join(onnxruntime.get_available_providers())}), transformers {transformers.__version__}"
-    )
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnx", "transformers", "onnxruntime"))
+    return f"{versions} ({', '.join(onnxruntime.get_available_providers())})"
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +89,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> MakeModels:
     def make(preset: str = "tiny", **options: object) -> Path:
         key = (preset, *sorted(options.items()))
         if key not in made:
+            from i2l.export.checkpoints.synthetic import make_checkpoints
+
             made[key] = tmp_path_factory.mktemp(f"models-{preset}")
             make_checkpoints(made[key], preset, **options)  # type: ignore[arg-type]
         return made[key]
@@ -104,9 +106,14 @@ def engines(models: MakeModels, tmp_path_factory: pytest.TempPathFactory) -> Mak
     def make(preset: str = "tiny", precision: str = "fp32", blocks_per_chunk: int = 1, **options: object) -> Path:
         key = (preset, precision, blocks_per_chunk, *sorted(options.items()))
         if key not in made:
+            from i2l.export.build import build_engines
+
             made[key] = tmp_path_factory.mktemp(f"engines-{preset}-{precision}")
             source = models(preset, **options)
-            build_engines(source, made[key], precision=precision, blocks_per_chunk=blocks_per_chunk)
+            with pytest.MonkeyPatch.context() as patch:
+                if preset == "small":  # nobody opens these: tiny's go through the same steps, and exporting takes 10 s
+                    patch.setattr("i2l.export.build.write_plugin_graphs", lambda *_: None)
+                build_engines(source, made[key], precision=precision, blocks_per_chunk=blocks_per_chunk)
         return made[key]
 
     return make
@@ -114,16 +121,33 @@ def engines(models: MakeModels, tmp_path_factory: pytest.TempPathFactory) -> Mak
 
 @cache
 def graphs_once(
-    spec: Spec, precision: Precision, *, but: frozenset[str] = frozenset()
-) -> tuple[tuple[str, onnx.ModelProto], ...]:
-    """Exporting takes most of a tiny build's time and depends on these alone."""
-    return tuple(export_graphs(spec, precision, but=but))
+    spec: Spec, precision: "Precision", *, but: frozenset[str] = frozenset()
+) -> tuple[tuple[str, "onnx.ModelProto"], ...]:
+    """Exporting takes most of a tiny build's time and depends on these alone: one worker of a session does it."""
+    import onnx
+
+    from i2l.export.graphs.graphs import export_graphs
+
+    exported = EXPORTED[0] / hashlib.sha256(repr((spec, precision, sorted(but))).encode()).hexdigest()
+    with FileLock(f"{exported}.lock"):
+        if not exported.exists():
+            graphs = [(name, model.SerializeToString()) for name, model in export_graphs(spec, precision, but=but)]
+            exported.write_bytes(pickle.dumps(graphs))
+    return tuple((name, onnx.load_from_string(data)) for name, data in pickle.loads(exported.read_bytes()))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def export_once() -> Iterator[None]:
-    """Every build in this process shares graphs, and plans of equal ones, of which each takes TensorRT a second."""
+def export_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Every build of a session shares graphs, and in a process plans of equal ones, each of which takes a second.
+
+    torch makes its table of operators anew at every export, 0.8 s each time; nothing here changes the table.
+    """
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    folder = tmp_path_factory.getbasetemp()
+    EXPORTED.append(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)  # a worker's is in the session's
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
         patch.setattr("i2l.export.backends.tensorrt.build_plan", cache(build_plan))
         for module in ("build", "backends.cpu", "backends.cuda", "backends.plugin", "backends.tensorrt"):
             patch.setattr(f"i2l.export.{module}.export_graphs", graphs_once)

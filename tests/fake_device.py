@@ -211,8 +211,8 @@ class HostDevice(FakeDevice):
         return tensor.DeviceTensor(address, tuple(info.shape), ELEMENT_TYPES[info.dtype][1])
 
     def upload(self, array: Array, address: int) -> tensor.DeviceTensor:
-        self.drain("compute")
-        self._write(address, memoryview(np.ascontiguousarray(array, np.float32).tobytes()))
+        data = np.ascontiguousarray(array, np.float32).tobytes()
+        self.enqueue("compute", lambda: self._write(address, memoryview(data)))
         return tensor.DeviceTensor(address, array.shape, FLOAT32)
 
     def download(self, value: ort.OrtValue | tensor.DeviceTensor) -> Array:

@@ -28,7 +28,7 @@ ELEMENTS = {"tensor(float)": 1, "tensor(uint8)": 2, "tensor(int8)": 3, "tensor(b
 BYTES = {"tensor(float)": 4, "tensor(bfloat16)": 2}
 LARGEST_BATCH = 8
 Fail = Callable[[str], str]
-"""Told ``load``, ``context``, ``size`` or ``run`` before that is done; an error message makes it fail."""
+"""Told ``load``, ``context``, ``size``, ``scratch`` or ``run`` before that is done; an error message makes it fail."""
 Launch = Callable[[int, Callable[[], None], Sequence[tuple[int, int, bool]]], None]
 
 
@@ -74,6 +74,7 @@ class Played:
         scratch: bytes of scratch for a number of images.
         rtx: play TensorRT-RTX, or else TensorRT, which has no runtime cache.
         launch: puts work into a stream: ``(stream, work, [(address, bytes, written)])``; by default the device's lane.
+        ended: called where a context goes.
     """
 
     def __init__(
@@ -84,9 +85,11 @@ class Played:
         scratch: Callable[[int], int] = lambda images: 1000 * images,
         rtx: bool = True,
         launch: "Launch | None" = None,
+        ended: Callable[[], None] = lambda: None,
     ) -> None:
         self.device, self.fail, self.scratch = device, fail, scratch
         self.launch = launch or in_lane(device)
+        self.ended = ended
         self.name = "tensorrt_rtx" if rtx else "tensorrt"
         self.accepts_cache = True
         self.loaded_cache = b""
@@ -220,6 +223,9 @@ class Context:
         self._scratch = (0, 0)
         self._addresses: dict[str, int] = {}
 
+    def __del__(self) -> None:
+        self._played.ended()
+
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert name == self._engine.runner.activation
         assert list(shape[1:]) == self._engine.inputs[name].shape[1:]
@@ -233,7 +239,8 @@ class Context:
     def set_device_memory(self, address: int, nbytes: int) -> None:
         assert self._sized, "its parts of the scratch are those of other shapes"
         assert nbytes >= self._played.scratch(self._images)
-        self._scratch = (address, nbytes)
+        if not self._played.fails("scratch"):
+            self._scratch = (address, nbytes)
 
     def get_tensor_shape(self, name: str) -> Iterator[int]:
         return iter(size if isinstance(size, int) else self._images for size in self._engine.tensors[name].shape)

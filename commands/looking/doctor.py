@@ -20,7 +20,7 @@ from ..telling import tell_environment
 def doctor(engines: Path | None, *, full: bool, as_json: bool) -> None:
     """Say what works on this machine, and what is missing.
 
-    For each backend and each command that needs an optional package: does it work here, and if not, why and what to do?
+    For each backend and all that needs an optional package: does it work here, and if not, why and what to do?
     With --engines also: may that directory be used here, and what does that take? Exit code 1 if it may not.
     """
     if full and engines is None:

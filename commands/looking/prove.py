@@ -53,6 +53,8 @@ def prove(
     """
     if backend == "cpu":
         raise click.UsageError("the CPU is what cards are held against: name another --backend, or none")
+    if as_json and report_path == "-":
+        raise click.UsageError("--json and --report - would both print to standard output: give --report a file")
     require_gpu_for_budget(backend, vram_budget_bytes)
     from ...engines.base import Limits, VramBudget  # noqa: PLC0415
     from ...engines.directory.integrity import check_files  # noqa: PLC0415

@@ -83,7 +83,7 @@ def _obstacle(provider: Provider) -> tuple[str, str] | None:
         wanted = ".".join(map(str, provider.least_python))
         return f"{provider.package} needs Python {wanted}", f"install i2l into such a Python, or {USE_CPU}"
     if importlib.util.find_spec(provider.module) is None:
-        return f"{provider.package} is not installed", f"pip install 'i2l-engines[{provider.extra}]'"
+        return f"{provider.package} is not installed", f'pip install "i2l-engines[{provider.extra}]"'
     import onnxruntime  # noqa: PLC0415 - only where there is something to ask it
 
     if not hasattr(onnxruntime, "set_default_logger_callback"):

@@ -165,6 +165,8 @@ class TensorRTEngine:
             what = f"it wants {needed} bytes of scratch, the plan counted {workspace.scratch_bytes}"
             raise self._runtime.failure(self._graph, what)
         self._context.set_device_memory(workspace.address, workspace.scratch_bytes)
+        if self._runtime.words.errors:  # it returns nothing
+            raise self._runtime.failure(self._graph, "it does not take its scratch")
         self._prepared = (shape[0], workspace.address)
         if shape[0] not in self._seen:
             self._seen.add(shape[0])

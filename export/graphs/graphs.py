@@ -6,8 +6,10 @@ no more than the tiny one. Names are API: activations ``pixel_values``, ``hidden
 dimension.
 """
 
+import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import onnx
 import onnx_ir as ir
@@ -57,8 +59,7 @@ def export_graph(
     """One module as an ONNX model without weights."""
     activation, shape = _activation(name, spec)
     batch = torch.export.Dim("batch", min=1, max=1024)
-    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside torch
+    with FakeTensorMode(allow_non_fake_inputs=True), quiet_torch():
         weights = {key: torch.empty(size, dtype=TORCH_DTYPES[dtype]) for key, dtype, size in stored}
         program = torch.export.export(
             module.eval(),
@@ -66,14 +67,27 @@ def export_graph(
             dynamic_shapes=({0: batch}, dict.fromkeys(weights)),
             strict=False,
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet_torch():
         exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False)
     assert exported is not None  # dynamo=True returns a program
     model = exported.model
     _name_interface(model.graph, name, [activation, *weights], _outputs(name, spec))
     ClearMetadataAndDocStringPass()(model)  # traces of this machine's paths
     return ir.to_proto(model)
+
+
+@contextmanager
+def quiet_torch() -> Iterator[None]:
+    """Nothing of deprecations inside torch, and no four lines for each graph where torchvision is not installed."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def standalone_model(

@@ -26,10 +26,13 @@ class ImageUnreadable(ImageError):
 
 
 class ImageMissing(ImageUnreadable, FileNotFoundError):
-    """There is no such file."""
+    """There is no such file, or a link leads to none."""
 
-    def __init__(self, name: str) -> None:
-        ImageError.__init__(self, f"{name} is not there: check the name and the folder")
+    def __init__(self, name: str, target: str | None = None) -> None:
+        what = f"{name} is not there: check the name and the folder"
+        if target is not None:
+            what = f"{name} is a link to {target}, which is not there: put the picture there, or remove the link"
+        ImageError.__init__(self, what)
 
 
 class FolderUnreadable(ImageUnreadable, OSError):

@@ -107,6 +107,8 @@ def load_image(source: ImageSource, *, ignore_icc: bool = False) -> Image.Image:
     name = format_path(path)
     if problem := regular_file_problem(path):
         raise ImageUnreadable(name, problem)
+    if path.is_symlink() and not path.exists():
+        raise ImageMissing(name, format_path(path.readlink()))
     with _pillow_errors(name), path.open("rb") as file:
         return _from_file(file, name, ignore_icc=ignore_icc)
 
@@ -167,6 +169,8 @@ def _pillow_errors(name: str) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if str(error) == "not identified by this driver":  # Pillow's word where the header has no size or no mode
+        return "its header is damaged"
     return str(error) or type(error).__name__
 
 

@@ -22,6 +22,7 @@ from i2l.cluster.batch_worker import BatchWorker, Made, Opened, WorkerSettings
 from i2l.errors import WorkersLost
 from i2l.runtime.jobs import BatchProgress, BatchResult, plan_jobs
 from i2l.runtime.making import Form, run_jobs
+from i2l.runtime.opening import PipelineOptions
 from i2l.runtime.pipeline import open_engines
 
 pytestmark = pytest.mark.ray
@@ -105,7 +106,10 @@ def on_ray(
 
     def run(worker: type[BatchWorker]) -> BatchResult:
         monkeypatch.setattr(crew, "BatchWorker", worker)
-        settings = WorkerSettings(directory, "cpu", 1, None, None, 0, prove=False, use_cache=False)
+        options = PipelineOptions(
+            backend="cpu", threads=1, ram_budget_bytes=None, vram_budget_bytes=None, vram_margin_bytes=0, prove=False
+        )
+        settings = WorkerSettings(directory, options, use_cache=False)
         jobs = plan_jobs(pictures, tmp_path, "image").jobs
         return driving.run_on_ray(cluster, settings, jobs, Form(), BatchProgress())[0]
 

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import sys
 import time
+import tomllib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from i2l.engines.directory.integrity import CHECKED
 from i2l.engines.directory.manifest import MANIFEST, read_manifest
 from i2l.engines.directory.tensorfile import LayoutWriter
 from i2l.export.checkpoints.shapes import shape_hash
+from i2l.look.diagnosis import EXTRAS
 from i2l.lora.lora import Lora
 from i2l.machine import files, progress
 from i2l.runtime.pipeline import open_engines
@@ -418,6 +420,14 @@ def test_wrong_usage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_looks_like_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-rf.jpg").touch()
+    wanted = f"To name the file, write {tmp_path / '-rf.jpg'}"
+    assert wanted in i2l("run", "-rf.jpg", "--engines", "e", "--output", "o").stderr
+    assert "write" not in i2l("run", "-rg.jpg", "--engines", "e", "--output", "o").stderr
+
+
 @pytest.mark.parametrize("spelling", ["photo.jpg", "./photo.jpg", "link.jpg"])
 def test_the_output_is_an_input(place: Place, monkeypatch: pytest.MonkeyPatch, spelling: str) -> None:
     monkeypatch.chdir(place.folder)
@@ -646,15 +656,24 @@ def test_doctor_names_every_backend(options: list[str]) -> None:
         assert [line for line in lines if line.startswith("backend cpu: works (onnxruntime ")]
 
 
-def test_doctor_names_what_plot_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+def test_doctor_names_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = {"matplotlib", "ray", "pillow_jxl"}
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else real(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in lacking else real(name))
     lines = i2l("doctor").stdout.splitlines()
-    assert lines[-2:] == [
+    assert lines[-5:] == [
         "build-engines, verify, make-checkpoints: works",
         'plot, plot-trace: no (matplotlib missing); pip install "i2l-engines[plot]"',
+        "serve: works",
+        'batch --ray: no (ray missing); pip install "i2l-engines[ray]"',
+        'HEIC and JPEG XL pictures: no (pillow_jxl missing); pip install "i2l-engines[pictures]"',
     ]
+
+
+def test_doctor_looks_at_every_extra() -> None:
+    """Those of a backend, and what computes at all, stand in the backends' rows."""
+    packages = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert packages["optional-dependencies"].keys() == {*EXTRAS, "cpu", "gpu", "rtx", "cuda", "tensorrt", "dev"}
 
 
 def test_help_lists_the_commands_as_they_are_used() -> None:

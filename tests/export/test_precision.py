@@ -1,5 +1,6 @@
 """Every way to keep a matrix: what is stored, and the exported product in onnxruntime against float64."""
 
+import importlib.util
 import math
 from collections.abc import Callable
 from functools import cache
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from i2l.engines.cpu.sums import WEIGHT_LEVELS
 from i2l.engines.directory.dtypes import ELEMENT_TYPES
 from i2l.export.checkpoints.torch_dtypes import TORCH_DTYPES
-from i2l.export.graphs.graphs import export_graph
+from i2l.export.graphs.graphs import export_graph, export_graphs
 from i2l.export.precisions import base as precision_module
 from i2l.export.precisions.balanced_int8 import BalancedInt8, CudaBalancedInt8, GpuBalancedInt8
 from i2l.export.precisions.base import Precision, Rows, Weights
@@ -25,7 +26,7 @@ from i2l.export.precisions.floats import Float
 from i2l.export.precisions.rotated_int8 import RotatedInt8
 from i2l.export.precisions.storing import Stored
 from i2l.export.precisions.torch_rotation import balanced_rotation, rotate, rotation
-from i2l.specs import EncoderSpec
+from i2l.specs import PRESETS, EncoderSpec
 
 Array = NDArray[Any]
 
@@ -277,3 +278,16 @@ def test_the_adapters_weights_are_the_nearest_steps_and_each_block_adds_up_to_ze
     assert (off[..., : len(turn) + 1] <= 0.5 + 1e-4).all()
     assert (off[..., len(turn) + 1] <= (len(turn) + 1) / 2).all()  # what balances
     assert steps.abs().max() == WEIGHT_LEVELS
+
+
+def test_an_export_without_torchvision_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """torch has four lines for each graph where it is not installed, as after `make demo`."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "torchvision" else real(name, *more)
+    )
+    (spec,) = [spec for spec in PRESETS["tiny"] if spec.family == "dinov3"]
+    next(export_graphs(spec, FORMS["fp32"]))
+    assert capfd.readouterr() == ("", "")

@@ -15,13 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from i2l.engines.cpu.converted import PLAN_FOLDER, cpu_engines
 from i2l.engines.directory.manifest import read_manifest
 from i2l.errors import I2LError
-from i2l.export import build
 from i2l.machine.files import LEFTOVER
 from i2l.runtime.jobs import plan_jobs
 from i2l.runtime.making import run_jobs
@@ -29,11 +27,14 @@ from i2l.runtime.passes import IMAGES_PER_PASS
 from i2l.runtime.pipeline import open_engines
 from injectors import arm, small_lora
 
-torch.set_num_threads(1)
-
 
 def memoised(good: Path) -> None:
-    """Let builds take their graphs from a finished one."""
+    """Let builds take their graphs from a finished one; imported here, once for all children, as torch comes along."""
+    import torch
+
+    from i2l.export import build
+
+    torch.set_num_threads(1)  # a fork takes no others along
     manifest = read_manifest(good)
     folder = good / manifest.build
 
@@ -48,11 +49,15 @@ def memoised(good: Path) -> None:
 
 
 def rebuild(models: Path, engines: Path) -> None:
+    from i2l.export import build
+
     build.build_engines(models, engines, precision="int8", force=True)
 
 
 def finish(models: Path, engines: Path) -> None:
     """The next build that a user starts, who has not forced it."""
+    from i2l.export import build
+
     build.build_engines(models, engines, precision="int8")
 
 
@@ -72,7 +77,7 @@ def batch(_: Path, engines: Path) -> None:
 
 def prepare(kind: str, good: Path) -> None:
     """What the work takes beside engines."""
-    if kind != "conversion":
+    if kind in {"rebuild", "first build"}:
         memoised(good)
     if kind == "batch":  # two rounds, each of a pass and its files
         (good / "pictures").mkdir()

@@ -19,7 +19,7 @@ from injectors import i2l_process, names, no_traceback, run_python
 LONG = os.environ.get("I2L_FAULTS") == "long"
 
 SOAK = """
-import json, os, sys, threading
+import json, os, sys, time
 from pathlib import Path
 import i2l
 import numpy as np
@@ -27,7 +27,11 @@ from PIL import Image
 engines, count, bad = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 def now():
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return [resident, len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))]
+    threads = []
+    for _ in range(5):  # one that has ended is still seen for a moment
+        threads.append(len(os.listdir("/proc/self/task")))
+        time.sleep(0.002)
+    return [resident, min(threads), len(os.listdir("/proc/self/fd"))]
 pictures = [Image.fromarray(np.random.default_rng(i).integers(0, 255, (80, 60 + i, 3), np.uint8)) for i in range(7)]
 first, seen = {}, []
 with i2l.open_engines(engines, threads=2) as pipeline:

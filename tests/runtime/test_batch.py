@@ -4,8 +4,9 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from conftest import MakeEngines, picture
@@ -22,10 +24,13 @@ from i2l.cli import main
 from i2l.engines.base import BackendStatus, CardFacts
 from i2l.engines.cpu import backend as cpu_backend
 from i2l.errors import FolderEmpty
+from i2l.lora.lora import Lora
 from i2l.lora.reading import describe_lora
-from i2l.runtime.jobs import BatchProgress, Job, plan_jobs
+from i2l.runtime import making
+from i2l.runtime.jobs import STAGE, BatchProgress, Job, plan_jobs
 from i2l.runtime.making import run_jobs
 from i2l.runtime.passes import IMAGES_PER_PASS
+from i2l.runtime.pictures.sources import load_squares
 from i2l.runtime.pipeline import Pipeline, open_engines
 
 
@@ -113,6 +118,17 @@ def test_progress_never_goes_back_and_ends_at_the_total(jobs: list[tuple[int, bo
     assert all(part <= total for part, total in told)
     if told:
         assert told[-1][0] == told[-1][1] or not jobs[-1][1]
+
+
+def test_what_opening_takes_is_told_too() -> None:
+    """The first opening of fp8 engines converts 8.9 GiB: a batch must be seen to move, too."""
+    told: list[tuple[str, int, int]] = []
+    progress = BatchProgress(lambda *facts: told.append(facts))
+    progress("converting", 3, 10)
+    progress.begin(2)
+    progress.begin_pass(2)
+    progress("siglip2", 1, 2)
+    assert told == [("converting", 3, 10), (STAGE, 50, 200)]
 
 
 # --- doing -------------------------------------------------------------------------------------------------------
@@ -224,7 +240,7 @@ from i2l.lora import lora as module
 real = module.converted
 def slow(*arguments):
     print("saving", flush=True)
-    time.sleep(0.2)
+    time.sleep(0.05)
     return real(*arguments)
 module.converted = slow
 main(sys.argv[1:])
@@ -246,3 +262,64 @@ def test_ctrl_c_leaves_whole_files_only(folder: Path, engines: MakeEngines) -> N
     assert [path.name for path in out.iterdir() if path.suffix != ".safetensors"] == []
     for path in out.iterdir():
         load_file(path)
+
+
+# --- reading ahead, writing behind -------------------------------------------------------------------------------
+
+
+def pictures_of(folder: Path, count: int) -> list[Job]:
+    folder.mkdir()
+    for index in range(count):
+        picture(60, 50, seed=index).save(folder / f"{index}.png")
+    (folder.parent / "out").mkdir()
+    return list(plan_jobs(folder, folder.parent / "out", "image").jobs)
+
+
+def test_the_next_group_is_read_and_the_last_one_written_while_one_is_computed(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = pictures_of(tmp_path / "in", 3 * IMAGES_PER_PASS)
+    read: list[Path] = []
+    save, load, embed = Lora.save, load_squares, pipeline.embed
+    second_read, third_begun = threading.Event(), threading.Event()
+
+    def loading(images: Sequence[Path], **options: Any) -> Any:
+        read.extend(images)
+        if len(read) > IMAGES_PER_PASS:
+            second_read.set()
+        return load(images, **options)
+
+    def embedding(squares: Any) -> Any:
+        assert second_read.wait(60), "the second group is read once the first is made"
+        if embedding.calls:  # type: ignore[attr-defined]
+            third_begun.set()
+        embedding.calls += 1  # type: ignore[attr-defined]
+        return embed(squares)
+
+    def saving(self: Lora, path: Path, **options: Any) -> Path:
+        assert third_begun.wait(60), "the second group is made once the first is written"
+        return save(self, path, **options)
+
+    embedding.calls = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(making, "load_squares", loading)
+    monkeypatch.setattr(pipeline, "embed", embedding)
+    monkeypatch.setattr(Lora, "save", saving)
+    assert run_jobs(pipeline, jobs).written == [job.output for job in jobs]
+
+
+def test_a_header_names_the_engines_that_made_it_in_the_end(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs, embed = pictures_of(tmp_path / "in", 2 * IMAGES_PER_PASS), pipeline.embed
+    origin = pipeline.origin
+
+    def failing(squares: Any) -> Any:  # as a card does in whose place the CPU goes on with engines of its own
+        monkeypatch.setattr(Pipeline, "origin", replace(origin, precision="int8", engines="others"))
+        return embed(squares)
+
+    monkeypatch.setattr(pipeline, "embed", failing)
+    run_jobs(pipeline, jobs)
+    for job in jobs:
+        with safe_open(job.output, "np") as file:
+            said = file.metadata()
+        assert (said["i2l.precision"], said["i2l.engines"]) == ("int8", "others")

@@ -160,6 +160,25 @@ def test_no_pass_has_more_images_than_fit(cached: Pipeline, monkeypatch: pytest.
     assert batches == [IMAGES_PER_PASS, 2]
 
 
+def test_what_is_computed_is_kept_pass_by_pass(cached: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the second pass: the first one is not lost."""
+    pictures = [picture(32, 32, seed) for seed in range(IMAGES_PER_PASS + 1)]
+    batches, real = watched_batches(cached, monkeypatch), cached.embed_pixels
+
+    def interrupted(pixels: Mapping[Family, Array]) -> Array:
+        if batches:
+            raise KeyboardInterrupt
+        return real(pixels)
+
+    monkeypatch.setattr(cached, "embed_pixels", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cached.embed(pictures)
+    monkeypatch.setattr(cached, "embed_pixels", real)
+    cached.embed(pictures)
+    assert cached.from_cache == [True] * IMAGES_PER_PASS + [False]
+    assert batches == [IMAGES_PER_PASS, 1]
+
+
 @pytest.mark.parametrize(
     ("platform", "variables", "wanted"),
     [
@@ -180,6 +199,27 @@ def test_where_the_cache_lies(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "platform", platform)
     assert default_cache_folder() == Path(wanted)
+
+
+def test_embed_keeps_what_can_be_read_and_lists_the_rest(engines: MakeEngines, tmp_path: Path) -> None:
+    """A folder of six: the passes are of what can be read, one of the six again under another name."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for seed in range(IMAGES_PER_PASS):
+        picture(32, 32, seed).save(folder / f"{seed}.png")
+    shutil.copyfile(folder / "0.png", folder / "again.png")
+    (folder / "broken.jpg").write_bytes(b"")
+    arguments = ["embed", str(folder), "--engines", str(engines("tiny", "int8"))]
+    result = CliRunner().invoke(main, [*arguments, "--json"])
+    facts = json.loads(result.stdout)
+    assert [Path(row["image"]).name for row in facts["embeddings"]] == ["0.png", "1.png", "2.png", "3.png", "again.png"]
+    assert [row["from_cache"] for row in facts["embeddings"]] == [False] * IMAGES_PER_PASS + [True]
+    assert [Path(row["image"]).name for row in facts["failed"]] == ["broken.jpg"]
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[1:] == ["error: 1 of 6 images cannot be used"]
+    again = CliRunner().invoke(main, arguments)
+    assert again.stdout.count("was there") == IMAGES_PER_PASS + 1
+    assert again.exit_code == 1
 
 
 def test_embed_then_run(engines: MakeEngines, photo: Path, tmp_path: Path) -> None:

@@ -481,12 +481,16 @@ def test_damaged_files_raise_nothing_else(tmp_path: Path) -> None:
 def test_no_picture(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "note.jpg").write_text("a thousand words")
+    (tmp_path / "start.jpg").write_bytes(b"\xff\xd8\xff")
+    (tmp_path / "link.jpg").symlink_to("elsewhere.jpg")
     for source, reason in (
         (tmp_path / "absent.jpg", "is not there"),
         (str(tmp_path / "absent.jpg"), "is not there"),
         (tmp_path, "Is a directory"),
         (tmp_path / "empty.jpg", "it is empty"),
         (tmp_path / "note.jpg", "no known picture format"),
+        (tmp_path / "start.jpg", "its header is damaged"),
+        (tmp_path / "link.jpg", "link.jpg is a link to elsewhere.jpg, which is not there"),
         ("a\0b.jpg", "null byte"),
         ("x" * 300, "too long"),
     ):

@@ -1,15 +1,16 @@
 """What a step must give, against onnxruntime over the same packs and graphs that only dequantise."""
 
+from typing import Any
+
 import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
 from toy_backend import ToyEngine, ToyStore
 
-from conftest import MakeEngines
+from conftest import MakeEngines, graphs_once
 from i2l.engines.cpu.plain import held_weights, plain_step
 from i2l.engines.directory.manifest import read_manifest
-from i2l.export.graphs.graphs import export_graphs
 from i2l.export.precisions.choosing import cuda_precision
 from i2l.runtime.proof.activations import seeded_activation
 from i2l.runtime.proof.judging import first_steps, worst_error
@@ -24,8 +25,8 @@ def test_every_kind_of_step_is_what_its_graph_computes(engines: MakeEngines, pre
     graphs = {name: (build / path).read_bytes() for name, path in manifest.graphs.items()}
     if precision == "int8":
         for model in manifest.models.values():
-            form = cuda_precision("int8", model.spec, torch.float32)
-            graphs |= {name: graph.SerializeToString() for name, graph in export_graphs(model.spec, form)}
+            form: Any = cuda_precision("int8", model.spec, torch.float32)  # frozen, so it has a hash
+            graphs |= {name: graph.SerializeToString() for name, graph in graphs_once(model.spec, form)}
     for model in manifest.models.values():
         for step in first_steps(model):
             activation = seeded_activation(model.spec, step.graph, images=2)

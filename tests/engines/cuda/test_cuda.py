@@ -26,16 +26,18 @@ from fake_device import HostDevice
 from i2l.cli import main
 from i2l.engines import backends
 from i2l.engines.base import CardFacts, Limits, VramBudget
+from i2l.engines.cuda import warming
 from i2l.engines.cuda.arena import Arena
 from i2l.engines.cuda.backend import open_cuda
 from i2l.engines.cuda.graph_files import FACTS, checked_graphs, graphs_folder
 from i2l.engines.cuda.libraries import missing_libraries
 from i2l.engines.cuda.session import CpuTarget, CudaTarget, OrtDeviceEngine
 from i2l.engines.device import card as cuda_device
+from i2l.engines.device import driver
 from i2l.engines.device.backend import DeviceBackend
 from i2l.engines.device.device import Workspace
 from i2l.engines.device.driver import driver_release
-from i2l.engines.device.residency import GraphMemory
+from i2l.engines.device.residency import GraphMemory, estimated_memory
 from i2l.engines.device.tensor import DeviceTensor
 from i2l.engines.directory.manifest import PROOFS, read_manifest
 from i2l.errors import (
@@ -50,6 +52,7 @@ from i2l.errors import (
 )
 from i2l.export.backends.cuda import build_cuda_graphs
 from i2l.export.graphs.graphs import export_graphs
+from i2l.export.packs.planning import planned_model
 from i2l.export.precisions.choosing import cuda_precision
 from i2l.lora.lora import Lora
 from i2l.runtime.pipeline import Pipeline
@@ -280,6 +283,15 @@ def test_what_sessions_keep_goes_at_once() -> None:
     assert device.used_bytes == 0
 
 
+@pytest.mark.parametrize(("precision", "copied"), [("int8", 1), ("fp8", 1), ("bf16", 0)])
+def test_the_estimate_counts_16_bit_copies(precision: str, copied: int) -> None:
+    """Of all matrices of a block that the pack does not hold in 16 bits."""
+    spec = PRESETS["full"].dinov3
+    block = warming.estimated_memory({"dinov3": planned_model(spec, precision)}, 1)["dinov3.block"]
+    plain = estimated_memory(spec, 1)["dinov3.block"]
+    assert block.activation_bytes - plain.activation_bytes == copied * 2 * (4 * 4096 * 4096 + 3 * 4096 * 8192)
+
+
 # --- the card -----------------------------------------------------------------------------------------------------
 
 
@@ -404,6 +416,14 @@ def test_pytorchs_libraries_serve_onnxruntime(
         assert missing_libraries() == lacking
     missing_libraries.cache_clear()
     assert found == places
+
+
+@pytest.mark.skipif(driver.without_driver("cuda") is None, reason="here is a driver")
+@pytest.mark.skipif(driver.without_cuda_python("cuda") is not None, reason="cuda-bindings is not installed")
+def test_a_card_without_a_driver_is_an_error_of_ours() -> None:
+    """cuda-bindings raises one of its own."""
+    with pytest.raises(BackendUnavailable, match=r"the NVIDIA driver does not load.*--backend cpu"):
+        cuda_device.CudaDevice()
 
 
 def test_without_any_onnxruntime_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

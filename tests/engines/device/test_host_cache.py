@@ -1,6 +1,7 @@
 """Which chunks are kept in the host's memory, how much of the link that fills, and how pipelines share the memory."""
 
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -245,8 +246,15 @@ def test_a_buffer_is_filled_whole_by_threads_that_come_late(
     monkeypatch.setattr(staging, "default_threads", lambda: threads)
     ring = staging.Staging(host)  # type: ignore[arg-type]
     ring._pool.shutdown()
-    ring._pool = ThreadPoolExecutor(max(1, threads - 1), initializer=time.sleep, initargs=(0.02,))
+    helpers: list[int] = []
+
+    def begin() -> None:
+        helpers.append(threading.get_ident())
+        time.sleep(0.02)
+
+    ring._pool = ThreadPoolExecutor(max(1, threads - 1), initializer=begin)
     source, target = np.random.default_rng(nbytes).integers(1, 256, nbytes, np.uint8), np.zeros(nbytes + 8, np.uint8)
     ring._fill(target.ctypes.data, source.ctypes.data, nbytes)
     assert np.array_equal(target, np.append(source, np.zeros(8, np.uint8)))
+    assert bool(helpers) == (threads > 1 and nbytes > MIB)
     ring.close()

@@ -37,7 +37,7 @@ def reason(provider: Any = ON_HOST) -> str:
 
 
 def test_every_obstacle_has_a_sentence_and_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "is not installed: pip install 'i2l-engines[rtx]'" in reason(TENSORRT_RTX)
+    assert 'is not installed: pip install "i2l-engines[rtx]"' in reason(TENSORRT_RTX)
     assert "needs Python 3.99" in reason(replace(HOST, least_python=(3, 99)))
     monkeypatch.setattr(presence, "vulkan_cards", lambda: ())
     assert "Vulkan finds no card: install the card's Vulkan driver, or use --backend cpu" in reason()

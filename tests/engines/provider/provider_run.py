@@ -77,7 +77,7 @@ def run(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, Any]:
             del factors  # as whoever saves each LoRA: its memory is used again
             facts["passes"].append(row | steps)
         if case.get("stranger"):
-            facts["stranger_bytes"] = stranger_bytes(engines, driver)
+            facts |= stranger(engines, driver, backend)
         if isinstance(backend, DeviceBackend):
             plan = backend.residency
             facts |= {
@@ -123,18 +123,21 @@ def copy_in_each_run(backend: Any, function: str) -> None:
     OrtDeviceEngine.run, device.close = copying, close  # type: ignore[assignment, method-assign]
 
 
-def stranger_bytes(engines: Path, driver: Driver) -> int:
-    """What a session of somebody else, who shares allocators too, takes of the card beside an open pipeline."""
+def stranger(engines: Path, driver: Driver, backend: Any) -> dict[str, int]:
+    """What a session of somebody else, who shares allocators too, takes of the card and of an open pipeline's arena."""
     import onnxruntime as ort  # here, so that it is not imported before the fork
 
     options = ort.SessionOptions()
     options.add_session_config_entry("session.use_env_allocators", "1")
     before = driver.seen()["live_bytes"]
-    graph = next(engines.glob("cuda/*/dinov3.block.onnx"))
+    backend._arena.most_bytes = 0
+    graph = next(engines.glob("cuda/*/dinov3.head.onnx"))
     session = ort.InferenceSession(graph, options, providers=["CUDAExecutionProvider"])
+    shapes = {put.name: [size if isinstance(size, int) else 1 for size in put.shape] for put in session.get_inputs()}
+    session.run(None, {name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
     taken = driver.seen()["live_bytes"] - before
     del session
-    return taken
+    return {"stranger_bytes": taken, "lent_bytes": backend._arena.most_bytes}
 
 
 def elsewhere(engines: Mapping[str, Any]) -> list[str]:

@@ -112,19 +112,23 @@ def test_everything_computes_on_the_card(run: Run, preset: str, precision: str) 
 
 @pytest.mark.parametrize(("preset", "order"), [*[("tiny", order) for order in ORDERS], ("small", ORDERS[1])])
 def test_memory_is_the_plan_s_in_every_order_of_passes(run: Run, preset: str, order: list[int]) -> None:
-    """At the least budget and with all resident: live bytes never move, and all of them are given back."""
+    """At the least budget and with all resident: live bytes never move, and all of them are given back.
+
+    Opening takes no more of the card than the first estimate, where the budget would leave a gibibyte.
+    """
     for spare in (0, GIB):
         facts = run(preset, "int8", passes=order, spare_bytes=spare)
         planned = facts["vram"]["planned_peak_bytes"] - facts["parts"]["reserved"]
         assert {row["live_bytes"] for row in facts["passes"]} == {planned}
         assert facts["after"]["peak_bytes"] + facts["parts"]["reserved"] <= facts["budget_bytes"]
         assert facts["after"]["live_bytes"] == facts["after"]["pinned_bytes"] == facts["after"]["problems"] == 0
+        assert facts["open"]["peak_bytes"] < GIB // 2
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8", "bf16"])
 def test_full_size_keeps_and_uses_its_budget(run: Run, precision: str) -> None:
-    """4 GiB; only chunks and what goes in and out is copied, from pinned memory, once the first pass is done."""
-    facts = run("full", precision, NOISE, passes=[4, 1], budget_bytes=4 * GIB)
+    """4 GiB; only chunks and what goes in and out is copied, from pinned memory, once models that stay are recorded."""
+    facts = run("full", precision, NOISE, passes=[4, 1, 1], budget_bytes=4 * GIB)
     reserved = facts["parts"]["reserved"]
     assert facts["after"]["peak_bytes"] + reserved <= 4 * GIB
     live = {row["live_bytes"] for row in facts["passes"]}
@@ -134,8 +138,16 @@ def test_full_size_keeps_and_uses_its_budget(run: Run, precision: str) -> None:
     assert facts["after"]["problems"] == facts["after"]["live_bytes"] == 0
     last = facts["passes"][-1]
     assert last["pageable_copies"] == 0
-    values = last["copied_bytes"] - facts["streamed_bytes"]
-    assert 0 < values < 2 * 64 << 20, format_bytes(values)  # pixels, embeddings, 40 MB of factors; twice if recorded
+    assert last["uploaded_bytes"] == facts["streamed_bytes"] + values_of_an_image()
+    came = last["copied_bytes"] - last["uploaded_bytes"]
+    assert 0 < came < 64 << 20, format_bytes(came)  # embeddings, 40 MB of factors
+
+
+def values_of_an_image() -> int:
+    """Bytes of its pixels and its embedding at full size: all that the host sends beside weights."""
+    spec = PRESETS["full"]
+    pixels = sum(3 * encoder.image_size**2 for encoder in (spec.siglip2, spec.dinov3))
+    return 4 * (pixels + spec.adapter.embedding)
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
@@ -144,14 +156,12 @@ def test_an_image_is_three_launches_where_all_weights_stay(run: Run, precision: 
 
     The card's memory is the plan's and that of the graphs; the host's pinned one the ring's and that of results.
     """
-    spec = PRESETS["full"]
-    pixels = sum(3 * encoder.image_size**2 for encoder in (spec.siglip2, spec.dinov3))
     card = NOISE | {"I2L_STANDIN_BYTES": str(48 * GIB), "I2L_STANDIN_GRAPH_BYTES": str(GRAPH_BYTES)}
     facts = run("full", precision, card, passes=[4, 4, 1, 1, 4, 1], budget_bytes=40 * GIB)
     last = {row["images"]: row for row in facts["passes"]}
     for images, row in last.items():
         assert (row["launches"], row["graph_launches"], row["pageable_copies"]) == (0, 3, 0)
-        assert row["uploaded_bytes"] == 4 * images * (pixels + spec.adapter.embedding)
+        assert row["uploaded_bytes"] == images * values_of_an_image()
         assert row["calls"] < 60
     assert facts["passes"][0]["graph_launches"] == 0 < facts["passes"][0]["launches"]
     taken = [row["live_bytes"] - facts["open"]["live_bytes"] for row in facts["passes"]]
@@ -172,7 +182,7 @@ def test_a_pass_that_copies_from_the_host_is_not_recorded(run: Run, function: st
 def test_sessions_of_others_take_their_memory_from_the_card(run: Run) -> None:
     """Our arena is onnxruntime's shared allocator only while our sessions open."""
     facts = run("tiny", "int8", passes=[1], stranger=True)
-    assert facts["stranger_bytes"] > 1 << 20  # of cuBLAS; ours would give nothing outside a run, and it would not open
+    assert facts["lent_bytes"] == 0 < facts["stranger_bytes"]
     assert facts["after"]["problems"] == 0
 
 

@@ -6,7 +6,6 @@ when the stand-in's stream comes to them. For each case one line of JSON: the Lo
     LD_LIBRARY_PATH=folder-of-libcuda.so.1 python scenario.py ENGINES '[{"passes": [1, 2], "environment": {}}]'
 """
 
-import ctypes
 import hashlib
 import itertools
 import json
@@ -14,97 +13,36 @@ import logging
 import os
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import played_tensorrt
+from driver_library import Driver
+from planted_faults import GRAPH_MUTATIONS, MUTATIONS, put
 
 from conftest import picture
 from i2l.engines.base import Limits
 from i2l.engines.device import backend as device_backend
 from i2l.engines.device import which_card
-from i2l.engines.device.calls import CudaEvent
-from i2l.engines.device.card import CudaDevice
 from i2l.engines.device.pinned import copy_lane, kept
 from i2l.engines.device.pinned.copy_lane import CopyLane
 from i2l.engines.device.pinned.staging import Staging
 from i2l.engines.device.slots import DeviceStore
-from i2l.engines.device.tensor import DeviceTensor
-from i2l.engines.directory.dtypes import FLOAT32
 from i2l.engines.directory.manifest import Manifest
 from i2l.engines.replay import outbox
-from i2l.engines.replay.model_graphs import ModelGraphs
 from i2l.errors import BudgetTooSmall, I2LError, OutOfDeviceMemory
 from i2l.lora.lora import Lora
 from i2l.runtime import opening
 from i2l.runtime.pipeline import Pipeline
 from i2l.runtime.proof.choice import Chosen
 
-FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-class Driver:
-    """The stand-in, as far as it answers a test."""
-
-    def __init__(self) -> None:
-        self._library = ctypes.CDLL("libcuda.so.1")
-        self._kept: list[Any] = []
-        self._nothing = FUNCTION(lambda _: None)
-        self.hosts = ctypes.c_void_p()
-        """Memory that the host writes, of a played library."""
-
-    def __getattr__(self, name: str) -> int:
-        function = getattr(self._library, f"standin_{name}")
-        function.restype = ctypes.c_ulong
-        return int(function())
-
-    def launch(self, stream: int, work: Callable[[], None], ranges: Sequence[tuple[int, int, bool]]) -> None:
-        """Enqueue a kernel."""
-
-        def run(_: object) -> None:
-            try:
-                work()
-            except BaseException:  # noqa: BLE001 - in a callback of C: nobody else would hear of it
-                traceback.print_exc()
-                os._exit(9)
-
-        function = FUNCTION(run)
-        self._kept.append(function)
-        rows = (ctypes.c_ulong * 3 * len(ranges))(*[(ctypes.c_ulong * 3)(*row) for row in ranges])
-        if os.environ.get("I2L_STANDIN_CALLS_HOST"):
-            self._library.cuLaunchHostFunc(ctypes.c_void_p(stream), function, None)
-            ranges, function = (), self._nothing
-        if allocate := os.environ.get("I2L_STANDIN_COPIES_FROM"):
-            written = next(start for start, nbytes, is_written in ranges if is_written and nbytes)
-            self._copy_from_host(stream, allocate, written)
-        launch = self._library.standin_launch
-        launch.argtypes = (ctypes.c_void_p, FUNCTION, ctypes.c_int, ctypes.c_void_p)
-        if launch(stream, function, len(ranges), ctypes.cast(rows, ctypes.c_void_p)):
-            raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS while launching a kernel")
-
-    def _copy_from_host(self, stream: int, allocate: str, address: int) -> None:
-        """As a library does that keeps its kernels' arguments in memory that the host writes, by plain addresses."""
-        if not self.hosts:
-            getattr(self._library, allocate)(ctypes.byref(self.hosts), ctypes.c_size_t(64), 1)
-        self._library.cuMemcpyAsync(ctypes.c_void_p(address), self.hosts, ctypes.c_size_t(1), ctypes.c_void_p(stream))
-
-    def give_back(self) -> None:
-        """What a played library holds."""
-        if self.hosts:
-            self._library.cuMemFreeHost(self.hosts)
-        self.hosts = ctypes.c_void_p()
-
-    def reset(self) -> None:
-        """As after a start."""
-        self._library.standin_reset()
-        self._kept.clear()
+T = TypeVar("T")
 
 
 def digest(lora: Lora) -> str:
@@ -126,14 +64,15 @@ def run(
     device: str | None = None,
     margin_bytes: int | None = None,
     auto: bool = False,
+    threads: bool = False,
     shrink_after: int | None = None,
     move_after: int | None = None,
 ) -> dict[str, Any]:
     """LoRAs of passes of so many images on one pipeline, with so much more than the least budget.
 
     ``interrupt_at``: Ctrl-C comes when progress was told so often. ``margin_bytes``: what is free but for that is the
-    budget. ``auto``: the backend is left to us, and the card was proven. ``shrink_after``: memory runs out behind so
-    many passes; ``move_after``: as much is found again, elsewhere.
+    budget. ``auto``: the backend is left to us, and the card was proven. ``threads``: a new one for each pass, and for
+    closing. ``shrink_after``: memory runs out behind so many passes; ``move_after``: as much is found again, elsewhere.
     """
     budget = None if margin_bytes is not None else least_budget(engines) + spare_bytes
     facts: dict[str, Any] = {"loras": [], "budget_bytes": budget, "filled_bytes": [], "kept": []}
@@ -164,7 +103,8 @@ def run(
                 with moved(backend) if number == move_after else nullcontext():
                     backend.shrink(OutOfDeviceMemory(backend.device.name, 1, 0))
             FILLED.clear()
-            lora = pipeline.lora_from_images([picture(90, 70, seed=seed) for seed in range(images)])
+            pictures = [picture(90, 70, seed=seed) for seed in range(images)]
+            lora = in_thread(threads, partial(pipeline.lora_from_images, pictures))
             facts["loras"].append(digest(lora))
             facts["filled_bytes"].append(sum(FILLED))
             if pipeline.backend_name != "cpu":
@@ -177,7 +117,16 @@ def run(
             facts["planned_live_bytes"] = plan.activation_bytes + plan.value_bytes + plan.weight_bytes
             driver.give_back()
         facts["backend"] = pipeline.backend_name
+        in_thread(threads, pipeline.close)
     return facts
+
+
+def in_thread(new: bool, work: Callable[[], T]) -> T:
+    """What it gives, done here or in a new thread."""
+    if not new:
+        return work()
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
 
 
 @contextmanager
@@ -216,7 +165,7 @@ def count_fillings() -> None:
             FILLED.append(nbytes)
         fill(self, target, source, nbytes)
 
-    _put(Staging, "_fill", counted)
+    put(Staging, "_fill", counted)
 
 
 @contextmanager
@@ -245,13 +194,13 @@ def copies_wait_for_launches(facts: dict[str, Any]) -> Iterator[None]:
             released[0] += 1
             changed.notify_all()
 
-    _put(CopyLane, "copy", late)
-    _put(DeviceStore, "release", counted)
+    put(CopyLane, "copy", late)
+    put(DeviceStore, "release", counted)
     try:
         yield
     finally:
-        _put(CopyLane, "copy", copy)
-        _put(DeviceStore, "release", release)
+        put(CopyLane, "copy", copy)
+        put(DeviceStore, "release", release)
 
 
 @cache
@@ -276,7 +225,7 @@ def run_case(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, A
     }
     host_bytes, late_copies = case.pop("host_bytes", 0), case.pop("late_copies", False)
     for module in (device_backend, kept):
-        _put(module, "available_bytes", lambda: host_bytes - driver.pinned_bytes)
+        put(module, "available_bytes", lambda: host_bytes - driver.pinned_bytes)
     least_budget(engines)  # before anything fails
     driver.reset()
     os.environ |= environment
@@ -288,6 +237,7 @@ def run_case(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, A
     except I2LError as error:
         facts |= {"error": type(error).__name__, "message": str(error)}
     facts["without_graphs"] = sum("without CUDA graphs" in line for line in SAID)
+    facts["chosen"] = [line for line in SAID if "has the most free memory" in line]
     SAID.clear()
     for name in environment:
         del os.environ[name]
@@ -296,10 +246,10 @@ def run_case(engines: Path, driver: Driver, case: dict[str, Any]) -> dict[str, A
 
 SEEN = (
     "problems", "live_bytes", "peak_bytes", "pinned_bytes", "pinned_peak_bytes", "copies", "pageable_copies", "calls",
-    "graph_launches", "allocations", "spilled_bytes", "contexts", "streams",
+    "uploaded_bytes", "graph_launches", "allocations", "spilled_bytes", "contexts", "streams",
 )  # fmt: skip
 SAID: list[str] = []
-"""Warnings."""
+"""What is said to the user."""
 
 
 class Listener(logging.Handler):
@@ -313,108 +263,15 @@ def main() -> None:
         (MUTATIONS | GRAPH_MUTATIONS)[sys.argv[3]]()
     driver = Driver()
     opening.choose_backend = choose
-    logging.getLogger("i2l").addHandler(Listener(logging.WARNING))
-    _put(copy_lane, "Staging", partial(Staging, piece_bytes=PIECE_BYTES))
-    _put(outbox, "BLOCK_BYTES", 16 * PIECE_BYTES)  # so small that results lie in several
+    logging.getLogger("i2l").addHandler(Listener())
+    logging.getLogger("i2l").setLevel(logging.INFO)
+    put(copy_lane, "Staging", partial(Staging, piece_bytes=PIECE_BYTES))
+    put(outbox, "BLOCK_BYTES", 16 * PIECE_BYTES)  # so small that results lie in several
     count_fillings()
-    sys.modules["tensorrt_rtx"] = played_tensorrt.Played(None, launch=driver.launch).module
+    sys.modules["tensorrt_rtx"] = played_tensorrt.Played(None, launch=driver.launch, ended=driver.context_ended).module
     for case in cases:
         sys.stdout.write(f"{json.dumps(run_case(engines, driver, case))}\n")
 
-
-# --- faults put in on purpose, so that a test can show that it would find them ---------------------------------------
-
-
-def _put(target: object, name: str, value: object) -> None:
-    setattr(target, name, value)
-
-
-def _upload_beside_the_lanes() -> None:
-    """As it was: pageable memory, the null stream."""
-
-    def upload(self: Any, array: Any, address: int) -> Any:
-        self._call("cuStreamSynchronize", self._streams["compute"])
-        self._call("cuMemcpyHtoD", address, array.ctypes.data, array.nbytes)
-        return DeviceTensor(address, array.shape, FLOAT32)
-
-    _put(CudaDevice, "upload", upload)
-
-
-def _no_wait(lane: str) -> Callable[[], None]:
-    def mutate() -> None:
-        original = CudaDevice.wait
-
-        def wait(self: Any, waiting: Any, event: Any) -> None:
-            if waiting != lane:
-                original(self, waiting, event)
-
-        _put(CudaDevice, "wait", wait)
-
-    return mutate
-
-
-def _free_in_use() -> None:
-    _put(CudaDevice, "finish", lambda _: None)
-
-
-def _no_wait_for_a_buffer() -> None:
-    _put(CudaEvent, "sync", lambda _: None)
-
-
-def _kept_before_it_came() -> None:
-    _put(kept, "KeptChunk", partial(kept.KeptChunk, filled=True))
-
-
-def _copies_where_kernels_are_launched() -> None:
-    """As it was: one thread."""
-
-    def do(self: Any, work: Callable[[], Any]) -> Future[Any]:  # noqa: ARG001
-        made: Future[Any] = Future()
-        made.set_result(work())
-        return made
-
-    _put(CopyLane, "_do", do)
-
-
-def _marks_behind_what_failed() -> None:
-    _put(CopyLane, "_do", lambda self, work: self._thread.submit(work))
-
-
-MUTATIONS: dict[str, Callable[[], None]] = {
-    "upload beside the lanes": _upload_beside_the_lanes,
-    "no wait for a copy": _no_wait("compute"),
-    "no wait for a slot": _no_wait("copy"),
-    "freed in use": _free_in_use,
-    "no wait for a buffer": _no_wait_for_a_buffer,
-    "kept before it came": _kept_before_it_came,
-    "copies where kernels are launched": _copies_where_kernels_are_launched,
-    "marks behind what failed": _marks_behind_what_failed,
-}
-
-
-def _graphs_outlive_a_plan() -> None:
-    _put(ModelGraphs, "drop", lambda _: None)
-
-
-def _no_wait_for_results() -> None:
-    original = CudaDevice._taken
-
-    def taken(self: Any, *places: Any) -> Any:
-        self._fetched = True
-        return original(self, *places)
-
-    _put(CudaDevice, "_taken", taken)
-
-
-def _graphs_before_weights_are_there() -> None:
-    _put(DeviceStore, "settled", True)
-
-
-GRAPH_MUTATIONS: dict[str, Callable[[], None]] = {
-    "graphs outlive a plan": _graphs_outlive_a_plan,
-    "no wait for results": _no_wait_for_results,
-    "graphs before weights are there": _graphs_before_weights_are_there,
-}
 
 if __name__ == "__main__":
     main()

@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from planted_faults import GRAPH_MUTATIONS, MUTATIONS
 from played_tensorrt import own_graphs, write_plans
-from scenario import GRAPH_MUTATIONS, MUTATIONS, digest
+from scenario import digest
 
 from conftest import MakeEngines, lora_of_one_batch, picture
+from i2l.engines.directory.manifest import read_manifest
+from i2l.specs import PRESETS
 
 HERE = Path(__file__).parent
 ROOMY = 10_000_000
@@ -80,8 +83,14 @@ def ran(library: Path, planned: Path, cases: list[Facts], *mutation: str) -> lis
 
 
 def test_the_lora_is_the_cpus_however_late_the_card_works(library: Path, planned: Path, wanted: dict[int, str]) -> None:
-    """At the least budget, with some chunks resident, and with all; what is copied is pinned, all is given back."""
-    cases = [{"passes": PASSES, "spare_bytes": b, "environment": mode} for b in (0, 60_000, ROOMY) for mode in MODES]
+    """At the least budget, with some chunks resident, and with all; what is copied is pinned, all is given back.
+
+    In other threads than that which opened it, too: CUDA's context is current in each by itself.
+    """
+    cases: list[Facts] = [
+        {"passes": PASSES, "spare_bytes": b, "environment": mode} for b in (0, 60_000, ROOMY) for mode in MODES
+    ]
+    cases.append(cases[1] | {"threads": True})
     for case, facts in zip(cases, ran(library, planned, cases), strict=True):
         assert facts["loras"] == [wanted[images] for images in PASSES], case
         assert facts["problems"] == facts["live_bytes"] == facts["pinned_bytes"] == facts["pageable_copies"] == 0, case
@@ -103,6 +112,15 @@ def test_each_fault_is_found(library: Path, planned: Path, wanted: dict[int, str
     found = ran(library, planned, cases, mutation)
     wrong = (facts["loras"] != [wanted[images] for images in (1, 2)] for facts in found[:2])
     assert len(found) < len(cases) or any(wrong) or any(facts["problems"] for facts in found)
+
+
+def test_a_fault_is_seen_in_two_ways(library: Path, planned: Path, wanted: dict[int, str]) -> None:
+    """Each alone: what is done at once has the right values and is a race; what is done late has wrong ones."""
+    cases: list[Facts] = [{"passes": [1, 2], "environment": mode} for mode in MODES[:2]]
+    at_once, late = ran(library, planned, cases, "no wait for a slot")
+    right = [wanted[1], wanted[2]]
+    assert at_once["loras"] == right != late["loras"]
+    assert at_once["problems"] > 0
 
 
 @pytest.mark.parametrize("mutation", OF_COPIES)
@@ -237,9 +255,14 @@ def test_a_smaller_plan_keeps_other_chunks(library: Path, planned: Path, wanted:
 
 
 def test_copies_do_not_hold_up_launches(library: Path, planned: Path, wanted: dict[int, str]) -> None:
+    """Nothing else is copied: each chunk, the pixels and the embedding once, though weights come through slots."""
+    weights = sum(chunk.nbytes for model in read_manifest(planned).models.values() for chunk in model.chunks)
+    siglip2, dinov3, adapter = PRESETS["tiny"]
+    values = 4 * (sum(3 * encoder.image_size**2 for encoder in (siglip2, dinov3)) + adapter.embedding)
     for facts in ran(library, planned, [{"late_copies": True, "environment": mode} for mode in MODES[:2]]):
         assert facts["loras"] == [wanted[1]]
         assert facts["held_up"] is False
+        assert facts["uploaded_bytes"] == weights + values
 
 
 def test_memory_that_runs_out_at_any_copy(library: Path, planned: Path, wanted: dict[int, str]) -> None:
@@ -255,6 +278,7 @@ def test_memory_that_runs_out_at_any_copy(library: Path, planned: Path, wanted: 
         else:
             assert facts["loras"] == [wanted[1]], case
         assert facts["problems"] == facts["live_bytes"] == facts["pinned_bytes"] == 0, case
+        assert ("error" in facts) == (case["spare_bytes"] == 0), case
 
 
 def lora_or_error(facts: Facts, case: Facts, lora: str, errors: set[str]) -> None:
@@ -306,12 +330,14 @@ def test_a_card_that_is_lost_at_any_call(library: Path, planned: Path, wanted: d
     cases = failing_calls([1, 2, *range(3, 40, 6), *range(40, 400, 53)])
     recorded: Facts = {"passes": [1, 1, 1], "spare_bytes": ROOMY}
     cases += [recorded | {"environment": {"FAIL_CALL": number}} for number in range(260, 500, 23)]
-    for case, facts in zip(cases, ran(library, planned, cases), strict=True):
+    outcomes = ran(library, planned, cases)
+    for case, facts in zip(cases, outcomes, strict=True):
         lora_or_error(facts, case, wanted[1], LOST)
         if "error" in facts:
             assert "CUDA_ERROR_ILLEGAL_ADDRESS" in facts["message"] or "finds no GPU" in facts["message"], case
         elif facts["backend"] != "cpu":  # it was lost while things were given back
             assert facts["calls"] >= case["environment"]["FAIL_CALL"] or facts["problems"] == 0, case
+    assert {facts.get("backend") for facts in outcomes} == {None, "cpu"}
 
 
 @pytest.mark.cuda
@@ -344,13 +370,14 @@ def test_one_of_several_cards(library: Path, planned: Path, wanted: dict[int, st
         }
         for device, visible, _ in rows
     ]
-    for (_, _, card), facts in zip(rows, ran(library, planned, cases), strict=True):
+    for (device, visible, card), facts in zip(rows, ran(library, planned, cases), strict=True):
         if "error" in facts:
             assert facts["error"] == card
             assert facts["error"] != "BackendUnavailable" or "i2l doctor lists them" in facts["message"]
         else:
             assert facts["card"] == card
             assert facts["loras"] == [wanted[1]]
+            assert len(facts["chosen"]) == (device is visible is None)
         assert facts["problems"] == facts["live_bytes"] == 0
 
 
@@ -384,7 +411,7 @@ def test_another_program_takes_memory_at_any_call(library: Path, planned: Path, 
     assert least <= enough[0]["peak_bytes"] < roomy
     # While engines open, what others take cannot be told from what the engines took.
     assert {facts.get("backend") for n, facts in zip(numbers, enough, strict=True) if n not in {11, 21}} == {"tensorrt"}
-    assert sum(facts["spilled_bytes"] > 0 for facts in enough) <= 1  # what was free when it looked, and then not
+    assert sum(facts["spilled_bytes"] > 0 for facts in enough) == 1  # what was free when it looked, and then not
 
 
 def test_few_buffers_may_be_pinned(library: Path, planned: Path, wanted: dict[int, str]) -> None:

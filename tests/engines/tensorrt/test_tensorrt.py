@@ -251,7 +251,14 @@ def test_a_plan_that_does_not_open(
     assert played.device.used_bytes == 0
 
 
-@pytest.mark.parametrize(("what", "words"), [("run", "does not run"), ("size", "does not say what 1 images need")])
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("run", "does not run"),
+        ("size", "does not say what 1 images need"),
+        ("scratch", "does not take its scratch"),
+    ],
+)
 def test_other_failures_are_in_tensorrts_words(planned: Path, play: Play, what: str, words: str) -> None:
     played = play()
     with open_with(planned, 0) as pipeline:

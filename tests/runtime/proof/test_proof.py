@@ -344,3 +344,5 @@ def test_the_command_tells_and_reports(directory: Path, monkeypatch: pytest.Monk
     result = CliRunner().invoke(main, [*arguments, "--device", "Radeon"])
     assert (result.exit_code, result.output) == (0, "played: it finds no such card\n")
     assert CliRunner().invoke(main, [*arguments, "--backend", "cpu"]).exit_code == 2
+    result = CliRunner().invoke(main, [*arguments, "--json", "--report", "-"])  # standard output is for one of them
+    assert (result.exit_code, result.stdout) == (2, "")
