@@ -67,15 +67,15 @@ def lenient_streams() -> Lenient | None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
-    sys.stderr = _text(Lenient(2, "w", closefd=False), sys.stderr)
+    sys.stderr = _text(Lenient(2, "w", closefd=False), sys.stderr, by_line=True)  # a log is read while it grows
     output = Lenient(1, "w", closefd=False)
-    sys.stdout = _text(output, sys.stdout)
+    sys.stdout = _text(output, sys.stdout, by_line=sys.stdout is None or sys.stdout.isatty())
     return output
 
 
-def _text(raw: Lenient, before: TextIO | None) -> TextIO:
+def _text(raw: Lenient, before: TextIO | None, *, by_line: bool) -> TextIO:
     encoding, errors = (before.encoding, before.errors) if before else ("utf-8", "backslashreplace")
-    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=before is None or before.isatty())
+    return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=by_line)
 
 
 class Commands(click.Group):
@@ -107,7 +107,8 @@ class Commands(click.Group):
             return super().invoke(ctx)
         except click.NoSuchOption as error:
             if files := [word for word in words if word[:1] == "-" and os.path.exists(word)]:  # noqa: PTH110 - never raises
-                error.message += f" To name the file, write {command_path(Path(files[0]).absolute())}"
+                hint = f"{error.format_message()} To name the file, write {command_path(Path(files[0]).absolute())}"
+                raise click.UsageError(hint, error.ctx) from error
             raise
         except (KeyboardInterrupt, BrokenPipeError) as error:
             if isinstance(error, BrokenPipeError):

@@ -92,6 +92,16 @@ def test_a_log_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err == "dinov3: 10 %\ndinov3: 20 %\n"
 
 
+def test_progress_in_a_log_is_there_at_once() -> None:
+    """Not when the process ends: what is written before it is killed has arrived."""
+    code = (
+        "import os, sys; from i2l.cli import lenient_streams; lenient_streams(); "
+        "sys.stderr.write('dinov3: 10 %\\n'); os._exit(0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stderr == "dinov3: 10 %\n"
+
+
 def test_completion_knows_commands_and_options() -> None:
     """As README says; asked as a shell asks."""
     command = str(Path(sys.executable).with_name("i2l"))
