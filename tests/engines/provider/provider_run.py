@@ -187,7 +187,8 @@ def run_case(engines: Path, case: dict[str, Any]) -> dict[str, Any]:
     try:
         facts = run(engines, driver, case)
     except I2LError as error:
-        facts = {"error": type(error).__name__, "message": str(error)}
+        held = driver.seen()["live_bytes"]  # while somebody has the error, and with it the frames that it came through
+        facts = {"error": type(error).__name__, "message": str(error), "held_bytes": held}
     return facts | {"after": driver.seen(), "providers": ort.get_available_providers()}
 
 

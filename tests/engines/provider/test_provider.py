@@ -227,7 +227,7 @@ def lora_or_error(facts: Facts, case: Facts, cpus: str, errors: set[str]) -> Non
         return
     after, lost = facts["after"], "FAIL_CALL" in case["environment"]
     assert after["problems"] == 0, case
-    assert lost or after["live_bytes"] == after["pinned_bytes"] == 0, case
+    assert lost or after["live_bytes"] == after["pinned_bytes"] == facts.get("held_bytes", 0) == 0, case
     if "error" in facts:
         assert case["backend"] == "cuda", (case, facts)
         assert facts["error"] in errors, facts
