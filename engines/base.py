@@ -130,8 +130,8 @@ class VramBudget:
     """For everything; None takes what is free, less the margin."""
     margin_bytes: int = MARGIN_BYTES
 
-    def on(self, device: HasMemory) -> int:
-        """The budget on a device.
+    def on(self, device: HasMemory, taken_bytes: int = 0) -> int:
+        """The budget on a device, of which opening it has taken so much, that is not free any more.
 
         Raises:
             OutOfDeviceMemory: no more than the margin is free.
@@ -141,7 +141,7 @@ class VramBudget:
         free = device.free_bytes()
         if free <= self.margin_bytes:
             raise OutOfDeviceMemory(device.name, self.margin_bytes, free)
-        return free - self.margin_bytes
+        return free + taken_bytes - self.margin_bytes
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..base import Arithmetic, BackendStatus, CardFacts, Limits, Offer, Opened
 from ..device import driver
 from ..device.backend import DeviceBackend
-from ..device.device import Workspace, finish_at_last
+from ..device.device import Workspace, close_engines, finish_at_last
 from ..device.residency import RESERVED_BYTES, GraphMemory
 from ..device.which_card import card_facts, chosen_card
 from ..directory.architectures import BFLOAT16_FROM
@@ -82,14 +82,14 @@ def open_cuda(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
         if device.sm < BFLOAT16_FROM:
             reason = f"its graphs multiply in bfloat16, which {device.name} (sm{device.sm}) cannot"
             raise BackendUnavailable("cuda", reason, "use --backend cpu")
-        budget = limits.vram.on(device)
+        budget = limits.vram.on(device, RESERVED_BYTES)
         if budget < RESERVED_BYTES:
             raise too_small(manifest.models, limits.images, budget, session_bytes(device.sm) * len(models))
         used = device.used_bytes
         arena = Arena(device, Workspace())
         undo.callback(arena.close)
         opened: dict[str, OrtDeviceEngine] = {}
-        undo.callback(opened.clear)  # no session outlives the card and its streams
+        undo.callback(close_engines, opened)  # no session outlives the card and its streams
         target = CudaTarget(arena, device.compute_stream, device.index)
         for graph, model in models.items():
             opened[graph] = OrtDeviceEngine(graph, model, target, arena.workspace)
@@ -119,7 +119,7 @@ class CudaBackend(DeviceBackend):
     def close(self) -> None:
         finish_at_last(self.device)
         self._engines.clear()
-        self._opened.clear()
+        close_engines(self._opened)
         self._arena.close()
         super().close()
 

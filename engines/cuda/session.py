@@ -12,6 +12,7 @@ it is onnxruntime's shared allocator of the card while they open (:func:`registe
 import math
 import re
 import threading
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -193,8 +194,15 @@ class OrtDeviceEngine:
             binding.bind_input(name, kind, index, tensor.element_type(), tensor.shape(), tensor.data_ptr())
         for name, tensor in outputs.items():
             binding.bind_output(name, kind, index, tensor.element_type(), tensor.shape(), tensor.data_ptr())
-        with self._our_errors():
-            self._session.run_with_iobinding(binding, self._run_options)
+        try:
+            with self._our_errors():
+                self._session.run_with_iobinding(binding, self._run_options)
+        finally:
+            del binding  # which keeps the session
+
+    def close(self) -> None:
+        """Let the session go; the engine runs no more."""
+        del self._session
 
     @contextmanager
     def _our_errors(self) -> Iterator[None]:
@@ -202,6 +210,7 @@ class OrtDeviceEngine:
         try:
             yield
         except (Fail, RuntimeException, RuntimeError) as error:  # run_with_iobinding raises a plain RuntimeError
+            traceback.clear_frames(error.__traceback__)  # onnxruntime's own know the session
             raise self._as_ours(error) from error
 
     def _as_ours(self, error: Exception) -> DeviceFailed | OutOfDeviceMemory:

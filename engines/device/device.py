@@ -8,7 +8,7 @@ events: ``record`` marks a point in a lane, ``wait`` keeps the later work of a l
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 from ..base import Array, Value
 from ..directory.tensorfile import TENSOR_ALIGN, TensorInfo
@@ -138,6 +138,24 @@ class Workspace:
 def aligned(nbytes: int) -> int:
     """Rounded up to where the next tensor may begin."""
     return -(-nbytes // TENSOR_ALIGN) * TENSOR_ALIGN
+
+
+class Closing(Protocol):
+    """What is ended by hand."""
+
+    def close(self) -> None:
+        """Let go of what a library made."""
+        ...
+
+
+EngineT = TypeVar("EngineT", bound=Closing)
+
+
+def close_engines(engines: dict[str, EngineT]) -> None:
+    """End engines before the card goes: whoever holds an error holds its frames, and they may know an engine."""
+    for engine in engines.values():
+        engine.close()
+    engines.clear()
 
 
 def finish_at_last(device: Device) -> None:

@@ -14,8 +14,8 @@ from ...machine.errors import PackageMissing
 from ..base import Arithmetic, Array, BackendStatus, CardFacts, Limits, Offer, Opened, Value
 from ..device import driver
 from ..device.backend import DeviceBackend
-from ..device.device import Workspace, finish_at_last
-from ..device.residency import CONTEXT_BYTES, GraphMemory
+from ..device.device import Workspace, close_engines, finish_at_last
+from ..device.residency import CONTEXT_BYTES, RESERVED_BYTES, GraphMemory
 from ..device.which_card import card_facts, chosen_card
 from ..directory.generations import engines_for
 from ..directory.integrity import check_files
@@ -91,12 +91,14 @@ def open_tensorrt(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
         card = CudaDevice(index=index, backend="tensorrt")
         undo.callback(card.close)
         plans = checked_plans(directory, manifest, flavour, card.sm)
-        budget = limits.vram.on(card)  # before contexts take of what is free
+        budget = limits.vram.on(card, RESERVED_BYTES)  # before contexts take of what is free
         workspace = Workspace()
         cache = RuntimeCache(plans_folder(directory, card.sm, manifest.precision), flavour, card.name)
         runtime = PlanRuntime(flavour, card, workspace, limits.images, cache)
         log.info("tensorrt: opening %d plans on %s", len(plans), runtime.where)
-        opened, memory = open_plans(runtime, plans)
+        opened: dict[str, TensorRTEngine] = {}
+        undo.callback(close_engines, opened)
+        memory = open_plans(runtime, plans, opened)
         backend = TensorRTBackend(directory, manifest, runtime, opened, memory, budget)
         undo.pop_all()
         return Opened(backend, manifest, manifest, directory)
@@ -137,7 +139,7 @@ class TensorRTBackend(DeviceBackend):
     def close(self) -> None:
         finish_at_last(self.device)
         self._runtime.cache.save()  # what an interrupted pass compiled
-        self.opened.clear()
+        close_engines(self.opened)
         super().close()
 
 
@@ -152,20 +154,20 @@ def checked_plans(engines: Path, manifest: Manifest, flavour: Flavour, sm: int) 
 
 
 def open_plans(
-    runtime: PlanRuntime, plans: Mapping[str, bytes]
-) -> tuple[dict[str, TensorRTEngine], dict[str, GraphMemory]]:
-    """``graph -> engine`` and ``graph -> memory``, as this card's TensorRT tells it.
+    runtime: PlanRuntime, plans: Mapping[str, bytes], opened: dict[str, TensorRTEngine]
+) -> dict[str, GraphMemory]:
+    """``graph -> memory``, as this card's TensorRT tells it; ``graph -> engine`` goes into ``opened``.
 
     What a context took of the free memory may be less than it will: CUDA loads code when it first runs. So at least
     the usual assumption counts.
     """
-    opened, memory = {}, {}
+    memory = {}
     for graph, plan in plans.items():
         free = runtime.card.free_bytes()
         engine = opened[graph] = runtime.open(graph, plan)
         scratch, values = engine.scratch_bytes, engine.value_bytes
         memory[graph] = GraphMemory(scratch, values, max(CONTEXT_BYTES, free - runtime.card.free_bytes()))
-    return opened, memory
+    return memory
 
 
 ARITHMETIC: Mapping[str, Arithmetic] = {

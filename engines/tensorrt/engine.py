@@ -151,6 +151,10 @@ class TensorRTEngine:
             raise self._runtime.failure(self._graph, "it does not run", self._runtime.workspace.scratch_bytes)
         return outputs
 
+    def close(self) -> None:
+        """Let TensorRT's objects go, the context first; the engine runs no more."""
+        del self._context, self._config, self._engine
+
     def _prepare(self, shape: tuple[int, ...]) -> None:
         """Set the context to a number of images, and to the scratch, which moves when the plan shrinks."""
         most, workspace = self._runtime.images, self._runtime.workspace

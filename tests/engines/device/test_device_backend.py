@@ -281,4 +281,5 @@ def test_auto_leaves_the_margin(free_bytes: int, budget_bytes: int | None) -> No
             VramBudget(margin_bytes=1 << 30).on(device)
     else:
         assert VramBudget(margin_bytes=1 << 30).on(device) == budget_bytes
+        assert VramBudget(margin_bytes=1 << 30).on(device, 3) == budget_bytes + 3
     assert VramBudget(7).on(device) == 7

@@ -20,6 +20,7 @@ from played_tensorrt import own_graphs, write_plans
 from scenario import digest
 
 from conftest import MakeEngines, lora_of_one_batch, picture
+from i2l.engines.device.residency import RESERVED_BYTES
 from i2l.engines.directory.manifest import read_manifest
 from i2l.specs import PRESETS
 
@@ -382,11 +383,14 @@ def test_one_of_several_cards(library: Path, planned: Path, wanted: dict[int, st
 
 
 def test_a_slice_of_a_card_has_its_own_memory(library: Path, planned: Path, wanted: dict[int, str]) -> None:
-    """MIG: CUDA shows a slice as a card; the budget is of what the slice has free, not of the card's."""
+    """MIG: CUDA shows a slice as a card; the budget is of what the slice has free, not of the card's.
+
+    And of what CUDA's context has taken already, as that is counted, too.
+    """
     seen = {"BYTES": "100000000,7000000000", "CUDA_VISIBLE_DEVICES": "MIG-1"}
     (facts,) = ran(library, planned, [{"margin_bytes": 1000, "environment": seen}])
     assert facts["card"] == "stand-in 1 MIG 1g"
-    assert facts["vram"]["budget_bytes"] == 7_000_000_000 // 7 - 1000
+    assert facts["vram"]["budget_bytes"] == 7_000_000_000 // 7 - 1000 + RESERVED_BYTES
     assert facts["loras"] == [wanted[1]]
 
 
