@@ -3,6 +3,9 @@
 A worker that dies takes nothing with it: what it was at, and what it was to do next, is dealt again. But a picture can
 be what kills workers, and would then kill one after the other. So what a dead worker was at is dealt again job by job,
 alone; a job that is alone with :data:`DEATHS` dying workers is given up, and only that one.
+
+Of two groups that a worker had, nobody knows which it died over: it may have made the first, and what it said of that
+be lost with it. So with a suspect it gets nothing else.
 """
 
 from collections import deque
@@ -22,6 +25,8 @@ class Hand(Generic[T]):
     jobs: tuple[T, ...]
     deaths: int = 0
     """Workers that died with this job alone."""
+    suspect: bool = False
+    """A worker may have died over it: the next one gets nothing beside it."""
 
 
 class Dealer(Generic[T]):
@@ -46,12 +51,12 @@ class Dealer(Generic[T]):
         """Nobody began with it, or its worker was not fit for it: it keeps its place."""
         self._again.appendleft(hand)
 
-    def died_over(self, hand: Hand[T]) -> T | None:
-        """A worker died while it was at this; the job that is given up, if one is."""
-        if len(hand.jobs) > 1:
-            self._again.extend(Hand((job,)) for job in hand.jobs)
+    def died_over(self, hand: Hand[T], *, alone: bool) -> T | None:
+        """A worker died that had this first, ``alone`` or others too; the job that is given up, if one is."""
+        if len(hand.jobs) > 1 or not alone:
+            self._again.extend(Hand((job,), hand.deaths, suspect=True) for job in hand.jobs)
             return None
         if hand.deaths + 1 >= DEATHS:
             return hand.jobs[0]
-        self._again.append(Hand(hand.jobs, hand.deaths + 1))
+        self._again.append(Hand(hand.jobs, hand.deaths + 1, suspect=True))
         return None

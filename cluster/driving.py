@@ -102,10 +102,17 @@ class _Drive:
 
     def _deal(self) -> bool:
         """Give the next group to whoever has least to do; False if nobody is free or nothing is left."""
-        free = [m for m in self._crew.members if m.opened and len(m.hands) < GROUPS_EACH]
+        free = [
+            member
+            for member in self._crew.members
+            if member.opened and len(member.hands) < GROUPS_EACH and not any(hand.suspect for _, hand in member.hands)
+        ]
         if not free or (hand := self._dealer.next()) is None:
             return False
         member = min(free, key=lambda each: len(each.hands))
+        if hand.suspect and member.hands:
+            self._dealer.give_back(hand)
+            return False
         orders = [
             Order(loaded.job.output.name, tuple(np.asarray(s) for s in loaded.squares), dict(loaded.marks))
             for loaded in hand.jobs
@@ -169,11 +176,11 @@ class _Drive:
         for hand in reversed(hands[1:]):
             self._dealer.give_back(hand)
         for hand in hands[:1]:
-            self._blame(hand)
+            self._blame(hand, alone=len(hands) == 1)
         self._crew.replace(member)
 
-    def _blame(self, hand: Hand[Loaded]) -> None:
-        lost = self._dealer.died_over(hand)
+    def _blame(self, hand: Hand[Loaded], *, alone: bool) -> None:
+        lost = self._dealer.died_over(hand, alone=alone)
         if lost is not None:
             pictures = [path.name for path in lost.job.images]
             self._result.failed.append((lost.job.output, str(PictureFatal(pictures, DEATHS))))
