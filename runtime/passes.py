@@ -184,7 +184,7 @@ class Passes:
         elif graphs is not None:  # each to its end, as the next one's results go where this one's are
             rows = [list(self._computed("adapter", group, self._adapter_steps, graphs)) for group in groups]
         else:
-            yield from self._shared_rows(groups)
+            yield from self._shared_rows(steps, groups)
             return
         for step, *parts in zip(steps, *rows, strict=True):
             yield [finite_factors(step, part) for part in parts]
@@ -194,11 +194,10 @@ class Passes:
         steps = self._stream("adapter", report)
         return [self._backend.later(engine.run(embedding, weights)) for _, engine, weights in steps]
 
-    def _shared_rows(self, groups: Sequence[Array]) -> Iterator[list[dict[str, Array]]]:
+    def _shared_rows(self, steps: Sequence[Step], groups: Sequence[Array]) -> Iterator[list[dict[str, Array]]]:
         """For every step the factors of each group, in one pass over the weights, chunks side by side."""
         store, chunks = self._store("adapter"), self._open.running.models["adapter"].chunks
-        total = len(self._steps("adapter"))
-        engines = {step.graph: self._backend.engine(step.graph) for step in self._steps("adapter")}  # before threads
+        engines = {step.graph: self._backend.engine(step.graph) for step in steps}  # before threads
 
         def work(step: Step, weights: Mapping[str, Value]) -> list[dict[str, Array]]:
             engine, values = self._traced(engines[step.graph], step), map(self._backend.value, groups)
@@ -206,9 +205,9 @@ class Passes:
             return [finite_factors(step, outputs) for outputs in taken]
 
         for done, row in enumerate(side_by_side(store, chunks, work)):
-            self._report("adapter", done, total)
+            self._report("adapter", done, len(steps))
             yield row
-        self._report("adapter", total, total)
+        self._report("adapter", len(steps), len(steps))
 
     def _computed(
         self,

@@ -2,7 +2,8 @@
 
 It knows nothing of files or devices: it asks the store to bring chunks in as long as slots are free, waits for the
 current one, uses it, and gives it back after its last step. Chunks that stay take no slot, so while they are used the
-ones behind them are already coming. Every backend is driven by this one function.
+ones behind them are already coming. Every backend is driven by :func:`stream`; where steps need nothing of each other,
+:func:`side_by_side` uses several chunks at a time.
 """
 
 from collections import deque
