@@ -82,15 +82,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
     with explained_os_errors(path):
         _require_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = create_temporary(path.parent)
-    try:
-        with explained_os_errors(path):
+        temporary = temporary_path(path.parent)
+        try:
+            create_temporary(temporary)  # named before it is made: Ctrl-C comes between any two lines
             yield temporary
             sync_file(temporary)
             temporary.replace(path)
             sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def require_writable(path: Path) -> None:
@@ -99,14 +99,21 @@ def require_writable(path: Path) -> None:
         _require_replaceable(path)
         with suppress(FileNotFoundError):
             path.lstat()  # the system says here that a name is too long
-        create_temporary(_existing(path.absolute().parent, path)).unlink()
+        temporary = temporary_path(_existing(path.absolute().parent, path))
+        try:
+            create_temporary(temporary)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-def create_temporary(folder: Path) -> Path:
-    """Make an empty file in ``folder`` that no other thread, process or user has made; its length fits every disk."""
-    path = folder / f".i2l-{_host()}-{os.getpid()}-{secrets.token_hex(8)}.part"
+def temporary_path(folder: Path) -> Path:
+    """A name in ``folder`` that no other thread, process or user has; its length fits every disk."""
+    return folder / f".i2l-{_host()}-{os.getpid()}-{secrets.token_hex(8)}.part"
+
+
+def create_temporary(path: Path) -> None:
+    """Make an empty file, never following a link that lies in its place."""
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0), 0o666))
-    return path
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -1,13 +1,16 @@
 """Nothing is written over what is not its own (faults 1, 3, 4, 5, 6, 14, 15, 16, 20 of the first injection)."""
 
 import json
+import linecache
 import os
 import secrets
 import shutil
 import stat
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -70,9 +73,7 @@ def test_a_link_in_the_way_of_the_temporary_file_is_not_followed(
     victim = tmp_path / "victim"
     victim.write_text("mine")
     monkeypatch.setattr(secrets, "token_hex", lambda count: "0" * 2 * count)
-    temporary = files.create_temporary(tmp_path)
-    temporary.unlink()
-    temporary.symlink_to(victim)
+    files.temporary_path(tmp_path).symlink_to(victim)
     with pytest.raises(OutputUnwritable):
         small_lora().save(tmp_path / "out.safetensors")
     assert victim.read_text() == "mine"
@@ -86,6 +87,44 @@ def test_temporary_names_cannot_be_guessed_and_leave_nothing(tmp_path: Path) -> 
             seen.add(temporary.name)
     assert len(seen) == 20
     assert names(tmp_path) == ["x"]
+
+
+def write_whole(path: Path) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text("whole")
+
+
+@pytest.mark.parametrize("write", [write_whole, files.require_writable])
+def test_ctrl_c_between_any_two_lines_leaves_nothing(write: Callable[[Path], None], tmp_path: Path) -> None:
+    """But at the line that removes the file itself: the next writer removes it then."""
+    lines = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Callable[..., object]:
+        nonlocal lines
+        if event == "line" and not any("unlink" in text for text in stack_lines(frame)):
+            lines += 1
+            if lines == last:
+                raise KeyboardInterrupt
+        return trace
+
+    last = interrupted = 0
+    while lines == last:  # as long as there was a line to be interrupted at
+        lines, last = 0, last + 1
+        sys.settrace(trace)
+        try:
+            write(tmp_path / "x")
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.settrace(None)
+        assert names(tmp_path) in ([], ["x"])
+    assert interrupted > 20
+
+
+def stack_lines(frame: FrameType | None) -> Iterator[str]:
+    while frame is not None:
+        yield linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        frame = frame.f_back
 
 
 # --- 4: the one rule ---------------------------------------------------------------------------------------------
@@ -270,7 +309,8 @@ def test_threads_that_save_to_one_path_leave_one_whole_file(tmp_path: Path) -> N
 
 
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
-    mine = files.create_temporary(tmp_path)
+    mine = files.temporary_path(tmp_path)
+    files.create_temporary(mine)
     dead = mine.with_name(mine.name.replace(f"-{os.getpid()}-", f"-{DEAD}-"))
     elsewhere = mine.with_name(dead.name.replace(files._host(), "abcdef"))
     old = mine.with_name(elsewhere.name.replace("abcdef", "abcde0"))

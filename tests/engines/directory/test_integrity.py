@@ -145,8 +145,8 @@ def read_only(own: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory that nobody may write, without notes; root may write anywhere, so the system is made to refuse."""
     (own / CHECKED).unlink()
 
-    def create(folder: Path) -> Path:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
+    def create(path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
     if sys.platform == "win32" or os.geteuid() == 0:
         monkeypatch.setattr(files, "create_temporary", create)

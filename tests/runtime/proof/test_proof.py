@@ -218,10 +218,10 @@ def test_engines_that_cannot_be_written_have_their_record_in_the_cache(
 ) -> None:
     real = files.create_temporary
 
-    def create(folder: Path) -> Path:
-        if folder == directory:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
-        return real(folder)
+    def create(path: Path) -> None:
+        if path.parent == directory:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        real(path)
 
     monkeypatch.setattr(files, "create_temporary", create)
     with caplog.at_level(logging.INFO, "i2l"):
