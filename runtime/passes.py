@@ -18,6 +18,7 @@ from ..engines.device.slots import DeviceStore
 from ..engines.directory.manifest import Step
 from ..engines.errors import ShapeMismatch
 from ..engines.replay.model_graphs import Fetched, ModelGraphs, taken
+from ..engines.replay.outbox import Outputs
 from ..lora.lora import factors_by_module
 from ..machine.progress import Report
 from ..specs import AdapterSpec, EncoderSpec, Family
@@ -64,15 +65,18 @@ def require_finite(what: str, values: Array) -> None:
 
 
 def finite_factors(step: Step, outputs: dict[str, Array]) -> dict[str, Array]:
-    """The factors of a step, which :func:`require_finite` has seen."""
-    for name, values in outputs.items():
-        require_finite(f"{step.name}.{name}", values)
+    """The factors of a step, which :func:`require_finite` has seen, unless whoever fetched them saw numbers alone."""
+    if not (isinstance(outputs, Outputs) and outputs.finite):
+        for name, values in outputs.items():
+            require_finite(f"{step.name}.{name}", values)
     return outputs
 
 
-def joined(parts: Sequence[Array]) -> Array:
-    """Arrays of some images each, as one; without a copy where there is one."""
-    return np.concatenate(parts) if len(parts) > 1 else parts[0]
+def joined(parts: Sequence[dict[str, Array]]) -> dict[str, Array]:
+    """The factors of some images each, as one; without a copy where there is one."""
+    if len(parts) == 1:
+        return parts[0]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 class Passes:
@@ -171,8 +175,7 @@ class Passes:
         factors: dict[str, tuple[Array, Array]] = {}
         with self.timings.stage("adapter"):
             for step, parts in zip(steps, self._rows(steps, groups), strict=True):
-                outputs = {name: joined([part[name] for part in parts]) for name in parts[0]}
-                factors |= factors_by_module(step.name, outputs)
+                factors |= factors_by_module(step.name, joined(parts))
         return factors
 
     def _rows(self, steps: Sequence[Step], groups: Sequence[Array]) -> Iterator[Sequence[dict[str, Array]]]:

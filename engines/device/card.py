@@ -223,12 +223,11 @@ class CudaDevice:
     # --------------------------------------------------------------------------------------------------------------
 
     def _taken(self, piece: Piece, places: Mapping[str, tuple[int, list[int]]]) -> dict[str, Array]:
-        """Copies of what was fetched; ``places``: where each lies in the piece, and its shape."""
+        """Copies of what was fetched, see :meth:`Outbox.copied`."""
         if not self._fetched:
             self._call("cuStreamSynchronize", self._streams["compute"])
             self._fetched = True
-        floats = self._outbox.copied(piece).view(np.float32)
-        return {name: floats[at // 4 :][: math.prod(shape)].reshape(shape) for name, (at, shape) in places.items()}
+        return self._outbox.copied(piece, places)
 
     def _pinned(self, nbytes: int) -> int:
         return int(self._call("cuMemAllocHost", nbytes))

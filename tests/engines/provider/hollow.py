@@ -3,14 +3,10 @@
 import hashlib
 from pathlib import Path
 
-import pytest
-
-from conftest import graphs_once
 from i2l.engines.directory.hashing import MARK_DIGITS, REGION_BYTES, FileFacts, region_mark
 from i2l.engines.directory.integrity import file_facts, record_checked
 from i2l.engines.directory.manifest import MANIFEST, Manifest, Model, manifest_to_json
 from i2l.engines.directory.tensorfile import Layout
-from i2l.export.backends import cuda as cuda_graphs
 from i2l.export.backends.cuda import build_cuda_graphs
 from i2l.export.packs.planning import plan_pack
 from i2l.export.precisions.storing import storing_for
@@ -38,9 +34,7 @@ def make_hollow(directory: Path, preset: str, precision: str) -> None:
     manifest = Manifest(build.name, key, precision, "a test", 1, {}, "2026-01-01T00:00:00+00:00", models, graphs, files)
     (directory / MANIFEST).write_text(manifest_to_json(manifest))
     record_checked(directory, manifest)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_graphs, "export_graphs", graphs_once)
-        build_cuda_graphs(directory)
+    build_cuda_graphs(directory)
 
 
 def _hole(path: Path, layout: Layout) -> FileFacts:

@@ -1,6 +1,7 @@
 """Recorded passes and where their results go, without a device: tests/engines/standin has one that really records."""
 
 import ctypes
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -11,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from i2l.engines.base import Array
+from i2l.engines.directory.manifest import Step
 from i2l.engines.replay.model_graphs import ModelGraphs
 from i2l.engines.replay.outbox import BLOCK_BYTES, Outbox, pinned_for
-from i2l.errors import DeviceFailed
+from i2l.errors import DeviceFailed, EmbeddingNotFinite
+from i2l.runtime.passes import finite_factors
 
 LEFT = 100
 """Bytes of the budget beside the plan."""
@@ -212,7 +215,7 @@ def test_results_that_somebody_holds_are_not_written_over() -> None:
         outbox.begin()
         piece = outbox.take(1000)
         ctypes.memset(piece.address, value, piece.nbytes)
-        return outbox.copied(piece)[10:20]
+        return outbox.copied(piece, {"out": (40, [2, 5])})["out"].view(np.uint8)
 
     first, second = result(1), result(2)
     assert (first == 1).all()
@@ -223,3 +226,30 @@ def test_results_that_somebody_holds_are_not_written_over() -> None:
     assert third.ctypes.data == where
     assert result(4).ctypes.data != where
     assert (third == 3).all()
+
+
+@given(st.data(), st.lists(st.integers(1, 9), min_size=1, max_size=4), st.integers(0, 2))
+def test_a_piece_is_looked_through_behind_its_copy(data: st.DataObject, sizes: list[int], gap: int) -> None:
+    """Also what lies between its arrays; an error is of the first array that has such values, and counts them."""
+    pins = Pins()
+    outbox = Outbox(pins.pin, pins.unpin)
+    starts = [sum(sizes[:i]) + i * gap for i in range(len(sizes))]
+    places = {f"{i}.A": (4 * start, [1, size]) for i, (start, size) in enumerate(zip(starts, sizes, strict=True))}
+    numbers = st.floats(-1, 1, width=32) | st.sampled_from([np.inf, -np.inf, np.nan])
+    for _ in range(2):  # what was there before does not matter
+        outbox.begin()
+        piece = outbox.take(4 * (starts[-1] + sizes[-1]))
+        drawn = data.draw(st.lists(numbers, min_size=piece.nbytes // 4, max_size=piece.nbytes // 4))
+        values = np.array(drawn, np.float32)
+        ctypes.memmove(piece.address, values.ctypes.data, piece.nbytes)
+        outputs = outbox.copied(piece, places)
+        for (name, (at, _)), size in zip(places.items(), sizes, strict=True):
+            assert outputs[name].tobytes() == values[at // 4 :][:size].tobytes()
+        assert outputs.finite == all(map(math.isfinite, drawn))
+        wrong = {name: sum(not math.isfinite(x) for x in array.flat) for name, array in outputs.items()}
+        if any(wrong.values()):
+            name, count = next((name, count) for name, count in wrong.items() if count)
+            with pytest.raises(EmbeddingNotFinite, match=rf"step\.{name} gave {count} value"):
+                finite_factors(Step("step", "graph"), outputs)
+        else:
+            assert finite_factors(Step("step", "graph"), outputs) is outputs
