@@ -47,7 +47,8 @@ def find_tensorrt() -> BackendStatus:
         return BackendStatus("tensorrt", works=False, reason=f"TensorRT does not load ({error})", remedy=remedy)
     if not knows(flavour, sm):
         reason = f"{flavour} does not know this GPU, sm{sm}"
-        return BackendStatus("tensorrt", works=False, reason=reason, remedy="use --backend cuda")
+        remedy = "use --backend cuda, or pip install tensorrt beside it"
+        return BackendStatus("tensorrt", works=False, reason=reason, remedy=remedy)
     return replace(status, cards=cards)
 
 

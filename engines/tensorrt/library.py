@@ -135,7 +135,7 @@ def build_plan(flavour: Flavour, graph: str, model: bytes, sm: int) -> BuiltPlan
         raise PlanBuildFailed(graph, str(flavour), sm, reasons)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspector; not a byte more
-    config.max_aux_streams = 0  # branches side by side each want scratch of their own: 99 MB, not 12, of eight products
+    config.max_aux_streams = 0  # the adapter's attention wants 69 MB of scratch on eight streams, 10 MB on one
     if flavour.name == RTX:
         _target(trt, flavour, config, graph, sm)
     elif sm != current_sm():
@@ -168,6 +168,11 @@ def tensorrt_log(trt: Any) -> Any:
     """The logger of this process: errors are kept until somebody takes them, the rest goes to ``logging``.
 
     One for all, as TensorRT goes on with the logger of its first object and ignores the later ones.
+
+    A line is written by Python, with its lock held. TensorRT's bindings give the lock up where TensorRT works for long
+    (parsing, building, loading a plan, making a context, running), but not in ``set_input_shape`` and
+    ``update_device_memory_size_for_shapes``: one of these would hang if it waited for another thread that logs. The
+    library's own logger cannot: but it prints and keeps nothing, and what it says is how lack of memory is known.
     """
 
     class Log(trt.ILogger):  # type: ignore[misc]  # the module is known only here

@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import importlib.util
+import itertools
 import json
 import re
 import shutil
@@ -170,13 +171,17 @@ def test_tensorrt_says_what_a_generation_lacks(precision: str, compute: torch.dt
 
 @tensorrt_rtx
 def test_a_plan_is_one_stream(caplog: pytest.LogCaptureFixture) -> None:
-    """Two branches, which TensorRT would compute on two; the streams of its layers stand in its log alone."""
-    tensors = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 64, 64]) for name in "xyz"]
+    """Two branches of three products, which TensorRT would compute on two; the streams of layers stand in its log."""
+    make, info = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    inputs = [info("x", onnx.TensorProto.FLOAT, ["batch", 256, 256])]
+    outputs = [info(branch + "3", onnx.TensorProto.FLOAT, ["batch", 256, 256]) for branch in "yz"]
     nodes = []
-    for branch in "yz":
-        nodes.append(onnx.helper.make_node("MatMul", ["x", "x"], [f"product_{branch}"]))
-        nodes.append(onnx.helper.make_node("Softmax", [f"product_{branch}"], [branch], axis=1 if branch == "y" else 2))
-    graph = onnx.helper.make_graph(nodes, "g", tensors[:1], tensors[1:])
+    for branch, layer in itertools.product("yz", "123"):
+        before = "x" if layer == "1" else f"{branch}{int(layer) - 1}"
+        inputs.append(info(f"w_{branch}{layer}", onnx.TensorProto.FLOAT, [256, 256]))
+        nodes.append(make("MatMul", [before, f"w_{branch}{layer}"], [f"product_{branch}{layer}"]))
+        nodes.append(make("Softmax", [f"product_{branch}{layer}"], [branch + layer]))
+    graph = onnx.helper.make_graph(nodes, "g", inputs, outputs)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)])
     with caplog.at_level("DEBUG", "i2l.engines.tensorrt"):
         build_plan(find_flavour(89), "g", model.SerializeToString(), 89)
