@@ -42,7 +42,7 @@ from i2l.engines.tensorrt.backend import TensorRTBackend
 from i2l.engines.tensorrt.engine import PlanRuntime
 from i2l.engines.tensorrt.layers import Products, products
 from i2l.engines.tensorrt.library import build_plan, choose_flavour, find_flavour
-from i2l.engines.tensorrt.plans import FACTS, plans_folder
+from i2l.engines.tensorrt.plans import FACTS, FORM, plans_folder
 from i2l.engines.tensorrt.runtime_cache import RuntimeCache
 from i2l.errors import (
     BackendUnavailable,
@@ -284,7 +284,7 @@ def test_plans_of_another_version_generation_or_form(engines_dir: Path, play: Pl
     for row in rows.values():
         del row["key"]["form"]
     (folder / FACTS).write_text(json.dumps(rows))
-    with pytest.raises(PlanStale, match="its form is 0, not 2"):
+    with pytest.raises(PlanStale, match=rf"its form is 0, not {FORM}"):
         Pipeline(engines_dir, backend="tensorrt")
     (folder / "siglip2.block.onnx").write_bytes(b"another")
     with pytest.raises(PlanStale, match="its graph is"):
