@@ -192,7 +192,7 @@ def test_each_generation_gets_the_tensorrt_that_knows_it(
     engines: MakeEngines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both are installed: TensorRT-RTX makes the plans for an RTX 40, TensorRT proper those for the H100 at hand."""
-    own = Path(shutil.copytree(engines("tiny", "fp8"), tmp_path / "engines"))
+    own = Path(shutil.copytree(engines("tiny", "int8"), tmp_path / "engines"))
     for name, members in {"tensorrt_rtx": {"ComputeCapability": SimpleNamespace(SM89=89)}, "tensorrt": {}}.items():
         module = ModuleType(name)
         module.__spec__ = ModuleSpec(name, None)
