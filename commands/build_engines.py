@@ -150,9 +150,9 @@ def build_graphs(engines: Path) -> None:
 
 def plan_targets(sms: Sequence[str]) -> list[int]:
     """The compute capabilities to build for; the card at hand if none is named."""
-    from ..engines.tensorrt.library import current_sm, find_flavour  # noqa: PLC0415
+    from ..engines.tensorrt.library import current_sm, installed_flavours  # noqa: PLC0415
 
-    find_flavour()  # before any work: is there a TensorRT at all?
+    installed_flavours()  # before any work: is there a TensorRT at all?
     return list(dict.fromkeys(current_sm() if sm == "current" else int(sm) for sm in sms or ["current"]))
 
 
@@ -166,8 +166,11 @@ def build_plans(engines: Path, sms: Sequence[int]) -> None:
     for sm, plans in result.plans.items():
         size = format_bytes(sum(facts.nbytes for facts in plans.values()))
         memory = format_bytes(max(facts.activation_bytes for facts in plans.values()))
+        flavour = result.flavours[sm]
+        if flavour.reason:
+            tell(f"sm{sm}: {flavour.name} ({flavour.reason})")
         tell(
-            f"sm{sm} ({GENERATIONS.get(sm, 'this GPU')}): {len(plans)} plans by {result.flavour}, {size}, at most "
+            f"sm{sm} ({GENERATIONS.get(sm, 'this GPU')}): {len(plans)} plans by {flavour}, {size}, at most "
             f"{memory} of activations for {BATCHES[-1]} images; not run on a GPU by this command"
         )
     if result.kept:

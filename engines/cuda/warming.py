@@ -8,7 +8,6 @@ code at that time, too. What was seen is what is planned (arena.py says why it s
 
 import logging
 import math
-import traceback
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -88,8 +87,6 @@ def measured_memory(
             memory = run_all(most if limit is None else min(limit, most))
             break
         except OutOfDeviceMemory as error:
-            for raised in filter(None, (error, error.__cause__)):  # they hold a session; none must outlive the card
-                traceback.clear_frames(raised.__traceback__)
             if limit is None:
                 raise refusal from error
             log.debug("%s: warming up in an estimated %d bytes of scratch was not enough", device.name, limit)

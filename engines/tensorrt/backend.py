@@ -8,6 +8,7 @@ largest.
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from ...machine.errors import PackageMissing
@@ -22,7 +23,7 @@ from ..directory.integrity import check_files
 from ..directory.manifest import Manifest, graphs_of, read_manifest
 from ..errors import BackendUnavailable
 from .engine import PlanRuntime, TensorRTEngine
-from .library import Flavour, current_sm, find_flavour, knows
+from .library import Flavour, current_sm, find_flavour, installed_flavours, knows
 from .plans import checked_plan, plans_folder, wanted_key
 from .runtime_cache import RuntimeCache
 
@@ -30,37 +31,50 @@ log = logging.getLogger(__name__)
 
 
 def find_tensorrt() -> BackendStatus:
-    """It wants a driver, a TensorRT that loads and knows the card, and cuda-python."""
+    """It wants a driver, a TensorRT that loads and knows the first card, and cuda-python."""
     if status := driver.without_driver("tensorrt") or _without_tensorrt() or driver.without_cuda_python("tensorrt"):
         return status
-    flavour = find_flavour()
     try:
         sm = current_sm()
+        flavour = find_flavour(sm)
+        status = driver.on_cards("tensorrt", f"{flavour}, sm{sm}{_why(flavour)}", {})
+        cards = tuple(replace(card, libraries=_libraries(index)) for index, card in enumerate(status.cards))
     except BackendUnavailable:
         remedy = "see what nvidia-smi says, or use --backend cpu"
         return BackendStatus("tensorrt", works=False, reason="the NVIDIA driver finds no GPU", remedy=remedy)
+    except (ImportError, OSError) as error:  # its libraries do not load
+        remedy = "install it again, or use --backend cuda"
+        return BackendStatus("tensorrt", works=False, reason=f"TensorRT does not load ({error})", remedy=remedy)
     if not knows(flavour, sm):
         reason = f"{flavour} does not know this GPU, sm{sm}"
-        return BackendStatus("tensorrt", works=False, reason=reason, remedy="use --backend cuda")
-    return driver.on_cards("tensorrt", f"{flavour}, sm{sm}", {flavour.name: flavour.version})
+        remedy = "use --backend cuda, or pip install tensorrt beside it"
+        return BackendStatus("tensorrt", works=False, reason=reason, remedy=remedy)
+    return replace(status, cards=cards)
 
 
 def _without_tensorrt() -> BackendStatus | None:
     try:
-        find_flavour()
+        installed_flavours()
     except PackageMissing:
         reason, remedy = "tensorrt or tensorrt_rtx is not installed", 'pip install "i2l-engines[tensorrt]"'
         return BackendStatus("tensorrt", works=False, reason=reason, remedy=remedy)
-    except (ImportError, OSError) as error:  # its libraries do not load
-        remedy = "install it again, or use --backend cuda"
-        return BackendStatus("tensorrt", works=False, reason=f"TensorRT does not load ({error})", remedy=remedy)
     return None
+
+
+def _libraries(index: int) -> dict[str, str]:
+    """``package -> version`` of what computes on a card."""
+    flavour = find_flavour(current_sm(index))
+    return {flavour.name: flavour.version}
+
+
+def _why(flavour: Flavour) -> str:
+    return f": {flavour.reason}" if flavour.reason else ""
 
 
 def card_on_tensorrt(device: str | None) -> CardFacts | None:
     """The card that a name or number stands for."""
-    flavour = find_flavour()
-    return card_facts("tensorrt", {flavour.name: flavour.version}, device)
+    card = card_facts("tensorrt", {}, device)
+    return card and replace(card, libraries=_libraries(chosen_card("tensorrt", device)))
 
 
 def open_tensorrt(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
@@ -82,11 +96,12 @@ def open_tensorrt(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
     from ..device.card import CudaDevice  # noqa: PLC0415 - the leaf that needs CUDA
 
     index = chosen_card("tensorrt", limits.device)
-    directory = engines_for(engines, current_sm(index))
+    sm = current_sm(index)
+    directory = engines_for(engines, sm)
     if directory != engines:
         manifest = read_manifest(directory)
         check_files(directory, manifest)
-    flavour = find_flavour()
+    flavour = find_flavour(sm)
     with ExitStack() as undo:
         card = CudaDevice(index=index, backend="tensorrt")
         undo.callback(card.close)
@@ -95,7 +110,7 @@ def open_tensorrt(engines: Path, manifest: Manifest, limits: Limits) -> Opened:
         workspace = Workspace()
         cache = RuntimeCache(plans_folder(directory, card.sm, manifest.precision), flavour, card.name)
         runtime = PlanRuntime(flavour, card, workspace, limits.images, cache)
-        log.info("tensorrt: opening %d plans on %s", len(plans), runtime.where)
+        log.info("tensorrt: opening %d plans on %s%s", len(plans), runtime.where, _why(flavour))
         opened: dict[str, TensorRTEngine] = {}
         undo.callback(close_engines, opened)
         memory = open_plans(runtime, plans, opened)

@@ -9,7 +9,8 @@ import importlib
 import importlib.util
 import logging
 import re
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -19,8 +20,7 @@ from .errors import PlanBuildFailed
 from .plans import BATCHES
 
 log = logging.getLogger(__name__)
-FLAVOURS = ("tensorrt_rtx", "tensorrt")
-"""In the order of preference: the first that is installed."""
+RTX, PROPER = "tensorrt_rtx", "tensorrt"
 ACTIVATION = re.compile(r"Total Activation Memory: (\d+) bytes")
 CUDA_MAJOR, CUDA_MINOR = 75, 76
 """The driver's numbers of the attributes that make up the compute capability."""
@@ -32,6 +32,8 @@ class Flavour:
 
     name: str
     version: str
+    reason: str = field(default="", compare=False)
+    """Why this one, where the other is installed too."""
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
@@ -45,16 +47,45 @@ class BuiltPlan:
     activation_bytes: int
 
 
-def find_flavour() -> Flavour:
-    """The TensorRT that is installed.
+def installed_flavours() -> tuple[str, ...]:
+    """The packages that are installed; none is loaded.
 
     Raises:
-        PackageMissing: none is.
+        PackageMissing: neither is.
     """
-    for name in FLAVOURS:
-        if importlib.util.find_spec(name) is not None:
-            return Flavour(name, str(tensorrt_module(name).__version__))
-    raise PackageMissing("tensorrt_rtx or tensorrt", "the tensorrt backend", "tensorrt")
+    found = tuple(name for name in (RTX, PROPER) if importlib.util.find_spec(name) is not None)
+    if not found:
+        raise PackageMissing("tensorrt_rtx or tensorrt", "the tensorrt backend", "tensorrt")
+    return found
+
+
+def find_flavour(sm: int) -> Flavour:
+    """The TensorRT that makes and runs the plans of a generation here.
+
+    Raises:
+        PackageMissing: none is installed.
+    """
+    installed = installed_flavours()
+    name, reason = choose_flavour(installed, sm, rtx_generations() if RTX in installed else ())
+    return Flavour(name, str(tensorrt_module(name).__version__), reason)
+
+
+def choose_flavour(installed: Sequence[str], sm: int, rtx_knows: Container[int]) -> tuple[str, str]:
+    """``(package, reason)``: which TensorRT a generation gets, and why where there are two.
+
+    The plans that are there do not count: a card's proof names the library before any engines directory is looked at.
+    Plans of the other one are refused, with the command that makes them again.
+
+    Args:
+        installed: one package, or both.
+        sm: compute capability, 89 for 8.9.
+        rtx_knows: the generations that TensorRT-RTX makes plans for.
+    """
+    if len(installed) == 1:
+        return installed[0], ""
+    if sm in rtx_knows:
+        return RTX, f"it knows sm{sm}, so it goes before {PROPER}"
+    return PROPER, f"{RTX} does not know sm{sm}"
 
 
 def current_sm(index: int = 0) -> int:
@@ -104,7 +135,8 @@ def build_plan(flavour: Flavour, graph: str, model: bytes, sm: int) -> BuiltPlan
         raise PlanBuildFailed(graph, str(flavour), sm, reasons)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # for the inspector; not a byte more
-    if flavour.name == "tensorrt_rtx":
+    config.max_aux_streams = 0  # the adapter's attention wants 69 MB of scratch on eight streams, 10 MB on one
+    if flavour.name == RTX:
         _target(trt, flavour, config, graph, sm)
     elif sm != current_sm():
         raise PlanBuildFailed(graph, str(flavour), sm, ["it builds for the GPU at hand only: install tensorrt_rtx"])
@@ -120,11 +152,15 @@ def tensorrt_module(name: str) -> Any:
     return importlib.import_module(name)
 
 
+def rtx_generations() -> frozenset[int]:
+    """The compute capabilities that the installed TensorRT-RTX makes plans for."""
+    names = dir(tensorrt_module(RTX).ComputeCapability)
+    return frozenset(int(name[2:]) for name in names if re.fullmatch(r"SM\d+", name))
+
+
 def knows(flavour: Flavour, sm: int) -> bool:
     """Whether a flavour makes and runs plans for a generation; TensorRT proper does for whatever is at hand."""
-    if flavour.name == "tensorrt":
-        return True
-    return hasattr(tensorrt_module(flavour.name).ComputeCapability, f"SM{sm}")
+    return flavour.name == PROPER or sm in rtx_generations()
 
 
 @cache
@@ -132,6 +168,11 @@ def tensorrt_log(trt: Any) -> Any:
     """The logger of this process: errors are kept until somebody takes them, the rest goes to ``logging``.
 
     One for all, as TensorRT goes on with the logger of its first object and ignores the later ones.
+
+    A line is written by Python, with its lock held. TensorRT's bindings give the lock up where TensorRT works for long
+    (parsing, building, loading a plan, making a context, running), but not in ``set_input_shape`` and
+    ``update_device_memory_size_for_shapes``: one of these would hang if it waited for another thread that logs. The
+    library's own logger cannot: but it prints and keeps nothing, and what it says is how lack of memory is known.
     """
 
     class Log(trt.ILogger):  # type: ignore[misc]  # the module is known only here

@@ -27,8 +27,9 @@ PLANS = "plans"
 FACTS = "plans.json"
 BATCHES = (1, 1, 8)
 """Smallest, usual and largest number of images of a plan."""
-FORM = 2
-"""Raised whenever the arithmetic or the names of the graphs change: a machine without torch cannot compare them."""
+FORM = 3
+"""Raised whenever the arithmetic or the names of the graphs change, or what TensorRT is told beside them: a machine
+without torch cannot compare them."""
 
 
 @dataclass(frozen=True)

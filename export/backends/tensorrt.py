@@ -38,7 +38,8 @@ from .cards import compute_dtype, require_precision
 class PlansResult:
     """What :func:`build_plans` did."""
 
-    flavour: Flavour
+    flavours: dict[int, Flavour]
+    """``sm -> what makes its plans``."""
     plans: dict[int, dict[str, PlanFacts]]
     """``sm -> graph -> facts``."""
     built: int
@@ -63,7 +64,7 @@ def build_plans(engines: Path, sms: Sequence[int], *, report: Report = silent) -
         PrecisionUnsupported: a generation cannot compute in the packs' precision.
         PlanBuildFailed: TensorRT refuses a graph; with its own words.
     """
-    flavour = find_flavour()
+    flavours = {sm: find_flavour(sm) for sm in sms}
     read_manifest(engines)  # or else the lock would make the directory
     with only_build(engines):
         manifest = read_manifest(engines)
@@ -77,7 +78,7 @@ def build_plans(engines: Path, sms: Sequence[int], *, report: Report = silent) -
             for spec, name, model in gpu_graphs(specs, manifest.precision, compute):
                 for sm in (sm for sm in sms if compute_dtype(sm) is compute):
                     report(f"TensorRT plans, sm{sm}", done, total)
-                    plans[sm][name], new = renew_plan(engines, flavour, spec, name, model, sm, manifest.precision)
+                    plans[sm][name], new = renew_plan(engines, flavours[sm], spec, name, model, sm, manifest.precision)
                     built += new
                     done += 1
                     report(f"TensorRT plans, sm{sm}", done, total)
@@ -85,7 +86,7 @@ def build_plans(engines: Path, sms: Sequence[int], *, report: Report = silent) -
             write_facts(plans_folder(engines, sm, manifest.precision), facts)
         remove_plans(engines, but_of=manifest.precision)
         kept = tuple(sm for sm in planned_generations(engines, manifest.precision) if sm not in sms)
-    return PlansResult(flavour, plans, built, kept)
+    return PlansResult(flavours, plans, built, kept)
 
 
 def renew_plan(

@@ -3,14 +3,18 @@
 import ctypes
 import hashlib
 import importlib.util
+import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,6 +35,7 @@ from i2l.engines.directory.tensorfile import read_header
 from i2l.engines.tensorrt.library import BuiltPlan, Flavour, build_plan, current_sm, find_flavour
 from i2l.engines.tensorrt.plans import FACTS, PlanKey, checked_plan, plans_folder, read_plans
 from i2l.errors import BackendUnavailable, PlanBuildFailed, PlanMissing, PlanStale, PrecisionUnsupported
+from i2l.export.backends import tensorrt as exporting
 from i2l.export.backends.cards import compute_dtype
 from i2l.export.backends.tensorrt import build_plans, gpu_graphs
 from i2l.export.checkpoints.finding import find_checkpoints
@@ -134,7 +139,7 @@ def full_width_graph(family: str, graph: str, precision: str, sm: int) -> bytes:
     ],
 )
 def test_a_full_width_block_keeps_no_more_copies_than_known(precision: str, sm: int, limit_bytes: float) -> None:
-    plan = build_plan(find_flavour(), "dinov3.block", full_width_graph("dinov3", "dinov3.block", precision, sm), sm)
+    plan = build_plan(find_flavour(89), "dinov3.block", full_width_graph("dinov3", "dinov3.block", precision, sm), sm)
     assert 20e6 < plan.activation_bytes < limit_bytes
     assert len(plan.data) < 4 << 20
     models: dict[Family, Model] = {"dinov3": planned_model(PRESETS["full"].dinov3, precision)}
@@ -147,7 +152,7 @@ def test_the_parsers_words_are_in_the_error() -> None:
     tensors = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 4]) for name in "xy"]
     model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", tensors[:1], tensors[1:]))
     with pytest.raises(PlanBuildFailed, match=r"tensorrt_rtx 1\.\S+ makes no plan of g for sm89 \(.*NoSuchOperator"):
-        build_plan(find_flavour(), "g", model.SerializeToString(), 89)
+        build_plan(find_flavour(89), "g", model.SerializeToString(), 89)
 
 
 @tensorrt_rtx
@@ -161,7 +166,49 @@ def test_tensorrt_says_what_a_generation_lacks(precision: str, compute: torch.dt
     kept: Any = gpu_precision(precision, spec, compute)
     model = dict(graphs_once(spec, kept))["dinov3.block"]
     with pytest.raises(PlanBuildFailed, match=words):
-        build_plan(find_flavour(), "dinov3.block", model.SerializeToString(), sm)
+        build_plan(find_flavour(89), "dinov3.block", model.SerializeToString(), sm)
+
+
+@tensorrt_rtx
+def test_a_plan_is_one_stream(caplog: pytest.LogCaptureFixture) -> None:
+    """Two branches of three products, which TensorRT would compute on two; the streams of layers stand in its log."""
+    make, info = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    inputs = [info("x", onnx.TensorProto.FLOAT, ["batch", 256, 256])]
+    outputs = [info(branch + "3", onnx.TensorProto.FLOAT, ["batch", 256, 256]) for branch in "yz"]
+    nodes = []
+    for branch, layer in itertools.product("yz", "123"):
+        before = "x" if layer == "1" else f"{branch}{int(layer) - 1}"
+        inputs.append(info(f"w_{branch}{layer}", onnx.TensorProto.FLOAT, [256, 256]))
+        nodes.append(make("MatMul", [before, f"w_{branch}{layer}"], [f"product_{branch}{layer}"]))
+        nodes.append(make("Softmax", [f"product_{branch}{layer}"], [branch + layer]))
+    graph = onnx.helper.make_graph(nodes, "g", inputs, outputs)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)])
+    with caplog.at_level("DEBUG", "i2l.engines.tensorrt"):
+        build_plan(find_flavour(89), "g", model.SerializeToString(), 89)
+    assert set(re.findall(r"StreamId: (\d+)", caplog.text)) == {"0"}
+
+
+def test_each_generation_gets_the_tensorrt_that_knows_it(
+    engines: MakeEngines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are installed: TensorRT-RTX makes the plans for an RTX 40, TensorRT proper those for the H100 at hand."""
+    own = Path(shutil.copytree(engines("tiny", "int8"), tmp_path / "engines"))
+    for name, members in {"tensorrt_rtx": {"ComputeCapability": SimpleNamespace(SM89=89)}, "tensorrt": {}}.items():
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        vars(module).update(members, __version__="1.0")
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(exporting, "gpu_graphs", lambda *_: [(PRESETS["tiny"].dinov3, "dinov3.head", b"a graph")])
+    monkeypatch.setattr(exporting, "build_plan", lambda flavour, *_: BuiltPlan(flavour.name.encode(), 0))
+    result = build_plans(own, [89, 90])
+    assert {sm: (str(flavour), flavour.reason) for sm, flavour in result.flavours.items()} == {
+        89: ("tensorrt_rtx 1.0", "it knows sm89, so it goes before tensorrt"),
+        90: ("tensorrt 1.0", "tensorrt_rtx does not know sm90"),
+    }
+    for sm, flavour in {89: "tensorrt_rtx", 90: "tensorrt"}.items():
+        facts = result.plans[sm]["dinov3.head"]
+        assert facts.key.flavour == flavour
+        assert checked_plan(own, "dinov3.head", facts.key) == flavour.encode()
 
 
 @tensorrt_rtx
@@ -431,5 +478,5 @@ def test_polygraphy_runs_a_standalone_step(engines: MakeEngines) -> None:
 def test_without_a_tensorrt_the_error_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ImportError, match=r"pip install \"i2l-engines\[tensorrt\]\""):
-        find_flavour()
+        find_flavour(89)
     assert str(Flavour("tensorrt_rtx", "1.7")) == "tensorrt_rtx 1.7"

@@ -31,7 +31,7 @@ from i2l.cli import main
 from i2l.engines import backends
 from i2l.engines.base import CardFacts
 from i2l.engines.device import card as cuda_device
-from i2l.engines.device import driver
+from i2l.engines.device import driver, which_card
 from i2l.engines.device.device import Workspace
 from i2l.engines.device.residency import CONTEXT_BYTES
 from i2l.engines.device.tensor import DeviceTensor
@@ -41,8 +41,8 @@ from i2l.engines.tensorrt import backend as tensorrt_backend
 from i2l.engines.tensorrt.backend import TensorRTBackend
 from i2l.engines.tensorrt.engine import PlanRuntime
 from i2l.engines.tensorrt.layers import Products, products
-from i2l.engines.tensorrt.library import build_plan, find_flavour
-from i2l.engines.tensorrt.plans import FACTS, plans_folder
+from i2l.engines.tensorrt.library import build_plan, choose_flavour, find_flavour
+from i2l.engines.tensorrt.plans import FACTS, FORM, plans_folder
 from i2l.engines.tensorrt.runtime_cache import RuntimeCache
 from i2l.errors import (
     BackendUnavailable,
@@ -284,7 +284,7 @@ def test_plans_of_another_version_generation_or_form(engines_dir: Path, play: Pl
     for row in rows.values():
         del row["key"]["form"]
     (folder / FACTS).write_text(json.dumps(rows))
-    with pytest.raises(PlanStale, match="its form is 0, not 2"):
+    with pytest.raises(PlanStale, match=rf"its form is 0, not {FORM}"):
         Pipeline(engines_dir, backend="tensorrt")
     (folder / "siglip2.block.onnx").write_bytes(b"another")
     with pytest.raises(PlanStale, match="its graph is"):
@@ -305,6 +305,59 @@ def test_tensorrt_proper_runs_on_what_is_there(engines_dir: Path, wanted: Lora, 
     with open_with(engines_dir, 0) as pipeline:
         assert_same(pipeline.lora_from_images(PICTURES), wanted)
     assert not list(engines_dir.rglob("*.jit"))
+
+
+@pytest.mark.parametrize(
+    ("installed", "sm", "wanted", "why"),
+    [
+        ("tensorrt_rtx", 89, "tensorrt_rtx", ""),
+        ("tensorrt_rtx", 90, "tensorrt_rtx", ""),  # it is refused, and cuda named
+        ("tensorrt", 89, "tensorrt", ""),
+        ("tensorrt", 90, "tensorrt", ""),
+        ("tensorrt_rtx tensorrt", 89, "tensorrt_rtx", "it knows sm89, so it goes before tensorrt"),
+        ("tensorrt_rtx tensorrt", 90, "tensorrt", "tensorrt_rtx does not know sm90"),
+    ],
+)
+def test_which_tensorrt_a_generation_gets(installed: str, sm: int, wanted: str, why: str) -> None:
+    assert choose_flavour(installed.split(), sm, {86, 89, 120}) == (wanted, why)
+
+
+def test_proper_is_taken_by_itself_where_rtx_does_not_know_the_card(
+    engines_dir: Path, wanted: Lora, play: Play, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both are installed; plans of the other one are refused with the command that makes them again."""
+    played = play(sm=90, rtx=False)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", Played(played.device).module)
+    write_plans(engines_dir, own_graphs(engines_dir), "tensorrt_rtx", sm=90)
+    with pytest.raises(PlanStale, match=r"its flavour is tensorrt_rtx, not tensorrt\): rebuild with: .* --sm current"):
+        Pipeline(engines_dir, backend="tensorrt")
+    write_plans(engines_dir, own_graphs(engines_dir), "tensorrt", sm=90)
+    budget = least_budget(engines_dir)
+    caplog.clear()
+    with (
+        caplog.at_level(logging.INFO, "i2l.engines.tensorrt"),
+        Pipeline(engines_dir, backend="tensorrt", vram_budget_bytes=budget) as pipeline,
+    ):
+        assert_same(pipeline.lora_from_images(PICTURES), wanted)
+    assert caplog.text.count("(sm90, tensorrt 1.7.1): tensorrt_rtx does not know sm90") == 1
+    status = json.loads(CliRunner().invoke(main, ["doctor", "--engines", str(engines_dir), "--json"]).stdout)
+    found = next(backend for backend in status["backends"] if backend["name"] == "tensorrt")
+    assert found["reason"] == "tensorrt 1.7.1, sm90: tensorrt_rtx does not know sm90"
+    assert found["cards"][0]["libraries"] == {"tensorrt": "1.7.1"}
+
+
+def test_the_second_of_two_cards_gets_its_own_tensorrt(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An RTX 40 and an H100: a proof of the second is one of TensorRT proper."""
+    monkeypatch.setitem(sys.modules, "tensorrt", play(rtx=False).module)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", Played(HostDevice(0)).module)
+    monkeypatch.setattr(tensorrt_backend, "current_sm", lambda index=0: (89, 90)[index])
+    cards = [CardFacts(name, "1.0", {}) for name in ("RTX 4090", "H100")]
+    for module in (driver, which_card):
+        monkeypatch.setattr(module, "nvidia_cards", lambda _: tuple(cards))
+    libraries = [{"tensorrt_rtx": "1.7.1"}, {"tensorrt": "1.7.1"}]
+    assert [card.libraries for card in tensorrt_backend.find_tensorrt().cards] == libraries
+    named = [tensorrt_backend.card_on_tensorrt(name) for name in ("0", "h100", "A100")]
+    assert [card and card.libraries for card in named] == [*libraries, None]
 
 
 def test_each_generation_runs_the_engines_that_serve_it(
@@ -469,7 +522,7 @@ def test_the_real_tensorrt_says_what_it_lacks(tmp_path: Path) -> None:
     values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["batch", 4]) for name in "xy"]
     graph = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["x"], ["y"])], "g", values[:1], values[1:])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 21)])
-    flavour = find_flavour()
+    flavour = find_flavour(89)
     plan = build_plan(flavour, "g", model.SerializeToString(), 89)
     runtime = PlanRuntime(flavour, HostDevice(0), Workspace(), 4, RuntimeCache(tmp_path, flavour, "card"))
     with pytest.raises(
@@ -510,7 +563,7 @@ def test_without_cuda_python_the_extra_installs_it(play: Play, monkeypatch: pyte
 def test_a_tensorrt_whose_libraries_do_not_load(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     play()
 
-    def broken() -> Iterator[None]:
+    def broken(_: int) -> Iterator[None]:
         raise OSError("libnvinfer.so: cannot open shared object file")
 
     monkeypatch.setattr(tensorrt_backend, "find_flavour", broken)
