@@ -31,7 +31,7 @@ from .options import (
     vram_budget_option,
     vram_margin_option,
 )
-from .telling import counted, is_quiet, quiet_option, tell
+from .telling import AFTER_CTRL_C, counted, is_quiet, quiet_option, tell
 
 if TYPE_CHECKING:
     from ..runtime.jobs import Plan
@@ -115,6 +115,7 @@ def batch(
     with explained_os_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
     remove_leftovers(output_dir)
+    click.get_current_context().meta[AFTER_CTRL_C] = ": the same command goes on with the LoRAs that are not there yet"
     form = Form(strength, dtype, key_format, ignore_icc)
     more: dict[str, Any] = {}
     with show_progress("steps", quiet=as_json or is_quiet()) as report:
