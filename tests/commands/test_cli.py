@@ -368,6 +368,17 @@ def test_a_disk_too_small_for_the_engines(place: Place, monkeypatch: pytest.Monk
     monkeypatch.setattr(files, "free_bytes", lambda _: 1 << 20)
     line = error_line(i2l(*place.build(place.models), "--precision", "fp32"))
     assert "MiB needed, 1.0 MiB free" in line
+    assert not (place.folder / "engines").exists()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_a_refused_build_leaves_no_folder(place: Place, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    engines = place.folder / "none"
+    arguments = ["build-engines", "--engines", engines, "--backend", backend, "--models"]
+    assert "no checkpoint for" in error_line(i2l(*arguments, place.folder / "no"))
+    monkeypatch.setattr(files, "free_bytes", lambda _: 1 << 10)
+    assert "no room on the disk" in error_line(i2l(*arguments, place.models))
+    assert not engines.exists()
 
 
 def test_ctrl_c_during_a_run(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -613,6 +624,16 @@ def test_inspecting_for_people_tells_the_same(place: Place, what: str) -> None:
                 assert f"{name}: {model[name]}" in text
 
 
+def test_engines_of_other_values_are_wrong(place: Place, models: MakeModels) -> None:
+    """Of the same architecture: nothing about the files tells."""
+    for options in ([], ["--json"]):
+        wrong = i2l("verify", "--models", models("tiny", seed=1), "--engines", place.engines, *options)
+        assert "is allowed: give the --models that they were built from" in error_line(wrong)
+    facts = json.loads(wrong.stdout)
+    assert (facts["right"], facts["lora_bound"]) == (False, 0.001)
+    assert facts["lora_worst"] > 1
+
+
 @pytest.mark.parametrize(("precision", "smallest", "largest"), [("fp32", 0.0, 1e-5), ("int8", 1e-4, 0.12)])
 def test_verify(place: Place, engines: MakeEngines, precision: str, smallest: float, largest: float) -> None:
     """fp32 differs by summation order, int8 by what eight bits lose: neither more nor, for int8, less."""
@@ -628,6 +649,7 @@ def test_verify(place: Place, engines: MakeEngines, precision: str, smallest: fl
         assert 1 - largest <= step["cosine"] <= 1 + 1e-12
         assert 0 <= step["relative_error"] <= step["worst_token"] * (1 + 1e-9) < largest
     assert smallest < facts["lora_median"] <= facts["lora_worst"] < largest
+    assert facts["right"] is True
     assert facts["lora_worst_module"].split(".")[0] in {"layers", "context_refiner", "noise_refiner"}
 
 
@@ -638,7 +660,8 @@ def test_verify_for_people(place: Place) -> None:
     for step in ("siglip2.embed", "siglip2.head", "dinov3.embed", "dinov3.head"):
         (line,) = [line for line in lines if line.startswith(step)]
         assert all(math.isfinite(float(value)) for value in line.split()[1:])
-    assert lines[-1].startswith("LoRA, B @ A per module: median ")
+    assert lines[-2].startswith("LoRA, B @ A per module: median ")
+    assert lines[-1] == "right: in the worst module 0.001 is allowed for fp32"
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
