@@ -3,13 +3,19 @@
 Heavy imports stay inside the commands, so that ``--help`` answers at once.
 """
 
+import _thread
 import io
 import logging
 import os
 import signal
 import sys
+import threading
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, TextIO
 
 import click
@@ -31,6 +37,7 @@ from .commands.merge import merge
 from .commands.options import DEBUG
 from .commands.run import run
 from .commands.serve import serve
+from .commands.telling import AFTER_CTRL_C
 from .machine.errors import I2LError, StandardOutputUnwritable, SystemRefused
 from .machine.wording import command_path
 
@@ -38,6 +45,7 @@ LOOKING = frozenset({"plan", "inspect", "verify", "doctor", "--help", "-h", "--v
 """Commands and options whose work is what they print."""
 INTERRUPTED = 128 + signal.SIGINT
 """What a shell makes of a program that Ctrl-C has ended."""
+AGAIN_SECONDS = 0.01
 
 
 class Lenient(io.FileIO):
@@ -78,6 +86,50 @@ def _text(raw: Lenient, before: TextIO | None, *, by_line: bool) -> TextIO:
     return io.TextIOWrapper(io.BufferedWriter(raw), encoding, errors, line_buffering=by_line)
 
 
+@contextmanager
+def ctrl_c_raises() -> Iterator[None]:
+    """Ctrl-C raises ``KeyboardInterrupt`` while a command works; before and after, it ends the program, as it did.
+
+    So there is no line of click's or of Python's own ending where it would show a traceback or another exit code.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
+        yield  # a shell's background job ignores it; in a program of somebody else's it is not ours to decide
+        return
+    try:
+        sys.unraisablehook = raise_later
+        signal.signal(signal.SIGINT, on_ctrl_c)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def on_ctrl_c(_: int, frame: FrameType | None) -> None:
+    """Raise ``KeyboardInterrupt``, but not inside an import: libraries in C print it there, and raise another error."""
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "importlib._bootstrap":
+            come_again()
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
+def raise_later(lost: "sys.UnraisableHookArgs", /) -> None:
+    """Where Python lets no error out, as in a weakref's callback, Ctrl-C comes again; others are shown as ever."""
+    if issubclass(lost.exc_type, KeyboardInterrupt):
+        come_again()
+    else:
+        sys.__unraisablehook__(lost)
+
+
+def come_again() -> None:
+    """Ctrl-C, a moment later, whatever this thread, the main one, waits for then."""
+    if sys.platform == "win32":
+        again: Callable[[], None] = _thread.interrupt_main
+    else:
+        again = partial(signal.pthread_kill, threading.get_ident(), signal.SIGINT)
+    threading.Timer(AGAIN_SECONDS, again).start()
+
+
 class Commands(click.Group):
     """Commands whose explained errors become one ``error:`` line and exit code 1, listed as they were added."""
 
@@ -89,7 +141,7 @@ class Commands(click.Group):
         if (output := lenient_streams()) is None:
             return super().main(*args, **options)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         try:
             return super().main(*args, **options)
         except SystemExit as ending:
@@ -104,35 +156,33 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         words = list(ctx.args)
         try:
-            return super().invoke(ctx)
+            with ctrl_c_raises():
+                return super().invoke(ctx)
         except click.NoSuchOption as error:
             if files := [word for word in words if word[:1] == "-" and os.path.exists(word)]:  # noqa: PTH110 - never raises
                 hint = f"{error.format_message()} To name the file, write {command_path(Path(files[0]).absolute())}"
                 raise click.UsageError(hint, error.ctx) from error
             raise
-        except (KeyboardInterrupt, BrokenPipeError) as error:
-            if isinstance(error, BrokenPipeError):
-                raise  # click ends quietly
-            failure: BaseException = error
+        except BrokenPipeError:
+            raise  # click ends quietly
+        except KeyboardInterrupt:
+            click.echo(f"interrupted{ctx.meta.get(AFTER_CTRL_C, '')}", err=True)
+            return ctx.exit(INTERRUPTED)
         except (I2LError, OSError, MemoryError, ImportError) as error:
             failure = explained(error)
-        if isinstance(failure, KeyboardInterrupt):
-            ctx.exit(INTERRUPTED)
         if ctx.meta.get(DEBUG):
             traceback.print_exception(failure)
         click.echo(f"error: {failure}", err=True)
         return ctx.exit(1)
 
 
-def explained(error: Exception) -> BaseException:
+def explained(error: Exception) -> I2LError:
     """An error with a sentence of ours; what came while a library was imported is what the library made of it."""
     if isinstance(error, I2LError):
         return error
     cause: BaseException | None = error
     if isinstance(error, ImportError):
         cause = error.__cause__ or error.__context__
-        if isinstance(cause, KeyboardInterrupt):
-            return cause
         if not isinstance(cause, OSError):
             raise error
     refused = SystemRefused(cause)

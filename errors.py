@@ -41,7 +41,13 @@ from .export.checkpoints.errors import (
     CheckpointUnreadable,
     FolderInUse,
 )
-from .look.errors import ComparisonNotFinite, EnginesOfOtherCheckpoints, NothingToInspect, TraceUnreadable
+from .look.errors import (
+    ComparisonNotFinite,
+    EnginesOfOtherCheckpoints,
+    EnginesWrong,
+    NothingToInspect,
+    TraceUnreadable,
+)
 from .lora.errors import (
     LoraMissing,
     LoraNamesUnknown,
@@ -145,6 +151,7 @@ __all__ = [
     "EnginesMissing",
     "EnginesOfOtherCheckpoints",
     "EnginesReplaced",
+    "EnginesWrong",
     "FolderEmpty",
     "FolderInUse",
     "FolderNotEngines",

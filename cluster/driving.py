@@ -41,8 +41,13 @@ class WorkerShare:
 
 
 def run_on_ray(
-    address: str | None, settings: WorkerSettings, jobs: Sequence[Job], form: Form, progress: BatchProgress
-) -> tuple[BatchResult, list[WorkerShare]]:
+    address: str | None,
+    settings: WorkerSettings,
+    jobs: Sequence[Job],
+    form: Form,
+    progress: BatchProgress,
+    result: BatchResult,
+) -> list[WorkerShare]:
     """Make the output of every job that is not finished yet, by the workers of a cluster.
 
     Args:
@@ -51,6 +56,7 @@ def run_on_ray(
         jobs: as :func:`plan_jobs` planned them.
         form: of the LoRAs.
         progress: told how far all of them are.
+        result: what is made is noted there at once, so it is known even if an error ends the batch.
 
     Raises:
         RayUnreachable, MachinesTooSmall: there is nobody to work.
@@ -63,7 +69,7 @@ def run_on_ray(
                  "s" * (len(machines) != 1), why)  # fmt: skip
         crew = Crew(seats, settings, form)
         try:
-            return _Drive(crew, jobs, form, progress).run()
+            return _Drive(crew, jobs, form, progress, result).run()
         finally:
             crew.dismiss()
 
@@ -71,23 +77,25 @@ def run_on_ray(
 class _Drive:
     """One batch under way."""
 
-    def __init__(self, crew: Crew, jobs: Sequence[Job], form: Form, progress: BatchProgress) -> None:
+    def __init__(
+        self, crew: Crew, jobs: Sequence[Job], form: Form, progress: BatchProgress, result: BatchResult
+    ) -> None:
         self._crew = crew
         self._progress = progress
         self._origin: Origin | None = None
-        self._result = BatchResult()
+        self._result = result
         self._said: set[str] = set()
         self._shares: dict[tuple[int, str, str], int] = {}
         self._dealer = Dealer(unfinished_groups(jobs, self._known_origin, form, progress, self._result))
 
-    def run(self) -> tuple[BatchResult, list[WorkerShare]]:
+    def run(self) -> list[WorkerShare]:
         ticks = 0
         while True:
             dealt = self._deal()
             members = self._crew.members
             at_work = any(member.hands for member in members)
             if not dealt and not at_work and any(member.opened for member in members):
-                return self._result, [WorkerShare(*who, loras) for who, loras in sorted(self._shares.items())]
+                return [WorkerShare(*who, loras) for who, loras in sorted(self._shares.items())]
             if not members:
                 raise WorkersLost(self._crew.reasons)
             waited = {member.hands[0][0] if member.opened else member.opening: member

@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,10 +33,10 @@ from .options import (
     vram_budget_option,
     vram_margin_option,
 )
-from .telling import counted, is_quiet, quiet_option, tell
+from .telling import AFTER_CTRL_C, counted, is_quiet, quiet_option, tell
 
 if TYPE_CHECKING:
-    from ..runtime.jobs import Plan
+    from ..runtime.jobs import BatchResult, Plan
     from ..runtime.opening import PipelineOptions
 
 HERE = "here"
@@ -100,7 +102,7 @@ def batch(
     if ray_address is not None and device is not None:
         raise click.UsageError("--device has no effect with --ray, which gives each worker a card: leave one out")
     from ..machine.files import explained_os_errors, remove_leftovers  # noqa: PLC0415
-    from ..runtime.jobs import BatchProgress, plan_jobs  # noqa: PLC0415
+    from ..runtime.jobs import BatchProgress, BatchResult, plan_jobs  # noqa: PLC0415
     from ..runtime.making import Form, run_jobs  # noqa: PLC0415
     from ..runtime.pictures.listing import skipped_beside_folders, skipped_line  # noqa: PLC0415
     from ..runtime.pipeline import Pipeline  # noqa: PLC0415
@@ -115,7 +117,8 @@ def batch(
     with explained_os_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
     remove_leftovers(output_dir)
-    form = Form(strength, dtype, key_format, ignore_icc)
+    click.get_current_context().meta[AFTER_CTRL_C] = ": the same command goes on with the LoRAs that are not there yet"
+    form, result = Form(strength, dtype, key_format, ignore_icc), BatchResult()
     more: dict[str, Any] = {}
     with show_progress("steps", quiet=as_json or is_quiet()) as report:
         progress = BatchProgress(report)
@@ -132,7 +135,8 @@ def batch(
             with Pipeline(engines, **options, device=device, report=progress, cache=cache) as pipeline:
                 if device is None:
                     tell_of_idle_cards(pipeline.backend_name)
-                result = run_jobs(pipeline, plan.jobs, form, progress)
+                with told_as_json(result, start) if as_json else nullcontext():
+                    run_jobs(pipeline, plan.jobs, form, progress, result)
                 if pipeline.vram:
                     more["vram"] = pipeline.vram
         else:
@@ -141,7 +145,8 @@ def batch(
 
             settings = WorkerSettings(engines.absolute(), options, use_cache=not no_cache)
             address = None if ray_address == HERE else ray_address
-            result, shares = run_on_ray(address, settings, plan.jobs, form, progress)
+            with told_as_json(result, start) if as_json else nullcontext():
+                shares = run_on_ray(address, settings, plan.jobs, form, progress, result)
             more["workers"] = [asdict(share) for share in shares]
     seconds = time.perf_counter() - start
     if as_json:
@@ -156,6 +161,19 @@ def batch(
     if result.failed:
         click.echo(f"error: {len(result.failed)} of {len(plan.jobs)} LoRAs were not made", err=True)
         raise click.exceptions.Exit(1)
+
+
+@contextmanager
+def told_as_json(result: "BatchResult", start: float) -> Iterator[None]:
+    """Print what there is of a batch, and why it ended, if an error ends it."""
+    from ..machine.errors import I2LError  # noqa: PLC0415
+
+    try:
+        yield
+    except I2LError as error:
+        facts = {"seconds": round(time.perf_counter() - start, 3), "error": str(error)}
+        click.echo(json.dumps(result.to_dict() | facts))
+        raise
 
 
 def tell_of_idle_cards(backend: str) -> None:
@@ -173,6 +191,7 @@ def forecast(
     """Say what the batch will take. A LoRA that is there counts as finished: whether it still is, shows the batch."""
     from ..engines.directory.manifest import read_manifest  # noqa: PLC0415
     from ..look.forecast import lora_bytes, room, roughly, seconds_per_image  # noqa: PLC0415
+    from ..machine.errors import DiskFull  # noqa: PLC0415
     from ..machine.files import free_bytes  # noqa: PLC0415
     from ..specs import AdapterSpec  # noqa: PLC0415
 
@@ -195,9 +214,11 @@ def forecast(
             "free_bytes": free,
         }
         click.echo(json.dumps({**facts, "predicted_seconds": seconds}))
-        return
-    loras, pictures = counted(len(missing), "LoRA"), counted(sum(images), "picture")
-    click.echo(f"{loras} from {pictures} to {format_path(output_dir)}, {there} there already")
-    for job in missing:
-        click.echo(f"  {format_path(job.output)}")
-    click.echo(f"needs {room(needed, free)}; {roughly(seconds)}")
+    else:
+        loras, pictures = counted(len(missing), "LoRA"), counted(sum(images), "picture")
+        click.echo(f"{loras} from {pictures} to {format_path(output_dir)}, {there} there already")
+        for job in missing:
+            click.echo(f"  {format_path(job.output)}")
+        click.echo(f"needs {room(needed, free)}; {roughly(seconds)}")
+    if needed > free:
+        raise DiskFull(output_dir, needed, free)

@@ -57,7 +57,7 @@ def build_engines(
         raise click.UsageError("--sm is for --backend tensorrt")
     with needs_extra("export", "i2l build-engines"):
         from ..export.backends.build_lock import only_build  # noqa: PLC0415
-        from ..export.parts import build_parts, plan_parts  # noqa: PLC0415
+        from ..export.parts import build_parts, checked_builds, plan_parts  # noqa: PLC0415
         from ..export.precisions.parallel import keep_freed_memory  # noqa: PLC0415
 
     keep_freed_memory()
@@ -68,6 +68,8 @@ def build_engines(
     if dry_run:
         forecast(models, engines, parts, blocks_per_chunk=blocks_per_chunk, adapter=adapter, force=force)
         return
+    if backend != "cpu":  # before the lock makes the directory
+        checked_builds(models, engines, parts, blocks_per_chunk=blocks_per_chunk, adapter=adapter, force=force)
     with nullcontext() if backend == "cpu" else only_build(engines):  # up-to-date packs need no lock
         with show_progress("bytes", quiet=is_quiet()) as report:
             results = build_parts(

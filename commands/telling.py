@@ -9,6 +9,8 @@ from click.core import ParameterSource
 
 QUIET = "i2l.quiet"
 """Where a command's context keeps ``--quiet``."""
+AFTER_CTRL_C = "i2l.after_ctrl_c"
+"""Where it keeps what is said behind ``interrupted``: how to go on."""
 
 
 def quiet_option(command: Callable[..., None]) -> Callable[..., None]:

@@ -13,6 +13,7 @@ from .. import __version__
 from ..engines.directory.hashing import FileFacts
 from ..engines.directory.integrity import file_facts
 from ..engines.directory.manifest import FORMAT, Manifest, Model
+from ..machine.files import require_free
 from ..machine.progress import Report, silent
 from ..specs import DiffusionModel, Family
 from .backends.build_lock import only_build
@@ -74,10 +75,12 @@ def build_engines(
     if not force and (current := up_to_date(engines, key)):
         clear_up(engines, current)
         return BuildResult(current, rebuilt=False)
+    plans = plan_packs(checkpoints, precision, blocks_per_chunk)
+    if not engines.exists():
+        require_free(engines, packs_bytes(plans))  # before there is a directory to lock
     with only_build(engines):
         if not force and (current := up_to_date(engines, key)):  # built by another process while this one waited
             return BuildResult(current, rebuilt=False)
-        plans = plan_packs(checkpoints, precision, blocks_per_chunk)
         with quantising_threads(), new_build_folder(engines, packs_bytes(plans)) as folder:
             progress = _Progress(report, sum(plan.weight_bytes for plan in plans.values()))
             graphs = write_graphs(folder, checkpoints, plans, precision, progress)

@@ -53,10 +53,10 @@ def new_build_folder(engines: Path, nbytes: int) -> Iterator[Path]:
     with explained_os_errors(engines):
         remove_dead(engines, keep=(current.build,) if (current := current_manifest(engines)) else ())
         require_free(engines, nbytes)
-        folder = engines / f"{BUILD_PREFIX}{uuid.uuid4().hex[:8]}"
-        folder.mkdir()
+    folder = engines / f"{BUILD_PREFIX}{uuid.uuid4().hex[:8]}"
     try:
         with explained_os_errors(engines):
+            folder.mkdir()  # Ctrl-C comes between any two lines
             yield folder
     finally:
         current = current_manifest(engines)

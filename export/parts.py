@@ -19,7 +19,7 @@ from ..specs import DiffusionModel, Family
 from .backends.cards import require_precision
 from .build import BuildResult, build_engines, build_key, choose_precision, packs_bytes, plan_packs
 from .build_folder import current_manifest
-from .checkpoints.finding import find_checkpoints
+from .checkpoints.finding import find_checkpoints, require_fitting
 from .checkpoints.recognise import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -102,13 +102,12 @@ def build_parts(
     Raises:
         CheckpointError, OutputUnwritable, DiskFull: as :func:`build_engines`.
     """
-    checkpoints = find_checkpoints(models, adapter=adapter)
-    builds = planned_builds(checkpoints, engines, parts, blocks_per_chunk=blocks_per_chunk, force=force)
+    checkpoints, builds = checked_builds(
+        models, engines, parts, blocks_per_chunk=blocks_per_chunk, adapter=adapter, force=force
+    )
     if len(builds) > 1:
-        needed = peak_bytes(builds)
         packs = " and ".join(f"{format_bytes(build.nbytes)} in {build.precision}" for build in builds)
-        log.info("building packs of %s; needs %s of free disk", packs, format_bytes(needed))
-        require_free(engines, needed)
+        log.info("building packs of %s; needs %s of free disk", packs, format_bytes(peak_bytes(builds)))
     return [
         build_engines(
             checkpoints,
@@ -121,6 +120,30 @@ def build_parts(
         )
         for part in parts
     ]
+
+
+def checked_builds(
+    models: Path,
+    engines: Path,
+    parts: Sequence[Part],
+    *,
+    blocks_per_chunk: int = 1,
+    adapter: DiffusionModel | None = None,
+    force: bool = False,
+) -> tuple[Mapping[Family, Checkpoint], list[PlannedBuild]]:
+    """The checkpoints, and what :func:`build_parts` would do with them, if nothing speaks against it.
+
+    Whoever asks before locking ``engines`` leaves no directory behind where something does.
+
+    Raises:
+        CheckpointError, DiskFull: as :func:`build_parts`.
+    """
+    checkpoints = find_checkpoints(models, adapter=adapter)
+    require_fitting(checkpoints)
+    builds = planned_builds(checkpoints, engines, parts, blocks_per_chunk=blocks_per_chunk, force=force)
+    if len(builds) > 1 or not engines.exists():  # else what dead builds have left goes first
+        require_free(engines, peak_bytes(builds))
+    return checkpoints, builds
 
 
 def peak_bytes(builds: Sequence[PlannedBuild]) -> int:

@@ -37,6 +37,16 @@ class EnginesOfOtherCheckpoints(EnginesError, ValueError):
         )
 
 
+class EnginesWrong(EnginesError, ValueError):
+    """Engines make another LoRA than their checkpoints."""
+
+    def __init__(self, worst: float, bound: float) -> None:
+        super().__init__(
+            f"the LoRA of these engines is off by {worst:.2g}, {bound:g} is allowed: give the --models that they were "
+            "built from, rebuild them with: i2l build-engines ... --force, or try --backend cpu"
+        )
+
+
 class ComparisonNotFinite(EnginesError, ValueError):
     """Engines and reference cannot be compared: one of them computes what is no number."""
 

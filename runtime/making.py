@@ -56,16 +56,27 @@ class Loaded:
 
 
 def run_jobs(
-    pipeline: Pipeline, jobs: Sequence[Job], form: Form = Form(), progress: BatchProgress | None = None
+    pipeline: Pipeline,
+    jobs: Sequence[Job],
+    form: Form = Form(),
+    progress: BatchProgress | None = None,
+    result: BatchResult | None = None,
 ) -> BatchResult:
     """Make the output of every job that is not finished yet, see :func:`unfinished_groups`.
+
+    Args:
+        pipeline: makes them.
+        jobs: as :func:`plan_jobs` planned them.
+        form: of the LoRAs.
+        progress: told how far all of them are.
+        result: what is made is noted there at once, so it is known even if an error ends the batch.
 
     Raises:
         StrengthInvalid, DiskFull, EnginesError: nothing further can be done; every file that is there is whole.
     """
-    progress, result = progress or BatchProgress(), BatchResult()
+    progress, result = progress or BatchProgress(), result or BatchResult()
     groups = unfinished_groups(jobs, lambda: pipeline.origin, form, progress, result)
-    saves: list[tuple[Path, Future[Path]]] = []
+    saves: list[tuple[Path, Future[None]]] = []
     with ThreadPoolExecutor(1, thread_name_prefix="i2l-save") as saving:  # what is made is saved, whatever fails then
         try:
             for group in one_ahead(groups):
@@ -74,7 +85,7 @@ def run_jobs(
                 result.from_cache += from_cache
                 made = list(zip(group, loras, strict=True))
                 _note(saves, result)
-                saves = [(loaded.job.output, saving.submit(_save, loaded, lora, form)) for loaded, lora in made]
+                saves = [(loaded.job.output, saving.submit(_save, loaded, lora, form, result)) for loaded, lora in made]
             _note(saves, result)
         except KeyboardInterrupt:  # the file that is being written becomes whole; the next run makes the others
             for _, save in saves:
@@ -92,16 +103,16 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
-def _save(loaded: Loaded, lora: Lora, form: Form) -> Path:
+def _save(loaded: Loaded, lora: Lora, form: Form, result: BatchResult) -> None:
     lora.metadata |= loaded.marks
-    return lora.save(loaded.job.output, dtype=form.dtype, key_format=form.key_format)
+    result.written.append(lora.save(loaded.job.output, dtype=form.dtype, key_format=form.key_format))
 
 
-def _note(saves: Sequence[tuple[Path, Future[Path]]], result: BatchResult) -> None:
-    """Wait for files that are being written, and note what became of them."""
+def _note(saves: Sequence[tuple[Path, Future[None]]], result: BatchResult) -> None:
+    """Wait for files that are being written, and note those that cannot be."""
     for output, save in saves:
         try:
-            result.written.append(save.result())
+            save.result()
         except (LoraNotFinite, OutputUnwritable) as error:
             result.failed.append((output, str(error)))
 

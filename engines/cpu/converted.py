@@ -253,8 +253,8 @@ def _build_folder(folder: Path, name: str) -> Iterator[Path]:
             path.unlink(missing_ok=True)
     remove_leftovers(folder)
     build = folder / name
-    build.mkdir()
     try:
+        build.mkdir()
         yield build
     finally:
         if not (folder / MANIFEST).exists():  # once it is there, the build stays whatever happens

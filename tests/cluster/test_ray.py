@@ -111,7 +111,9 @@ def on_ray(
         )
         settings = WorkerSettings(directory, options, use_cache=False)
         jobs = plan_jobs(pictures, tmp_path, "image").jobs
-        return driving.run_on_ray(cluster, settings, jobs, Form(), BatchProgress())[0]
+        result = BatchResult()
+        driving.run_on_ray(cluster, settings, jobs, Form(), BatchProgress(), result)
+        return result
 
     return run
 

@@ -18,6 +18,7 @@ from i2l.export.packs.planning import planned_model
 from i2l.look.forecast import build_seconds, lora_bytes, roughly, seconds_per_image
 from i2l.lora.lora import Lora
 from i2l.lora.reading import read_lora
+from i2l.machine import files
 from i2l.machine.progress import LINE_SECONDS, log_lines
 from i2l.specs import PRESETS
 
@@ -182,6 +183,18 @@ def test_a_batch_is_forecast_and_nothing_is_made(photos: Path, engines: MakeEngi
     header = 20_000  # at most, of each
     assert bytes_forecast < sum(path.stat().st_size for path in output.iterdir()) < bytes_forecast + 2 * header
     assert "0 LoRAs from 0 pictures" in i2l(*arguments, "--dry-run").stdout
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_batch_without_room_is_forecast_to_fail(
+    photos: Path, engines: MakeEngines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str]
+) -> None:
+    monkeypatch.setattr(files, "free_bytes", lambda _: 1000)
+    output = tmp_path / "loras"
+    result = i2l("batch", photos, "--engines", engines("tiny", "int8"), "--output-dir", output, "--dry-run", *options)
+    assert result.exit_code == 1
+    assert result.stdout
+    assert f"error: no room on the disk of {output}" in result.stderr
 
 
 def test_the_size_of_a_lora_is_known_beforehand(tmp_path: Path, engines: MakeEngines, photos: Path) -> None:

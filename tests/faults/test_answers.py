@@ -320,7 +320,7 @@ def test_ctrl_c_is_quiet_while_it_imports_and_while_it_works(
 ) -> None:
     command = ["run", photo, "--engines", engines("tiny", "int8"), "--output", tmp_path / "x.safetensors"]
     # The interpreter's own start, before any of our files, is not ours to quiet: so it says when ours begins.
-    code = "import sys; print(flush=True); from i2l.__main__ import main; main()"
+    code = "from i2l import __main__; print(flush=True); __main__.main()"
     running = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def test_ctrl_c_between_any_two_lines_leaves_nothing(write: Callable[[Path], Non
     """But at the line that removes the file itself: the next writer removes it then."""
     lines = 0
 
-    def trace(frame: FrameType, event: str, _: object) -> Callable[..., object]:
+    def trace(frame: FrameType, event: str, _: object) -> Any:
         nonlocal lines
         if event == "line" and not any("unlink" in text for text in stack_lines(frame)):
             lines += 1

@@ -23,7 +23,7 @@ from conftest import MakeEngines, picture
 from i2l.cli import main
 from i2l.engines.base import BackendStatus, CardFacts
 from i2l.engines.cpu import backend as cpu_backend
-from i2l.errors import FolderEmpty
+from i2l.errors import DiskFull, FolderEmpty
 from i2l.lora.lora import Lora
 from i2l.lora.reading import describe_lora
 from i2l.runtime import making
@@ -262,6 +262,24 @@ def test_ctrl_c_leaves_whole_files_only(folder: Path, engines: MakeEngines) -> N
     assert [path.name for path in out.iterdir() if path.suffix != ".safetensors"] == []
     for path in out.iterdir():
         load_file(path)
+
+
+def test_a_disk_that_fills_up_is_told_as_json_with_what_is_made(
+    folder: Path, engines: MakeEngines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Lora.save
+
+    def full(self: Lora, path: Path, **options: Any) -> Path:
+        if path.name == "1.safetensors":
+            raise DiskFull(path, None, 0)
+        return save(self, path, **options)
+
+    monkeypatch.setattr(Lora, "save", full)
+    result, facts = i2l_batch(folder, engines("tiny", "fp32"))
+    assert result.exit_code == 1
+    assert [Path(path).name for path in facts["written"]] == ["0.safetensors", "2.safetensors"]
+    assert result.stderr.splitlines()[-1] == f"error: {facts['error']}"
+    assert "no room on the disk" in facts["error"]
 
 
 # --- reading ahead, writing behind -------------------------------------------------------------------------------

@@ -3,10 +3,12 @@
 import io
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -103,13 +105,34 @@ class Served:
         assert response.status_code == 200, response.text
         return dict(response.json())
 
+    def abandon(self, *seeds: int) -> None:
+        """A client that hangs up once its request is accepted."""
+        request = self.client.build_request("POST", "/v1/loras", **form(*seeds))
+        lines = [b"POST /v1/loras HTTP/1.1", *(b"%b: %b" % header for header in request.headers.raw), b"", b""]
+        accepted = self.metrics()["i2l_accepted_total"] + 1
+        with socket.create_connection(("127.0.0.1", self.port)) as connection:
+            connection.sendall(b"\r\n".join(lines) + request.read())
+            self.until(lambda: self.metrics()["i2l_accepted_total"] == accepted)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Meanwhile no step ends, if it runs :data:`SLOW`."""
+        hold = self.jobs.with_name("hold")
+        hold.touch()
+        yield
+        hold.unlink()
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        """Wait until something is so."""
+        deadline = time.monotonic() + 60
+        while not holds():
+            assert time.monotonic() < deadline, (self.log.read_text(), self.metrics())
+            time.sleep(0.02)
+
     def wait(self, job_id: str, states: Sequence[str] = ("done", "failed", "cancelled", "lost")) -> dict[str, Any]:
         """A job's report once it is in one of these states."""
-        deadline = time.monotonic() + 60
-        while (report := self.job(job_id))["state"] not in states:
-            assert time.monotonic() < deadline, report
-            time.sleep(0.02)
-        return report
+        self.until(lambda: self.job(job_id)["state"] in states)
+        return self.job(job_id)
 
     def metrics(self, token: str = "") -> dict[str, float]:
         """``name{labels} -> value``."""
@@ -139,15 +162,18 @@ def assert_problem(response: httpx.Response, status: int, *fragments: str) -> No
 
 
 SLOW = """
-import os, sys, time
+import sys, time
+from pathlib import Path
 from i2l.cli import main
 from i2l.runtime.passes import Passes
-real = Passes._stream
+real, hold = Passes._stream, Path(sys.argv[sys.argv.index("--jobs-dir") + 1]).with_name("hold")
 def slow(self, *arguments):
     for item in real(self, *arguments):
-        time.sleep(float(os.environ.get("I2L_TEST_STEP_SECONDS", "0.1")))
+        time.sleep(0.05)
+        while hold.exists():
+            time.sleep(0.01)
         yield item
 Passes._stream = slow
 main(sys.argv[1:])
 """
-"""The command with steps that take their time, so that something can happen meanwhile."""
+"""The command with steps that take their time, and wait during :meth:`Served.held`."""

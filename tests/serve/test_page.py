@@ -197,7 +197,7 @@ def test_the_token_is_asked_for(browser: Browser, engines: MakeEngines, tmp_path
 def test_a_job_is_cancelled_from_the_page(browser: Browser, engines: MakeEngines, tmp_path: Path) -> None:
     from served import SLOW
 
-    with Served(engines("tiny", "int8"), tmp_path, "--no-cache", code=SLOW) as served:
+    with Served(engines("tiny", "int8"), tmp_path, "--no-cache", code=SLOW) as served, served.held():
         opened = browser.new_page()
         opened.goto(f"http://127.0.0.1:{served.port}/")
         opened.set_input_files("#files", files(1))

@@ -3,6 +3,7 @@
 import mmap
 import os
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -106,6 +107,9 @@ def test_closing_waits_for_one_piece_and_no_more(reads: Reads) -> None:
     assert reads.began.wait(10)
     with ThreadPoolExecutor(1) as other:
         closing = other.submit(reads.reader.close)
+        while not reads.reader._closing:  # else the piece could be read, and the next, before anybody closes
+            assert not closing.done()
+            time.sleep(0.001)
         assert not closing.done()
         reads.go_on.set()
         closing.result(10)

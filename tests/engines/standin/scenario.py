@@ -183,7 +183,7 @@ def copies_wait_for_launches(facts: dict[str, Any]) -> Iterator[None]:
 
         def wait() -> None:
             with changed:
-                facts["held_up"] |= not changed.wait_for(lambda: facts["held_up"] or released[0] >= number, timeout=2)
+                facts["held_up"] |= not changed.wait_for(lambda: facts["held_up"] or released[0] >= number, timeout=6)
 
         self._do(wait)
         copy(self, source, address)
