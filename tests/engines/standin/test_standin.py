@@ -278,7 +278,7 @@ def test_a_proof_tells_what_the_lanes_did(library: Path, planned: Path, wanted: 
     for facts in outcomes:
         assert facts["loras"] == [wanted[1]]
         assert facts["problems"] == facts["live_bytes"] == facts["pinned_bytes"] == 0
-        assert facts["peak_bytes"] <= facts["budget_bytes"]
+        assert facts["peak_bytes"] == facts["planned_live_bytes"]  # nothing is compared with memory beyond the plan
     eager, *others, serial, pageable = (facts["lanes"] for facts in outcomes)
     assert others == [eager, eager]
     assert 0.5 < eager["overlap"] <= 1
