@@ -326,6 +326,7 @@ void standin_reset(void) {
     memset(&host, 0, sizeof host);
     stream_count = 1;
     access_count = 0;
+    host_ms = 0;
     while (block_count) release(blocks[0].start);
     memset(live_on, 0, sizeof live_on);
     live_bytes = 0;

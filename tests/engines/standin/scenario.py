@@ -40,9 +40,9 @@ from i2l.errors import BudgetTooSmall, I2LError, OutOfDeviceMemory
 from i2l.lora.lora import Lora
 from i2l.runtime import opening
 from i2l.runtime.pipeline import Pipeline
+from i2l.runtime.proof import timing
 from i2l.runtime.proof.activations import seeded_activation
 from i2l.runtime.proof.choice import Chosen
-from i2l.runtime.proof.timing import lane_facts
 
 T = TypeVar("T")
 
@@ -137,7 +137,8 @@ def proof_of_lanes(opened: Opened, slots: int | None) -> dict[str, Any]:
         store.slots = slots or store.slots
         while len(store._free) > store.slots:
             store._free.pop()
-    return lane_facts(opened, inputs)
+    put(timing, "STRETCH", 3)  # less than there is
+    return timing.lane_facts(opened, inputs)
 
 
 def in_thread(new: bool, work: Callable[[], T]) -> T:

@@ -280,7 +280,7 @@ def test_a_proof_tells_what_the_lanes_did(library: Path, planned: Path, wanted: 
         assert facts["problems"] == facts["live_bytes"] == facts["pinned_bytes"] == 0
         assert facts["peak_bytes"] == facts["planned_live_bytes"]  # nothing is compared with memory beyond the plan
     eager, *others, serial, pageable = (facts["lanes"] for facts in outcomes)
-    assert others == [eager, eager]
+    assert others == [pytest.approx(eager)] * 2
     assert 0.5 < eager["overlap"] <= 1
     assert serial["overlap"] == 0
     for facts in (eager, serial):

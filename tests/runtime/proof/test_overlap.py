@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import MakeEngines
@@ -30,6 +30,7 @@ def lanes() -> st.SearchStrategy[list[Interval]]:
 
 
 @given(lanes(), lanes())
+@settings(deadline=None)
 def test_overlap_is_what_counting_ticks_gives(first: list[Interval], second: list[Interval]) -> None:
     def ticks(lane: Sequence[Interval]) -> set[int]:
         return {tick for tick in range(TICKS) if any(begin <= tick < end for begin, end in lane)}
