@@ -43,7 +43,7 @@ enum { OK, INVALID_VALUE, OUT_OF_MEMORY, NO_CONTEXT = 201, INVALID_HANDLE = 400,
 enum { NOT_RECORDABLE = 900, RECORDING_SPOILT = 901, NOT_RECORDING = 903, NOT_RECORDED_WITH = 905 };
 enum { STREAMS = 1024, ACCESSES = 1 << 16, BLOCKS = 4096, CARDS = 8 };
 enum Kind { COPY, CALL, RECORD, WAIT };
-static const double COPY_MS = 1e-6, KERNEL_MS = 0.05;
+static const double COPY_MS = 1e-6, KERNEL_MS = 2;
 
 typedef struct { u64 done_before[STREAMS]; } Clock; /* by stream: the number of its last work that is known to be done */
 typedef struct Event { int stream; u64 number; Clock known; int timed; double when; } Event;

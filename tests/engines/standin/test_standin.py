@@ -283,6 +283,7 @@ def test_a_proof_tells_what_the_lanes_did(library: Path, planned: Path, wanted: 
     assert others == [pytest.approx(eager)] * 2
     assert 0.5 < eager["overlap"] <= 1
     assert serial["overlap"] == 0
+    assert not eager["mostly_copying"]
     for facts in (eager, serial):
         assert facts["pinned_bytes_per_second"] == pytest.approx(1e9, rel=1e-3)
         assert facts["copying_share"] == pytest.approx(1, rel=1e-3)
