@@ -105,7 +105,7 @@ def measured(name: str, preset: str, precision: str, work: Path) -> Iterator[tup
             bandwidth = upload_bandwidth(backend)
             yield "upload_gbps", bandwidth / 1e9
         else:
-            bandwidth = backend.device.pinned_bandwidth()
+            bandwidth = pinned_bandwidth(backend.device)
             yield "pinned_gbps", bandwidth / 1e9
             yield "pinning_gbps", pinning_speed(backend.device) / 1e9
         first = pipeline.lora_from_images([IMAGE])
@@ -195,6 +195,15 @@ def upload_bandwidth(backend: PluginBackend, nbytes: int = 64 << 20, copies: int
         backend.device.write(value, array)
         backend.device.settle()
     return copies * nbytes / (time.perf_counter() - start)
+
+
+def pinned_bandwidth(device: CudaDevice, nbytes: int = 256 << 20) -> float:
+    """Bytes per second of plain copies from pinned memory."""
+    address = device.allocate(nbytes)
+    try:
+        return device.pinned_rate(address, nbytes)
+    finally:
+        device.free(address)
 
 
 def pinning_speed(device: CudaDevice, nbytes: int = 1 << 30) -> float:

@@ -18,7 +18,7 @@ import onnxruntime as ort
 from i2l.engines.base import Array
 from i2l.engines.cpu.backend import OrtEngine
 from i2l.engines.device import tensor
-from i2l.engines.device.device import Lane
+from i2l.engines.device.device import Lane, TimedCopy
 from i2l.engines.directory.dtypes import ELEMENT_TYPES, FLOAT32
 from i2l.engines.directory.tensorfile import TensorInfo
 from i2l.errors import OutOfDeviceMemory
@@ -70,6 +70,7 @@ class FakeDevice:
         self.kept: list[int] = []
         """Bytes of what is to be kept in the host's memory."""
         self._memory: dict[int, bytearray] = {}
+        self._timed: list[TimedCopy] | None = None
         self._lanes: dict[Lane, deque[Work | Mark]] = {"copy": deque(), "compute": deque()}
         self._done = 0
         self._random = random.Random(seed)
@@ -106,8 +107,23 @@ class FakeDevice:
     def copy_async(self, source: memoryview, address: int) -> None:
         self.copied.append(len(source))
         half = len(source) // 2
+        begin = None if self._timed is None else self.record("copy", timed=True)
         self.enqueue("copy", lambda: self._write(address, source[:half]))
         self.enqueue("copy", lambda: self._write(address + half, source[half:]))
+        if self._timed is not None:
+            self._timed.append(TimedCopy(begin, self.record("copy", timed=True), len(source)))
+
+    def time_copies(self, copies: list[TimedCopy] | None) -> None:
+        self._timed = copies
+
+    def pinned_rate(self, address: int, nbytes: int) -> float:
+        """In bytes for a million pieces of work."""
+        self.finish()
+        begin = self.record("copy", timed=True)
+        self.copy_async(memoryview(bytes(nbytes)), address)
+        end = self.record("copy", timed=True)
+        self.finish()
+        return 1e6 * nbytes / self.elapsed_us(begin, end)
 
     def keep_on_host(self, sources: Sequence[memoryview], floor_bytes: int) -> None:  # noqa: ARG002
         self.kept = [source.nbytes for source in sources]

@@ -21,6 +21,9 @@ from .pinned.host_cache import plan_host_cache, values_pinned
 from .residency import GraphMemory, Residency, plan_residency
 from .slots import DeviceStore, DeviceWeights
 
+MOST_PINNED_BYTES = 256 << 20
+"""Of one copy that shows the bandwidth; more would show no other."""
+
 
 class DeviceBackend:
     """An engines directory on a device.
@@ -119,6 +122,17 @@ class DeviceBackend:
         kept = ((self._maps[family], self._chunks[family][index]) for family, index in plan.kept)
         regions = [memoryview(pack)[chunk.offset : chunk.offset + chunk.nbytes] for pack, chunk in kept]
         self.device.keep_on_host(regions, plan.floor_bytes)
+
+    def pinned_bandwidth(self) -> float:
+        """Bytes per second of plain copies from pinned memory: what streaming is measured against, between passes.
+
+        They go into the slots, so that the card holds no more than the plan says.
+
+        Raises:
+            OutOfDeviceMemory: so much of the host's memory cannot be pinned.
+        """
+        address, nbytes = self._weights.slots_region
+        return self.device.pinned_rate(address, min(nbytes, MOST_PINNED_BYTES))
 
     def close(self) -> None:
         finish_at_last(self.device)  # an engine must not go while it computes

@@ -10,7 +10,6 @@ go into a third stream that no event orders with ours, and may return before the
 import ctypes
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -24,7 +23,7 @@ from ..directory.tensorfile import TENSOR_ALIGN, TensorInfo
 from ..errors import DeviceFailed, OutOfDeviceMemory
 from ..replay.outbox import Outbox, Piece
 from .calls import CudaEvent, CudaGraph, DriverCalls
-from .device import Event, Lane
+from .device import Event, Lane, TimedCopy
 from .pinned.copy_lane import CopyLane
 from .pinned.host_cache import VALUE_BYTES
 from .pinned.staging import Staging
@@ -34,6 +33,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 NON_BLOCKING = 1
 LANES: tuple[Lane, ...] = ("copy", "compute")
+RATE_COPIES = 8
+"""Copies that a rate is of."""
+CLOCK_STEP_US = 0.5
+"""Of CUDA's events, by its documentation: what is shorter may be told as nothing."""
 
 
 class CudaDevice:
@@ -125,23 +128,20 @@ class CudaDevice:
         self._outbox.close()
         self._give_back()
 
-    def pinned_bandwidth(self, nbytes: int = 256 << 20, copies: int = 8) -> float:
-        """Bytes per second of plain copies from pinned memory: what the streamer is measured against."""
+    def pinned_rate(self, address: int, nbytes: int) -> float:
         host = int(self._call("cuMemAllocHost", nbytes, wanted_bytes=nbytes))
-        address = self.allocate(nbytes)
+        stream = self._streams["copy"]
         try:
-            seconds = []
             for _ in range(2):  # the first warms up
                 self.finish()
-                start = time.perf_counter()
-                for _ in range(copies):
-                    self._call("cuMemcpyHtoDAsync", address, host, nbytes, self._streams["copy"])
-                self.finish()
-                seconds.append(time.perf_counter() - start)
+                begin = CudaEvent(self._call, stream, timed=True)
+                for _ in range(RATE_COPIES):
+                    self._call("cuMemcpyHtoDAsync", address, host, nbytes, stream)
+                end = CudaEvent(self._call, stream, timed=True)
         finally:
-            self.free(address)
-            self._call("cuMemFreeHost", host)
-        return copies * nbytes / seconds[-1]
+            self._call.give_back("cuStreamSynchronize", stream)  # it must not go under a copy
+            self._call.give_back("cuMemFreeHost", host)
+        return 1e6 * RATE_COPIES * nbytes / max(self.elapsed_us(begin, end), CLOCK_STEP_US)
 
     # --- lanes ----------------------------------------------------------------------------------------------------
 
@@ -159,6 +159,9 @@ class CudaDevice:
 
     def elapsed_us(self, first: Event, last: Event) -> float:
         return 1000 * float(self._call("cuEventElapsedTime", first.handle, last.handle))
+
+    def time_copies(self, copies: list[TimedCopy] | None) -> None:
+        self._copies.time(copies)
 
     def wait(self, lane: Lane, event: Event) -> None:
         if lane == "copy":

@@ -21,6 +21,15 @@ Event: TypeAlias = Any
 """A marked point in a lane; only the device that made it looks inside."""
 
 
+@dataclass(frozen=True)
+class TimedCopy:
+    """A copy of the copy lane between two timed events, without what it waited for and the filling of pinned memory."""
+
+    begin: Event
+    end: Event
+    nbytes: int
+
+
 class Device(Protocol):
     """One accelerator, used by one thread."""
 
@@ -73,6 +82,18 @@ class Device(Protocol):
 
     def elapsed_us(self, first: Event, last: Event) -> float:
         """Microseconds between two timed events, once both are done."""
+        ...
+
+    def time_copies(self, copies: list[TimedCopy] | None) -> None:
+        """Add each copy that the copy lane makes from now on to a list; None: no more."""
+        ...
+
+    def pinned_rate(self, address: int, nbytes: int) -> float:
+        """Bytes per second, by the device's events, of plain copies from pinned memory to this address.
+
+        Raises:
+            OutOfDeviceMemory: so much of the host's memory cannot be pinned.
+        """
         ...
 
     def wait(self, lane: Lane, event: Event) -> None:

@@ -74,6 +74,12 @@ class DeviceWeights:
         """None where memory ran out with the smallest plan."""
         self._open_or_shrink()
 
+    @property
+    def slots_region(self) -> tuple[int, int]:
+        """``(address, bytes)`` of all slots, which hold nothing between passes; there is one where chunks stream."""
+        plan = self.residency
+        return self._allocations[-1], plan.slots * plan.slot_bytes
+
     def reopen(self) -> None:
         """Try again, if memory ran out with the smallest plan; whoever had it may have given it back.
 

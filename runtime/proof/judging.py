@@ -4,8 +4,9 @@ A block adds to what it is given, and beside a massive token its own work is sma
 and of the worst token. One in sixty-four wrong values of an attention is then seen, which a norm over all would hide.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 
@@ -33,6 +34,8 @@ card to card, and no card has been measured. A plan that is wrong is over by mor
 UPLOAD_DOUBT = 3.0
 """Uploads are measured with chunks that wait for each other; a pass may hide that, and a machine's rate varies."""
 SMALLEST = 1e-30
+Interval: TypeAlias = tuple[float, float]
+"""Beginning and end."""
 NOT_FINITE = 1e9
 """The error of a value that is no number; records are JSON, which has none for it."""
 
@@ -65,6 +68,18 @@ class FormOutcome:
     """With nothing computing."""
     busy_upload_bytes_per_second: float | None = None
     """While computing, with the smallest slots."""
+    overlap: float | None = None
+    """By the device's events where everything streams: see :func:`overlap`. None for a device that has no lanes."""
+    mostly_copying: bool = False
+    """Copying took longer than computing there, so the share is of computing."""
+    pinned_bytes_per_second: float | None = None
+    """Of plain copies from pinned memory, by the same events."""
+    copying_share: float | None = None
+    """Of that, what chunks came at, with what they waited for left out."""
+    streaming_share: float | None = None
+    """Of that, what chunks came at with nothing computing, from the first copy of a model to its last."""
+    unpinned: bool = False
+    """The system let no memory be pinned to compare with: so there are no shares."""
     ms_per_image: float | None = None
     """One image alone, by the plan in force."""
     estimated: bool = False
@@ -152,6 +167,31 @@ def time_failure(ms_per_image: float | None, streamed_bytes: int | None, upload_
     if ms_per_image >= least_ms / UPLOAD_DOUBT:
         return ""
     return f"its times cannot be true: an image in {ms_per_image:.3g} ms, whose uploads alone take {least_ms:.3g} ms"
+
+
+def busy(lane: Iterable[Interval]) -> float:
+    """How long a lane worked."""
+    return sum(end - begin for begin, end in lane)
+
+
+def overlap(first: Sequence[Interval], second: Sequence[Interval]) -> float | None:
+    """The time in which both lanes worked, over that in which the less busy one did: 1 if it is wholly hidden.
+
+    None where one did not work at all.
+
+    Args:
+        first: when a lane worked; as a lane does one thing after another, in order and apart.
+        second: the same of another lane.
+    """
+    both, i, j = 0.0, 0, 0
+    while i < len(first) and j < len(second):
+        both += max(0.0, min(first[i][1], second[j][1]) - max(first[i][0], second[j][0]))
+        if first[i][1] < second[j][1]:
+            i += 1
+        else:
+            j += 1
+    less = min(busy(first), busy(second))
+    return both / less if less else None
 
 
 def _steps(chunks: Iterable[Chunk]) -> Iterator[Step]:

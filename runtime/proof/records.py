@@ -27,7 +27,7 @@ from .judging import FormOutcome
 
 log = logging.getLogger(__name__)
 LOCK = "lock"
-FORMAT = 2
+FORMAT = 3
 """Raised whenever a proof checks something else, or a record says something else."""
 
 

@@ -108,8 +108,27 @@ def _form_lines(outcome: FormOutcome) -> Iterator[str]:
     if outcome.upload_bytes_per_second and outcome.busy_upload_bytes_per_second:
         alone, busy = (x / 1e9 for x in (outcome.upload_bytes_per_second, outcome.busy_upload_bytes_per_second))
         yield f"uploads {alone:.3g} GB/s alone, {busy:.3g} GB/s while computing"
+    if outcome.overlap is not None:
+        yield f"{_overlap(outcome)}{_shares(outcome)}"
     if outcome.ms_per_image is not None:
         yield f"{_ms(outcome.ms_per_image, outcome.estimated)} an image"
+
+
+def _overlap(outcome: FormOutcome) -> str:
+    """How far the less busy lane was hidden."""
+    less, more = ("computing", "copying") if outcome.mostly_copying else ("copying", "computing")
+    return f"{100 * (outcome.overlap or 0):.0f} % of the {less} ran beside {more}"
+
+
+def _shares(outcome: FormOutcome) -> str:
+    """What of pinned memory's bandwidth was reached."""
+    if outcome.unpinned:
+        return "; no memory could be pinned to compare copies with"
+    if not (outcome.pinned_bytes_per_second and outcome.copying_share and outcome.streaming_share):
+        return ""
+    copying, streaming = (100 * share for share in (outcome.copying_share, outcome.streaming_share))
+    pinned = f"pinned memory's {outcome.pinned_bytes_per_second / 1e9:.3g} GB/s"
+    return f"; copies run at {copying:.0f} % of {pinned}, streaming as a whole at {streaming:.0f} %"
 
 
 def _told(outcome: FormOutcome) -> str:

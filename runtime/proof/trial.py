@@ -31,11 +31,11 @@ from .judging import (
     time_failure,
     worst_error,
 )
-from .timing import STRETCH, outputs, pass_time, upload_rates
+from .timing import STRETCH, lane_facts, outputs, pass_time, upload_rates
 
 ROOM_BYTES = 512 << 20
 """Beyond the smallest plan: a few chunks at full size."""
-PHASES = 7
+PHASES = 8
 """Of :func:`try_form`, beside one for each kind of graph."""
 
 Tell = Callable[[int, int], None]
@@ -132,6 +132,8 @@ class Trial:
                 return failure
             self._advance()
             self.facts |= upload_rates(opened, first)
+            self._advance()
+            self.facts |= lane_facts(opened, first)
             self._advance()
             used, told = memory(opened), self._told()
         rate = self.facts.get("upload_bytes_per_second")

@@ -8,13 +8,15 @@ other lane wait for it, waits until then on the host; what computes before is en
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
 
 from ..calls import CudaEvent, DriverCalls
+from ..device import TimedCopy
 from .kept import KeptChunks
 from .staging import Staging
 
@@ -53,6 +55,7 @@ class CopyLane:
         self._kept = KeptChunks(call)
         self._thread = ThreadPoolExecutor(1, "i2l-copies")
         self._last: Future[Any] | None = None
+        self._timed: list[TimedCopy] | None = None
 
     def copy(self, source: memoryview, address: int) -> None:
         """Enqueue a copy of host memory, which must not change before the next :meth:`drain`."""
@@ -61,7 +64,8 @@ class CopyLane:
             host = address_of(source)
 
             def copy(offset: int, pinned: int, size: int) -> None:
-                self._call("cuMemcpyHtoDAsync", address + offset, pinned, size, self._stream)
+                with self._span(size):
+                    self._call("cuMemcpyHtoDAsync", address + offset, pinned, size, self._stream)
 
             if kept := self._kept.of(host):
                 self._ring.through(kept, host, source.nbytes, copy)
@@ -77,6 +81,11 @@ class CopyLane:
     def wait(self, event: Any) -> None:
         """Keep what is enqueued from now on back until ``event``."""
         self._do(lambda: self._call("cuStreamWaitEvent", self._stream, event.handle, 0))
+
+    def time(self, copies: list[TimedCopy] | None) -> None:
+        """Add each copy that is enqueued from now on to a list; None: no more."""
+        self.drain()
+        self._timed = copies
 
     def keep(self, sources: Sequence[memoryview], floor_bytes: int) -> None:
         """Keep these regions in pinned memory, instead of others; nothing may be under way."""
@@ -95,6 +104,16 @@ class CopyLane:
         self._thread.shutdown()
         self._kept.release()
         self._ring.close()
+
+    @contextmanager
+    def _span(self, nbytes: int) -> Iterator[None]:
+        """Time what the body enqueues, if copies are timed: its memory is filled by now, so that is not in it."""
+        if self._timed is None:
+            yield
+            return
+        begin = CudaEvent(self._call, self._stream, timed=True)
+        yield
+        self._timed.append(TimedCopy(begin, CudaEvent(self._call, self._stream, timed=True), nbytes))
 
     def _do(self, work: Callable[[], T]) -> Future[T]:
         """Work for the thread; behind work that failed it fails likewise, as a mark must not say that all is well."""

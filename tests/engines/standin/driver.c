@@ -23,6 +23,9 @@
  *
  * A stream that is recorded keeps its work; each launch of the graph does it again, with whatever lies there then.
  *
+ * Timed events tell a time that is reckoned, whenever work is really done: a copy takes a nanosecond a byte, a kernel
+ * KERNEL_MS, and work begins behind that before it, what its stream waits for, and what its host thread has waited for.
+ *
  * cc -shared -fPIC -O1 -o libcuda.so.1 driver.c -lpthread; no headers of CUDA are wanted.
  */
 #define _GNU_SOURCE
@@ -40,6 +43,7 @@ enum { OK, INVALID_VALUE, OUT_OF_MEMORY, NO_CONTEXT = 201, INVALID_HANDLE = 400,
 enum { NOT_RECORDABLE = 900, RECORDING_SPOILT = 901, NOT_RECORDING = 903, NOT_RECORDED_WITH = 905 };
 enum { STREAMS = 1024, ACCESSES = 1 << 16, BLOCKS = 4096, CARDS = 8 };
 enum Kind { COPY, CALL, RECORD, WAIT };
+static const double COPY_MS = 1e-6, KERNEL_MS = 2;
 
 typedef struct { u64 done_before[STREAMS]; } Clock; /* by stream: the number of its last work that is known to be done */
 typedef struct Event { int stream; u64 number; Clock known; int timed; double when; } Event;
@@ -49,7 +53,7 @@ typedef struct Work {
     int on_host, ranges; u64 (*range)[3]; /* of a kernel: {address, bytes, written} */
 } Work;
 typedef struct Graph { Work *first; int card, launched; size_t bytes; } Graph;
-typedef struct { u64 last, done; Work *first, *end; Clock known; int alive, card, recording, spoilt; Work *recorded, *recorded_end; } Stream;
+typedef struct { u64 last, done; double ms; Work *first, *end; Clock known; int alive, card, recording, spoilt; Work *recorded, *recorded_end; } Stream;
 typedef struct { char *start; size_t bytes; int on_card, card, managed; } Block;
 typedef struct { const char *start, *end; int write, stream; u64 number; } Access;
 
@@ -62,10 +66,11 @@ static Access accesses[ACCESSES];
 static int access_count;
 static Clock host;
 static size_t live_bytes, peak_bytes, pinned_bytes, pinned_peak_bytes, live_on[CARDS];
-static u64 problems, copies, copied_bytes, uploaded_bytes, pageable_copies, allocations, calls, launches, graph_launches, ticks, inside_ns, spilled_bytes;
+static u64 problems, copies, copied_bytes, uploaded_bytes, pageable_copies, allocations, calls, launches, graph_launches, inside_ns, spilled_bytes;
 static int retained; /* contexts that somebody holds */
 static int started;
 static __thread void *current;
+static __thread double host_ms; /* of the reckoned time; a thread's own, so that it does not depend on how threads come */
 static int contexts[CARDS];
 
 static u64 setting(const char *name, u64 otherwise) {
@@ -201,7 +206,6 @@ static void run_until(int stream, u64 number) {
         } else if (work->kind == COPY) memmove(work->to, work->staged ? work->staged : work->from, work->bytes);
         if (work->kind == CALL && work->function) work->function(work->argument);
         if (work->kind == WAIT) run_until(work->of_stream, work->of_number);
-        if (work->kind == RECORD && work->event && work->event->number == work->number) work->event->when = ++ticks;
         forget(work);
     }
 }
@@ -224,6 +228,7 @@ static Work *enqueue(int stream, enum Kind kind) {
         return s->recorded_end = work;
     }
     join(&s->known, &host);
+    if (host_ms > s->ms) s->ms = host_ms;
     work->number = ++s->last;
     if (s->end) s->end->next = work; else s->first = work;
     return s->end = work;
@@ -234,6 +239,8 @@ static int spoils(int stream, int status) { /* what cannot be recorded ends the 
 }
 /* What a piece of work reads and writes, once it is really enqueued. */
 static void accounts_for(Work *work, int stream) {
+    if (work->kind == COPY) streams[stream].ms += work->bytes * COPY_MS;
+    if (work->kind == CALL) streams[stream].ms += KERNEL_MS;
     if (work->kind == COPY) {
         Block *target = block_at(work->to, work->bytes), *source = block_at(work->from, work->bytes);
         if (!target || !target->on_card || !source || !source->on_card) copies++, copied_bytes += work->bytes, pageable_copies += !target || !source, uploaded_bytes += work->to_card ? work->bytes : 0;
@@ -248,8 +255,9 @@ static void accounts_for(Work *work, int stream) {
         touches((void *)range[0], range[1], (int)range[2], stream, work->number);
     }
 }
-static void host_waits(int stream, u64 number, const Clock *known) {
+static void host_waits(int stream, u64 number, const Clock *known, double ms) {
     run_until(stream, number);
+    if (ms > host_ms) host_ms = ms;
     join(&host, known);
     if (host.done_before[stream] < number) host.done_before[stream] = number;
 }
@@ -279,7 +287,7 @@ static int copy(char *to, const char *from, size_t bytes, void *handle, int sync
         if (!setting("I2L_STANDIN_HOLLOW", 0)) memcpy(work->staged, from, bytes);
     }
     u64 number = work->number;
-    if (!to_card && (pageable || synchronous)) host_waits(stream, number, &streams[stream].known);
+    if (!to_card && (pageable || synchronous)) host_waits(stream, number, &streams[stream].known, streams[stream].ms);
     else time_passes(stream);
     return OK;
 }
@@ -318,6 +326,7 @@ void standin_reset(void) {
     memset(&host, 0, sizeof host);
     stream_count = 1;
     access_count = 0;
+    host_ms = 0;
     while (block_count) release(blocks[0].start);
     memset(live_on, 0, sizeof live_on);
     live_bytes = 0;
@@ -371,7 +380,7 @@ int cuCtxGetStreamPriorityRange(int *least, int *greatest) { *least = 0; *greate
 int cuCtxSynchronize(void) {
     ENTER;
     for (int i = 0; i < stream_count; i++) if (spoils(i, NOT_RECORDABLE)) LEAVE(NOT_RECORDABLE);
-    for (int i = 0; i < stream_count; i++) host_waits(i, streams[i].last, &streams[i].known);
+    for (int i = 0; i < stream_count; i++) host_waits(i, streams[i].last, &streams[i].known, streams[i].ms);
     LEAVE(OK);
 }
 
@@ -398,7 +407,7 @@ int cuStreamSynchronize(void *handle) {
     int stream = stream_of(handle);
     if (stream < 0) LEAVE(INVALID_HANDLE);
     if (spoils(stream, NOT_RECORDABLE)) LEAVE(NOT_RECORDABLE);
-    host_waits(stream, streams[stream].last, &streams[stream].known);
+    host_waits(stream, streams[stream].last, &streams[stream].known, streams[stream].ms);
     LEAVE(OK);
 }
 int cuStreamGetCtx(void *handle, void **context) { *context = &contexts[streams[stream_of(handle)].card]; return OK; }
@@ -523,6 +532,7 @@ int cuEventRecord(Event *event, void *handle) {
     work->event = event;
     event->stream = stream;
     event->number = work->number;
+    event->when = streams[stream].ms;
     event->known = streams[stream].known;
     event->known.done_before[stream] = work->number;
     time_passes(stream);
@@ -532,13 +542,13 @@ int cuEventRecordWithFlags(Event *event, void *handle, unsigned flags) { (void)f
 int cuEventSynchronize(Event *event) {
     ENTER;
     NEEDS_CONTEXT;
-    host_waits(event->stream, event->number, &event->known);
+    host_waits(event->stream, event->number, &event->known, event->when);
     LEAVE(OK);
 }
 int cuEventQuery(Event *event) { return streams[event->stream].done >= event->number ? OK : 600; }
 int cuEventElapsedTime_v2(float *milliseconds, Event *first, Event *last) {
     ENTER;
-    if (!first->timed || !last->timed || !first->when || !last->when) LEAVE(INVALID_HANDLE);
+    if (!first->timed || !last->timed || !first->number || !last->number || cuEventQuery(first) || cuEventQuery(last)) LEAVE(INVALID_HANDLE);
     *milliseconds = (float)(last->when - first->when);
     LEAVE(OK);
 }
@@ -552,6 +562,7 @@ int cuStreamWaitEvent(void *handle, Event *event, unsigned flags) {
     Work *work = enqueue(stream, WAIT);
     work->of_stream = event->stream;
     work->of_number = event->number;
+    if (event->when > streams[stream].ms) streams[stream].ms = event->when;
     join(&streams[stream].known, &event->known);
     time_passes(stream);
     LEAVE(OK);

@@ -27,7 +27,7 @@ from driver_library import Driver
 from planted_faults import GRAPH_MUTATIONS, MUTATIONS, put
 
 from conftest import picture
-from i2l.engines.base import Limits
+from i2l.engines.base import Limits, Opened
 from i2l.engines.device import backend as device_backend
 from i2l.engines.device import which_card
 from i2l.engines.device.pinned import copy_lane, kept
@@ -40,6 +40,8 @@ from i2l.errors import BudgetTooSmall, I2LError, OutOfDeviceMemory
 from i2l.lora.lora import Lora
 from i2l.runtime import opening
 from i2l.runtime.pipeline import Pipeline
+from i2l.runtime.proof import timing
+from i2l.runtime.proof.activations import seeded_activation
 from i2l.runtime.proof.choice import Chosen
 
 T = TypeVar("T")
@@ -67,12 +69,15 @@ def run(
     threads: bool = False,
     shrink_after: int | None = None,
     move_after: int | None = None,
+    lanes: bool = False,
+    slots: int | None = None,
 ) -> dict[str, Any]:
     """LoRAs of passes of so many images on one pipeline, with so much more than the least budget.
 
     ``interrupt_at``: Ctrl-C comes when progress was told so often. ``margin_bytes``: what is free but for that is the
     budget. ``auto``: the backend is left to us, and the card was proven. ``threads``: a new one for each pass, and for
     closing. ``shrink_after``: memory runs out behind so many passes; ``move_after``: as much is found again, elsewhere.
+    ``lanes``: what a proof tells of them, before the passes, with so many ``slots``.
     """
     budget = None if margin_bytes is not None else least_budget(engines) + spare_bytes
     facts: dict[str, Any] = {"loras": [], "budget_bytes": budget, "filled_bytes": [], "kept": []}
@@ -96,6 +101,8 @@ def run(
     ):
         backend: Any = pipeline._open.backend
         facts["card"] = backend.device.name if pipeline.backend_name != "cpu" else "the CPU"
+        if lanes:
+            facts["lanes"] = proof_of_lanes(Opened(backend, pipeline.manifest, pipeline.manifest), slots)
         facts["streamed_bytes"] = backend.residency.streamed_bytes if pipeline.backend_name != "cpu" else 0
         for number, images in enumerate(passes):
             if number in {shrink_after, move_after}:
@@ -119,6 +126,19 @@ def run(
         facts["backend"] = pipeline.backend_name
         in_thread(threads, pipeline.close)
     return facts
+
+
+def proof_of_lanes(opened: Opened, slots: int | None) -> dict[str, Any]:
+    """What a proof tells by the device's events."""
+    models, inputs = opened.running.models, {}
+    for family, model in models.items():
+        inputs[family] = seeded_activation(model.spec, model.chunks[0].steps[0].graph, 1)
+        store: Any = opened.backend.store(family)
+        store.slots = slots or store.slots
+        while len(store._free) > store.slots:
+            store._free.pop()
+    put(timing, "STRETCH", 3)  # less than there is
+    return timing.lane_facts(opened, inputs)
 
 
 def in_thread(new: bool, work: Callable[[], T]) -> T:

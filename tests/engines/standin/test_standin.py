@@ -266,6 +266,31 @@ def test_copies_do_not_hold_up_launches(library: Path, planned: Path, wanted: di
         assert facts["uploaded_bytes"] == weights + values
 
 
+def test_a_proof_tells_what_the_lanes_did(library: Path, planned: Path, wanted: dict[int, str]) -> None:
+    """Copies hide behind computing, but for one slot, which is filled behind its last reader; they take the link whole.
+
+    By the time that the stand-in reckons, whenever work is really done. Nothing is compared where nothing is pinned.
+    """
+    cases: list[Facts] = [{"lanes": True, "environment": mode} for mode in MODES[:3]]
+    one_slot = cases[1] | {"slots": 1}
+    refused: Facts = {"lanes": True, "environment": {"MODE": "lazy", "PINNABLE": 0}}
+    outcomes = ran(library, planned, [*cases, one_slot, refused])
+    for facts in outcomes:
+        assert facts["loras"] == [wanted[1]]
+        assert facts["problems"] == facts["live_bytes"] == facts["pinned_bytes"] == 0
+        assert facts["peak_bytes"] == facts["planned_live_bytes"]  # nothing is compared with memory beyond the plan
+    eager, *others, serial, pageable = (facts["lanes"] for facts in outcomes)
+    assert others == [pytest.approx(eager)] * 2
+    assert 0.5 < eager["overlap"] <= 1
+    assert serial["overlap"] == 0
+    assert not eager["mostly_copying"]
+    for facts in (eager, serial):
+        assert facts["pinned_bytes_per_second"] == pytest.approx(1e9, rel=1e-3)
+        assert facts["copying_share"] == pytest.approx(1, rel=1e-3)
+    assert eager["streaming_share"] == pytest.approx(1, rel=1e-3)
+    assert pageable == {"overlap": eager["overlap"], "mostly_copying": eager["mostly_copying"], "unpinned": True}
+
+
 def test_memory_that_runs_out_at_any_copy(library: Path, planned: Path, wanted: dict[int, str]) -> None:
     """A smaller plan, or one clear error where the plan was the smallest; never what the slot held before."""
     cases: list[Facts] = [

@@ -119,7 +119,7 @@ def test_a_card_that_is_right_is_taken_and_proven_once(
             np.testing.assert_array_equal(x, y)
     assert "played on Played Card was not proven with these engines: it proves itself now" in caplog.text
     stages = {(done, total) for stage, done, total in said if stage == "proving played"}
-    assert max(stages) == (15, 15)
+    assert max(stages) == (16, 16)
     (record,) = kept(directory)
     outcome = record.best
     assert outcome is not None

@@ -12,6 +12,7 @@ from test_proof import CPU, auto, decider, kept
 from conftest import MakeEngines
 from i2l.engines.backends import BACKENDS
 from i2l.runtime.proof import proving
+from i2l.runtime.proof.sentences import record_lines
 from played_nvidia import CARD, VARIABLE, Part, find_played
 
 OUTCOMES = {
@@ -59,6 +60,11 @@ def test_a_proof_comes_to_what_the_card_does(
         assert record.best.peak_bytes
         assert record.best.budget_bytes
         assert record.best.upload_bytes_per_second
+        assert record.best.overlap is not None
+        assert record.best.copying_share
+        assert record.best.streaming_share
+        assert any("ran beside" in line and "of pinned memory's" in line for line in record_lines(record))
+        assert kept(directory) == [record]
 
 
 def test_another_driver_proves_itself_anew(directory: Path, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
