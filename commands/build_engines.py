@@ -1,6 +1,6 @@
 """``i2l build-engines``."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,12 +10,13 @@ import click
 from ..engines.directory.architectures import FLOAT8_FROM, GENERATIONS
 from ..machine.progress import show_progress
 from ..machine.wording import format_bytes, format_path
-from ..specs import DIFFUSION_MODELS, DiffusionModel
+from ..specs import DIFFUSION_MODELS, DiffusionModel, Family
 from .options import debug_option, engines_option, models_option, needs_extra
 from .telling import is_quiet, quiet_option, tell
 
 if TYPE_CHECKING:
     from ..export.build import BuildResult
+    from ..export.checkpoints.recognise import Checkpoint
     from ..export.parts import Part
 
 
@@ -68,12 +69,15 @@ def build_engines(
     if dry_run:
         forecast(models, engines, parts, blocks_per_chunk=blocks_per_chunk, adapter=adapter, force=force)
         return
+    found: Path | Mapping[Family, Checkpoint] = models
     if backend != "cpu":  # before the lock makes the directory
-        checked_builds(models, engines, parts, blocks_per_chunk=blocks_per_chunk, adapter=adapter, force=force)
+        found, _ = checked_builds(
+            models, engines, parts, blocks_per_chunk=blocks_per_chunk, adapter=adapter, force=force
+        )
     with nullcontext() if backend == "cpu" else only_build(engines):  # up-to-date packs need no lock
         with show_progress("bytes", quiet=is_quiet()) as report:
             results = build_parts(
-                models, engines, parts, blocks_per_chunk=blocks_per_chunk, adapter=adapter, force=force, report=report
+                found, engines, parts, blocks_per_chunk=blocks_per_chunk, adapter=adapter, force=force, report=report
             )
         for part, result in zip(parts, results, strict=True):
             tell_packs(engines / part.folder, result)

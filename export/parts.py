@@ -88,7 +88,7 @@ def planned_builds(
 
 
 def build_parts(
-    models: Path,
+    models: Path | Mapping[Family, Checkpoint],
     engines: Path,
     parts: Sequence[Part],
     *,
@@ -98,6 +98,8 @@ def build_parts(
     report: Report = silent,
 ) -> list[BuildResult]:
     """:func:`build_engines` for every part; room on the disk for all of them is asked for before any work.
+
+    ``models`` may be the checkpoints, if they are found already.
 
     Raises:
         CheckpointError, OutputUnwritable, DiskFull: as :func:`build_engines`.
@@ -123,7 +125,7 @@ def build_parts(
 
 
 def checked_builds(
-    models: Path,
+    models: Path | Mapping[Family, Checkpoint],
     engines: Path,
     parts: Sequence[Part],
     *,
@@ -138,7 +140,7 @@ def checked_builds(
     Raises:
         CheckpointError, DiskFull: as :func:`build_parts`.
     """
-    checkpoints = find_checkpoints(models, adapter=adapter)
+    checkpoints = find_checkpoints(models, adapter=adapter) if isinstance(models, Path) else models
     require_fitting(checkpoints)
     builds = planned_builds(checkpoints, engines, parts, blocks_per_chunk=blocks_per_chunk, force=force)
     if len(builds) > 1 or not engines.exists():  # else what dead builds have left goes first

@@ -4,6 +4,7 @@ Nothing here shows that CUDA works. tests/engines/tensorrt/test_gpu.py does, whe
 """
 
 import json
+import logging
 import shutil
 import sys
 import types
@@ -465,16 +466,25 @@ def test_graphs_that_are_not_finished_change_nothing(with_graphs: Path, monkeypa
 
 
 def test_the_command_makes_the_graphs(
-    models: MakeModels, engines: MakeEngines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: MakeModels,
+    engines: MakeEngines,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """One exported graph is enough; the fixture exported all."""
+    """One exported graph is enough; the fixture exported all. Checkpoints are looked for once, and said once."""
     one = lambda spec, _: islice(export_graphs(spec, cuda_precision("fp8", spec)), 1)  # noqa: E731
     monkeypatch.setattr("i2l.export.backends.cuda.export_graphs", one)
     copy = tmp_path / "engines"
     shutil.copytree(engines("tiny", "int8"), copy)
-    command = ["build-engines", "--models", str(models("tiny")), "--engines", str(copy), "--precision", "int8"]
+    twice = Path(shutil.copytree(models("tiny"), tmp_path / "models"))
+    encoder = next((twice / "CLIPS").iterdir())
+    shutil.copy2(encoder, encoder.with_name(f"z-{encoder.name}"))
+    command = ["build-engines", "--models", str(twice), "--engines", str(copy), "--precision", "int8"]
     (copy / PROOFS).write_text("what a card lacked")
-    run = CliRunner().invoke(main, [*command, "--backend", "cuda"], catch_exceptions=False)
+    with caplog.at_level(logging.INFO, "i2l"):
+        run = CliRunner().invoke(main, [*command, "--backend", "cuda"], catch_exceptions=False)
+    assert caplog.text.count("is there twice with the same content") == 1
     assert not (copy / PROOFS).exists()  # it may be there now
     assert run.exit_code == 0
     assert "8 graphs for the cuda backend; i2l prove shows whether the card is right" in run.output
